@@ -1,0 +1,399 @@
+"""Checkpoints: everything between files on disk and a `Transformer` in memory, in both directions.
+
+`load` takes a folder or hub id in Hugging Face format, or a file of our own, and streams it tensor by tensor into a
+model built on the meta device: read, cast, fuse, check, pack, assign. No step holds more than one spare tensor, so a
+model loads in little more than its own size. `convert` streams the same tensors into our format: one safetensors file
+under the model's own names (q, k, v and gate, up already fused), with config and format in its metadata.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kernels.linear import is_packed
+from model import Linear, ModelArgs, Transformer
+
+Progress = Callable[[int, int, str], None]  # (tensors done, tensors in total, name of the last one)
+
+VERSION = "1"
+WEIGHTS = "model.safetensors"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # and their names in safetensors
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+
+# The one table of names: ours, Hugging Face's, shape in keys of config.json. Rows that share our name are stacked.
+# Big tensors come first: their spare copies are then made while little else is in memory.
+NAMES = (
+    ("embedding", "model.embed_tokens", "vocab_size, hidden_size"),
+    ("lm_head", "lm_head", "vocab_size, hidden_size"),
+    ("norm", "model.norm", "hidden_size"),
+    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "hidden_size"),
+    ("layers.{}.attention.wqkv", "model.layers.{}.self_attn.q_proj", "num_attention_heads*head_dim, hidden_size"),
+    ("layers.{}.attention.wqkv", "model.layers.{}.self_attn.k_proj", "num_key_value_heads*head_dim, hidden_size"),
+    ("layers.{}.attention.wqkv", "model.layers.{}.self_attn.v_proj", "num_key_value_heads*head_dim, hidden_size"),
+    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "hidden_size, num_attention_heads*head_dim"),
+    ("layers.{}.mlp_norm", "model.layers.{}.post_attention_layernorm", "hidden_size"),
+    ("layers.{}.mlp.w13", "model.layers.{}.mlp.gate_proj", "intermediate_size, hidden_size"),
+    ("layers.{}.mlp.w13", "model.layers.{}.mlp.up_proj", "intermediate_size, hidden_size"),
+    ("layers.{}.mlp.w2", "model.layers.{}.mlp.down_proj", "hidden_size, intermediate_size"),
+)
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model and what its files say of it."""
+
+    model: Transformer
+    args: ModelArgs
+    folder: Path  # where tokenizer and config files live
+    hf_config: dict  # content of config.json
+    generation_config: dict
+    bytes: int  # weight bytes; a tied embedding counts once, padding of packed weights not at all
+
+
+@dataclass
+class Source:
+    """An opened checkpoint: every tensor is known to be there in the right shape, none is read yet."""
+
+    folder: Path
+    files: dict[str, Path]  # tensor name -> the file it is in
+    args: ModelArgs
+    hf_config: dict
+    generation_config: dict
+    fused: bool  # our format: tensors under our names
+
+    def read(self, name: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """Read our parameter `name`, fused if need be, in `dtype`. Raises ValueError for NaN and inf."""
+        shape, _ = pieces(name, self.args, fused=True)[name]
+        tensor, row = torch.empty(shape, dtype=dtype, device=device), 0
+        for piece, (shape, _) in pieces(name, self.args, self.fused).items():
+            _read_into(tensor[row : row + shape[0]], self.files[piece], piece)
+            row += shape[0]
+        return tensor
+
+
+def our_names(args: ModelArgs) -> Iterator[str]:
+    """Yield the model's parameter names in loading order; a tied LM head has no tensor of its own."""
+    names = [f"{name}.weight" for name in dict.fromkeys(row[0] for row in NAMES)]
+    yield from (name for name in names if "{}" not in name and not (args.tie_embeddings and name == "lm_head.weight"))
+    for layer in range(args.n_layer):
+        yield from (name.format(layer) for name in names if "{}" in name)
+
+
+def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors a file has for our parameter `name`, top to bottom: name -> (shape, config keys behind it).
+
+    Our format (`fused`) has one, of the same name; the Hugging Face format has one per row of NAMES.
+    """
+    sizes = {
+        "vocab_size": args.vocab_size, "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
+        "num_attention_heads*head_dim": args.n_head * args.head_dim,
+        "num_key_value_heads*head_dim": args.n_kv_head * args.head_dim,
+    }  # fmt: skip
+    layer = re.search(r"\d+|$", name)[0]
+    pattern = re.sub(r"\d+", "{}", name.removesuffix(".weight"), count=1)
+    rows = [(theirs, keys) for ours, theirs, keys in NAMES if ours == pattern]
+    found = {f"{hf}.weight".format(layer): (tuple(sizes[key] for key in keys.split(", ")), keys) for hf, keys in rows}
+    if not fused:
+        return found
+    shapes = [shape for shape, _ in found.values()]
+    keys = " + ".join(dict.fromkeys(keys for _, keys in rows))
+    return {name: ((sum(shape[0] for shape in shapes), *shapes[0][1:]), keys)}
+
+
+def load(
+    source: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
+    progress: Progress | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Load a Llama from a converted file or folder, a Hugging Face folder, or a hub id "org/name".
+
+    `dtype` None keeps the checkpoint's own. `pack` lays linears out for the CPU kernels if these are loaded. Parameters
+    do not require gradients. Raises ValueError in one line naming the file, tensor or config key at fault.
+    """
+    opened = open_source(source)
+    dtype = resolve_dtype(opened.args, dtype)
+    args = replace(opened.args, dtype=_dtype_name(dtype))
+    with torch.device("meta"):
+        model = Transformer(args)
+    names, size = list(our_names(args)), 0
+    for done, name in enumerate(names, start=1):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.weight = nn.Parameter(opened.read(name, dtype, device), requires_grad=False)
+        size += module.weight.nbytes
+        if args.tie_embeddings and module is model.embedding:
+            module = model.lm_head
+            module.weight = model.embedding.weight
+        if pack and device == "cpu" and isinstance(module, Linear):
+            module.pack_weight()
+            if args.tie_embeddings and is_packed(model.lm_head.weight):
+                model.embedding.weight = model.lm_head.weight
+        if progress:
+            progress(done, len(names), name)
+    return Checkpoint(model, args, opened.folder, opened.hf_config, opened.generation_config, size)
+
+
+def resolve_dtype(args: ModelArgs, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or the checkpoint's own; ValueError for one that no kernel computes in."""
+    if dtype is None:
+        dtype = getattr(torch, args.dtype, args.dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not supported, only float32, float16, bfloat16: ask for one of these")
+    return dtype
+
+
+def open_source(source: str | Path) -> Source:
+    """Find a checkpoint's files and check names and shapes; reads headers only. Raises ValueError as `load` does."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = _download(str(source))
+    folder, weights = (path, _weight_files(path)) if path.is_dir() else (path.parent, [path])
+    shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, Path] = {}
+    for file in weights:
+        with _opened(file) as (names, read, metadata):  # mapped: a tensor costs no memory until it is touched
+            shapes |= {name: tuple(read(name).shape) for name in names}
+            files |= {name: file for name in names}
+    # The format is decided here and nowhere else, by what the file says of itself.
+    fused = metadata.get("format") == "skipfast"
+    config_file = weights[0] if fused else folder / "config.json"
+    if fused:
+        for key, supported in (("version", VERSION), ("quantize", "none")):
+            if metadata.get(key) != supported:
+                raise ValueError(f"{config_file}: {key} {metadata.get(key)!r} is not supported, only {supported!r}")
+        hf_config = _parse_json(config_file, metadata.get("config", ""))
+        generation_config = _parse_json(config_file, metadata.get("generation_config", "{}"))
+    elif path.is_dir():
+        hf_config = _parse_json(config_file)
+        generation_file = folder / "generation_config.json"
+        generation_config = _parse_json(generation_file) if generation_file.exists() else {}
+    else:
+        raise ValueError(f"{path} was not written by convert_hf_checkpoint.py; pass its folder instead")
+    try:
+        args = ModelArgs.from_hf_config(hf_config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    _check_tensors(weights[0] if len(weights) == 1 else folder, args, fused, shapes)
+    return Source(folder, files, args, hf_config, generation_config, fused)
+
+
+def _check_tensors(path: Path, args: ModelArgs, fused: bool, shapes: dict[str, tuple[int, ...]]) -> None:
+    known = set()
+    for name in our_names(args):
+        for piece, (shape, keys) in pieces(name, args, fused).items():
+            if piece not in shapes:
+                why = "tie_word_embeddings is false" if name == "lm_head.weight" else f"there are {args.n_layer} layers"
+                raise ValueError(f"{path}: tensor {piece!r} is missing (by its config {why})")
+            _check_shape(path, piece, shapes[piece], shape, keys)
+            known.add(piece)
+    for name, shape in shapes.items():
+        if name == "lm_head.weight" and args.tie_embeddings:  # some tools write the tied head a second time
+            _check_shape(path, name, shape, *pieces(name, args, fused)[name])
+        elif name not in known and not name.endswith("rotary_emb.inv_freq"):  # old files: rope_table computes it
+            raise ValueError(f"{path}: tensor {name!r} is not part of a Llama with {args.n_layer} layers")
+
+
+def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...], keys: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{path}: tensor {name!r} has shape {list(found)}, its config wants {list(wanted)} ({keys})")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (WEIGHTS, "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        index_file = folder / f"{name}.index.json"
+        if index_file.exists():
+            shards = _parse_json(index_file).get("weight_map")
+            if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+                raise ValueError(f"{index_file}: key 'weight_map' (tensor name -> file name) is missing or broken")
+            return [folder / file for file in sorted(set(shards.values()))]
+    raise ValueError(f"{folder} holds no {WEIGHTS}, no pytorch_model.bin and no index of either")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Tensor], dict[str, str]]]:
+    """Open one weight file, memory-mapped, as (tensor names, read a tensor by name, metadata)."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing, though the index of its folder names it")
+    try:
+        if file.suffix == ".bin":
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            yield state.keys(), state.__getitem__, {}
+        else:
+            with safe_open(file, framework="pt") as opened:
+                yield opened.keys(), opened.get_tensor, opened.metadata() or {}
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is truncated, corrupt or no weight file ({_first_line(error)})") from error
+
+
+def _read_into(target: Tensor, file: Path, name: str) -> None:
+    """Copy one tensor of a file into `target`, casting; ValueError naming it unless every element is finite.
+
+    The file is opened for this tensor alone: pages of it count as memory for as long as they stay mapped.
+    """
+    with _opened(file) as (_, read, _):
+        stored = read(name)
+        if stored.dtype not in (*DTYPES, torch.float64):
+            raise ValueError(f"{file}: tensor {name!r} has dtype {stored.dtype}, only plain floats can be loaded")
+        target.copy_(stored)
+        if not _is_finite(target):
+            problem = f"a value too large for {_dtype_name(target.dtype)}" if _is_finite(stored) else "NaN or inf"
+            raise ValueError(f"{file}: tensor {name!r} holds {problem}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax carries NaN and inf through, needs no temporary and is 50 times as fast as isfinite
+    return all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
+
+
+def _download(source: str) -> Path:
+    """Hub id -> folder with its files, downloaded or from the cache; .bin files only if there is no safetensors."""
+    if not HUB_ID.fullmatch(source):
+        raise ValueError(f"{source} is neither an existing file or folder nor a hub id of the form org/name")
+    import huggingface_hub  # optional: only hub ids need it
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        for patterns in (HUB_FILES, [*HUB_FILES, "pytorch_model*.bin"]):
+            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            if any(folder.glob("*.safetensors")):
+                break
+        return folder
+    except Exception as error:  # a network has many ways to fail; each means that the files did not come
+        reason = f"it cannot be downloaded ({type(error).__name__}: {_first_line(error)})"
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "there is no such public repository on the hub (if it is private: `hf auth login`)"
+        if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError, too
+            reason = f"it is gated: open https://huggingface.co/{source}, accept the licence, then run `hf auth login`"
+        raise ValueError(f"{source} is not a local file or folder, and {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parse_json(path: Path, text: str | bytes | None = None) -> dict:
+    """The JSON object in a file, or in a piece of its metadata."""
+    if text is None and not path.exists():
+        raise ValueError(f"{path} is missing")
+    try:
+        return json.loads(path.read_bytes() if text is None else text) | {}
+    except (ValueError, TypeError) as error:  # broken JSON, broken UTF-8, not an object
+        raise ValueError(f"{path} does not hold a valid JSON object ({error})") from error
+
+
+def save(model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None) -> None:
+    """Write a model with unpacked weights to one file of our format, in the dtype it has."""
+    if is_packed(model.lm_head.weight):
+        raise ValueError("packed weights cannot be saved: load the model with pack=False")
+    dtype = model.norm.weight.dtype
+    metadata = _metadata(hf_config, generation_config or {}, dtype)
+    _write_weights(Path(path), model.args, dtype, metadata, model.state_dict().__getitem__)
+
+
+def convert(source: Source, path: Path, dtype: torch.dtype, progress: Progress | None = None) -> int:
+    """Stream an opened checkpoint into one file of our format, a tensor in memory at a time; returns weight bytes."""
+    metadata = _metadata(source.hf_config, source.generation_config, dtype)
+    return _write_weights(path, source.args, dtype, metadata, lambda name: source.read(name, dtype), progress)
+
+
+def export_hf(
+    state: dict[str, Tensor], args: ModelArgs, folder: str | Path, hf_config: dict, dtype: torch.dtype,
+    generation_config: dict | None = None,
+) -> None:  # fmt: skip
+    """Write tensors under our names as a Hugging Face folder; each file is renamed into place once complete.
+
+    The shape in `args` overrides `hf_config`; by default generation_config.json holds the token ids of `hf_config`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if generation_config is None:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation_config = {key: hf_config[key] for key in ids if hf_config.get(key) is not None}
+    _write_weights(folder / WEIGHTS, args, dtype, {"format": "pt"}, state.__getitem__)
+    write_json(folder / "config.json", hf_config | hf_config_from_args(replace(args, dtype=_dtype_name(dtype))))
+    write_json(folder / "generation_config.json", generation_config)
+
+
+def hf_config_from_args(args: ModelArgs, **extra) -> dict:
+    """A config.json that transformers 4 and 5 both read: rope and dtype stand in it in either spelling."""
+    scaling = {key: int(value) if key.startswith("original") else value for key, value in args.rope_scaling}
+    rope = {"rope_type": args.rope_type, **scaling}
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": args.dim, "num_hidden_layers": args.n_layer, "num_attention_heads": args.n_head,
+        "num_key_value_heads": args.n_kv_head, "head_dim": args.head_dim, "intermediate_size": args.ffn_dim,
+        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_seq_len, "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": args.tie_embeddings, "attention_bias": False, "mlp_bias": False,
+        "rope_theta": args.rope_base, "rope_scaling": None if args.rope_type == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": args.rope_base},
+        "torch_dtype": args.dtype, "dtype": args.dtype, **extra,
+    }  # fmt: skip
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file by rename."""
+    with _replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def _metadata(hf_config: dict, generation_config: dict, dtype: torch.dtype) -> dict[str, str]:
+    config = json.dumps(hf_config | {"torch_dtype": _dtype_name(dtype), "dtype": _dtype_name(dtype)})
+    generation = {"generation_config": json.dumps(generation_config)}
+    return {"format": "skipfast", "version": VERSION, "quantize": "none", "config": config, **generation}
+
+
+def _write_weights(
+    path: Path, args: ModelArgs, dtype: torch.dtype, metadata: dict[str, str], read: Callable[[str], Tensor],
+    progress: Progress | None = None,
+) -> int:  # fmt: skip
+    """Write a safetensors file, asking `read` for one of our tensors at a time; returns their bytes.
+
+    safetensors' own save_file wants them all in memory. Rows of a fused tensor follow each other in the file as its
+    pieces do, so only the header knows whether the names are ours or Hugging Face's.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata}
+    names, size = list(our_names(args)), 0
+    for name in names:
+        for piece, (shape, _) in pieces(name, args, fused=metadata["format"] == "skipfast").items():
+            start, size = size, size + math.prod(shape) * dtype.itemsize
+            header[piece] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    with _replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for done, name in enumerate(names, start=1):
+            tensor = read(name)
+            _check_shape(path, name, tuple(tensor.shape), *pieces(name, args, fused=True)[name])
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+            del tensor  # before the next one is read
+            if progress:
+                progress(done, len(names), name)
+    return size
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` that takes its place when complete and vanishes on any error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

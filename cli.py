@@ -1,0 +1,290 @@
+"""What every program shares at the terminal: flags, loading with progress, one-line errors, streamed text, JSON files.
+
+Nothing here decides anything about decoding. Programs call `run(main)`, which turns a user's mistake (ValueError) into
+one line on stderr and exit code 2.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import checkpoint
+from kernels import cpu
+from policies import Round
+from runner import Runner
+from sampling import VERIFICATIONS, SamplingConfig
+from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+DEMO = Path(__file__).with_name("checkpoints") / "demo"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STYLES = {"accepted": "green", "target": "blue", "rejected": "red strike"}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program's main; a user's mistake becomes `error: …` and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def notice(line: str) -> None:
+    """Tell the user one line that is not a result (stderr: stdout may be piped)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint_path --device --precision --threads --json."""
+    parser.add_argument("--checkpoint_path", default=str(DEMO), metavar="PATH",
+                        help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--json", metavar="PATH", help="write the results here as one JSON object")
+
+
+def add_decode_flags(parser: argparse.ArgumentParser) -> None:
+    """Lengths, sampling, verification and compilation: the flags of every program that decodes."""
+    sampling = SamplingConfig()
+    parser.add_argument("--max_new_tokens", "--max_steps", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=sampling.temperature, metavar="T", help="0: greedy")
+    parser.add_argument("--top_k", type=int, metavar="N")
+    parser.add_argument("--top_p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, default=sampling.seed)
+    parser.add_argument("--verification", choices=VERIFICATIONS, default=sampling.verification,
+                        help="coupled: the sampled text is that of plain decoding; rejection: its distribution is")
+    parser.add_argument("--num_draft_tokens", "--speculate_k", "--num_speculations", type=int, metavar="K",
+                        help="tokens drafted per round (default: the policy's own)")
+    parser.add_argument("--ignore_eos", action="store_true", help="do not end at an end-of-text token")
+
+
+def sampling_config(flags: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.verification)
+
+
+@dataclass
+class Session:
+    """A loaded model and its tokenizer (None where the checkpoint has none and ids serve)."""
+
+    checkpoint: checkpoint.Checkpoint
+    tokenizer: Tokenizer | None
+
+    @property
+    def args(self):
+        return self.checkpoint.args
+
+    def eos_ids(self, flags: argparse.Namespace) -> tuple[int, ...]:
+        return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
+
+
+def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Session:
+    """Load what the flags name, with a progress bar. Raises ValueError for anything wrong with it."""
+    if flags.threads is not None:
+        if flags.threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {flags.threads}")
+        torch.set_num_threads(flags.threads)
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+    if flags.device == "cpu" and (reason := cpu.load(notice)):
+        notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
+    loaded = checkpoint.load(
+        flags.checkpoint_path, PRECISIONS[flags.precision] if flags.precision else None, flags.device,
+        progress=LoadBar(),
+    )  # fmt: skip
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(loaded.folder)
+    except ValueError:
+        if needs_tokenizer:
+            raise
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, loaded.args.vocab_size)
+    return Session(loaded, tokenizer)
+
+
+class LoadBar:
+    """A tqdm bar behind checkpoint.load's progress callback; silent for models that load at once."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc="loading", unit="tensor", delay=1.0, leave=False)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
+
+
+def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default: str) -> list[int]:
+    """Token ids of --prompt, --prompt_file or --prompt_ids, or of `default` if none was given."""
+    if flags.prompt_ids is not None:
+        try:
+            return [int(part) for part in flags.prompt_ids.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"prompt_ids must be whole numbers with commas, got {flags.prompt_ids!r}") from None
+    text = default if flags.prompt is None else flags.prompt
+    if flags.prompt_file is not None:
+        text = read_text(flags.prompt_file)
+    return tokenizer.apply_chat([{"role": "user", "content": text}]) if flags.chat else tokenizer.encode(text)
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+class StreamedText:
+    """Prints text while it is decoded, and cuts it at the first stop string, which is never shown.
+
+    Pass `ends_at` to decode() as `finished` and every Round through `show`. Stop strings may span tokens: the end of
+    the text is held back while it could be the beginning of one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = (), show_drafts: bool = False):
+        self.tokenizer, self.show_drafts = tokenizer, show_drafts
+        self.stops = [stop for stop in stops if stop]
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.decoder = tokenizer.decode_stream(continues=True) if tokenizer else None
+        self.text = ""
+        self.cut: int | None = None  # length of the text before the stop string
+        self.pieces: list[str] = []  # of the tokens not shown yet
+        self.queue: list[tuple[str, str | None]] = []  # (text, style) not printed yet
+        self.printed = 0
+
+    def ends_at(self, token: int) -> bool:
+        """Take the next token of the text; True if a stop string is complete."""
+        piece = self.decoder.push([token]) if self.decoder else f"{token} "
+        before, self.text = len(self.text), self.text + piece
+        self.pieces.append(piece)
+        found = [at for stop in self.stops if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        self.cut = min(found, default=None)
+        return self.cut is not None
+
+    def show(self, step: Round) -> Round:
+        """Print what a Round emitted; returns it, so that a stream can pass through."""
+        pieces, self.pieces = self.pieces, []
+        for index, piece in enumerate(pieces):
+            style = None
+            if self.show_drafts:
+                if index == step.accepted and step.accepted < len(step.drafted) and self.console.is_terminal:
+                    self._show_rejected(step)
+                style = STYLES["accepted" if index < step.accepted else "target"]
+            self.queue.append((piece, style))
+        self._print(self._safe_end())
+        return step
+
+    def _show_rejected(self, step: Round) -> None:
+        rejected = step.drafted[step.accepted :]
+        text = self.tokenizer.decode(rejected, continues=True) if self.tokenizer else " ".join(map(str, rejected))
+        self._print(len(self.text))
+        self.console.print(text.replace("\n", "⏎"), style=STYLES["rejected"], end="")
+
+    def _safe_end(self) -> int:
+        """How much of the text cannot be part of a stop string any more."""
+        if self.cut is not None:
+            return self.cut
+        held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        return len(self.text) - held
+
+    def _print(self, end: int) -> None:
+        while self.queue and self.printed < end:
+            piece, style = self.queue.pop(0)
+            shown, rest = piece[: end - self.printed], piece[end - self.printed :]
+            self.console.print(shown, style=style, end="")
+            self.printed += len(shown)
+            if rest:
+                self.queue.insert(0, (rest, style))
+        sys.stdout.flush()
+
+    def close(self) -> str:
+        """Print what is left and return the whole text."""
+        if self.decoder and self.cut is None:
+            piece = self.decoder.flush()
+            self.text += piece
+            self.queue.append((piece, None))
+        self._print(len(self.text) if self.cut is None else self.cut)
+        self.console.print()
+        return self.text if self.cut is None else self.text[: self.cut]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stdout: first column left, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width: do not squeeze columns for it
+    Console(highlight=False, emoji=False, width=width).print(table)
+
+
+def shown(value, form: str = ".1f", none: str = "–") -> str:
+    """A number for a table."""
+    return none if value is None else format(value, form)
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Write one JSON object; the file appears complete, by rename, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | None) -> None:
+    """Raise ValueError now if write_json(path) would fail after long work."""
+    if path is not None and not os.access(Path(path).resolve().parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: its folder does not exist or is not writable")
+
+
+def environment() -> dict:
+    """Versions and hardware, as they stand in every JSON file."""
+    packages = ("torch", "triton", "transformers", "sentencepiece", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "hardware": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cpu_kernels": cpu.loaded(),
+        },
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,116 @@
+"""Convert a Hugging Face Llama, a folder or a hub id, into a folder (or one file) in our format.
+
+Weights are streamed through `checkpoint.convert`, so a model larger than memory converts, too. The output folder gets
+the tokenizer, chat template and configs beside the weights, everything that `checkpoint.load` and the tokenizer need.
+"""
+
+import argparse
+import filecmp
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COPIED = ("tokenizer*", "*.model", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "LICENSE*")  # fmt: skip
+EXAMPLE = """example:
+  python convert_hf_checkpoint.py --checkpoint_path checkpoints/demo --output_path /tmp/demo --precision fp32"""
+
+
+def default_output(source: str) -> Path:
+    """A folder "skipfast" inside a local checkpoint; checkpoints/org/name for a hub id."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return (path if path.is_dir() else path.parent) / "skipfast"
+    return Path("checkpoints") / source
+
+
+def convert(source: str, output: Path, precision: str | None, force: bool) -> dict:
+    """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
+
+    All files are complete in a temporary folder before the first is moved into place. Raises ValueError for a user's
+    mistake.
+    """
+    output = Path(output).expanduser()
+    as_file = output.suffix == ".safetensors"
+    if not force and output.exists() and (as_file or not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output_path {output} exists already: choose another or pass --force")
+    if output.exists() and output.is_dir() == as_file:
+        raise ValueError(f"output_path {output} is a {'folder' if as_file else 'file'}, cannot be replaced")
+    opened = checkpoint.open_source(source)
+    target = output if as_file else output / checkpoint.WEIGHTS
+    if target.resolve() in {file.resolve() for file in opened.files.values()} or (
+        not as_file and output.resolve() == opened.folder.resolve()
+    ):
+        raise ValueError(f"output_path {output} is the source itself: choose another")
+    dtype = checkpoint.resolve_dtype(opened.args, PRECISIONS.get(precision))
+    copied = {file.name: file for pattern in COPIED for file in opened.folder.glob(pattern) if file.is_file()}
+    folder = target.parent
+    if as_file and not force:
+        for name, file in copied.items():
+            if (folder / name).exists() and not filecmp.cmp(file, folder / name, shallow=False):
+                raise ValueError(f"{folder / name} belongs to another model: choose an output_path in another folder")
+
+    started = time.perf_counter()
+    beside = folder if folder.exists() else folder.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".tmp", dir=beside))
+    try:
+        with tqdm(unit="tensor", file=sys.stderr, disable=None) as bar:  # None: only on a terminal
+            def progress(done: int, total: int, name: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(1)
+
+            size = checkpoint.convert(opened, staging / target.name, dtype, progress)
+        written = checkpoint.open_source(staging / target.name)
+        for name, file in copied.items():
+            shutil.copyfile(file, staging / name)
+        if not as_file:
+            checkpoint.write_json(staging / "config.json", written.hf_config)
+            checkpoint.write_json(staging / "generation_config.json", written.generation_config)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):  # the weights last
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {
+        "source": source, "output": str(output), "dtype": str(dtype).removeprefix("torch."), "bytes": size,
+        "tensors": len(written.files), "copied": sorted(copied), "seconds": round(time.perf_counter() - started, 3),
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Convert a Hugging Face Llama into skipfast's format.",
+        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--checkpoint_path", required=True, metavar="FOLDER_OR_HUB_ID", help="what to convert")
+    parser.add_argument("--output_path", type=Path, help="a folder, or a file ending in .safetensors "
+                        "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)")  # fmt: skip
+    parser.add_argument("--precision", choices=PRECISIONS, help="dtype of the weights (default: as they are)")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--json", type=Path, help="write a record of the conversion to this file")
+    options = parser.parse_args(argv)
+    try:
+        output = options.output_path or default_output(options.checkpoint_path)
+        record = convert(options.checkpoint_path, output, options.precision, options.force)
+        if options.json:
+            checkpoint.write_json(options.json, record)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {record['output']}: {record['tensors']} tensors, {record['bytes'] / 1e9:.3f} GB {record['dtype']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

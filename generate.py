@@ -1,0 +1,387 @@
+"""Decode: prefill, then rounds of draft, verify and accept. The loop, its statistics and the command line.
+
+`decode` is the whole algorithm (LayerSkip, arXiv 2404.16710, section 4.3, for any policy). It yields Rounds, and
+everything downstream (the printing below, the programs under scripts/) reads that stream. Plain autoregressive
+decoding is the policy that drafts nothing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import cli
+from model import Transformer
+from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
+from runner import Runner
+from sampling import SamplingConfig, make_sampler
+
+DEFAULT_PROMPT = 'def read_config(path):\n    """'
+COMPARE_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What decoding should produce: at most max_new_tokens ids, ending early after any of eos_ids."""
+
+    max_new_tokens: int = 128
+    sampling: SamplingConfig = SamplingConfig()
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+
+
+@dataclass
+class Draft:
+    """What a round proposes. hidden[i] maps depths to the hidden state [1, D] of the row that drafted tokens[i]."""
+
+    tokens: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    hidden: list[dict[int, Tensor]] = field(default_factory=list)
+    resume_layer: int = 0
+
+
+def decode(
+    runner: Runner, prompt: Sequence[int], config: GenerateConfig, policy: DraftPolicy,
+    cached: int = 0, finished: Callable[[int], bool] | None = None,
+) -> Iterator[Round]:  # fmt: skip
+    """Generate from `prompt` (token ids), one Round at a time; the first is the prefill with its one token.
+
+    cached: how many leading tokens already have their K/V in the runner's cache (a conversation going on).
+    finished: called with each emitted token in order; True ends the text after that token.
+    Raises ValueError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
+    """
+    check_prompt(prompt, config, runner)
+    sampler = make_sampler(config.sampling)
+    policy.start_prompt(prompt)
+    tokens = list(prompt)
+    start = time.perf_counter()
+    hidden = runner.prefill(tokens[cached:], cached)
+    _, first = sampler.verify((), runner.head(hidden), len(tokens))
+    new, ended = until_end([first], config.eos_ids, finished)
+    tokens += new
+    yield Round(tuple(new), seconds=time.perf_counter() - start)
+
+    while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
+        start = time.perf_counter()
+        position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
+        plan = policy.start_round(RoundContext(tokens, remaining))
+        draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
+        logits = verify(runner, draft, tokens[-1], position)
+        accepted, target = sampler.verify(draft.tokens, logits, position + 1)
+        new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
+        tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
+        step = Round(
+            tuple(new), tuple(draft.tokens), min(accepted, len(new)), tuple(draft.exit_layers),
+            draft.resume_layer, time.perf_counter() - start,
+        )  # fmt: skip
+        policy.end_round(step)
+        yield step
+
+
+def draft_tokens(
+    runner: Runner, plan: DraftPlan, policy: DraftPolicy, sampler, token: int, position: int,
+    limit: int, eos_ids: Sequence[int],
+) -> Draft:  # fmt: skip
+    """Draft at most `limit` tokens after `token`, which stands at `position`, as `plan` and `policy` say."""
+    if plan.proposed:
+        return Draft(tokens=list(plan.proposed[:limit]))
+    draft = Draft()
+    depths = sorted({*plan.exits, plan.first_skip} - {0, None})  # where a hidden state may be wanted by verify
+    for index in range(min(plan.num_draft_tokens, limit)):
+        hidden, states, depth = runner.embed([token]), {}, 0
+        for stop in depths:
+            hidden = runner.run_layers(hidden, position + index, depth, stop, plan.skip_attention, plan.skip_mlp)
+            depth, states[stop] = stop, hidden
+            if depth == plan.exits[-1] or (depth in plan.exits and policy.should_exit(depth, hidden)):
+                break
+        token = sampler.draft(runner.head(hidden)[0], position + index + 1)
+        draft.tokens.append(token)
+        draft.exit_layers.append(depth)
+        draft.hidden.append(states)
+        if token in eos_ids:  # nothing after it can be emitted
+            break
+    if draft.tokens:
+        # Hidden states and K/V are the full model's only up to here, so here verification restarts, for every row.
+        first_skip = runner.n_layer if plan.first_skip is None else plan.first_skip
+        draft.resume_layer = min(first_skip, *draft.exit_layers)
+    return draft
+
+
+def verify(runner: Runner, draft: Draft, token: int, position: int) -> Tensor:
+    """Run the round's rows (the last token and the drafts after it) through the rest of the model -> logits [K+1, V].
+
+    Rows that drafted resume from their hidden state; the last draft was never fed in, so it starts from its embedding.
+    """
+    rows = [token, *draft.tokens]
+    if draft.resume_layer == 0:
+        hidden = runner.embed(rows)
+    else:
+        last = runner.run_layers(runner.embed(rows[-1:]), position + len(rows) - 1, 0, draft.resume_layer)
+        hidden = torch.cat([*(states[draft.resume_layer] for states in draft.hidden), last])
+    return runner.head(runner.run_layers(hidden, position, draft.resume_layer, runner.n_layer))
+
+
+def until_end(
+    tokens: list[int], eos_ids: Sequence[int], finished: Callable[[int], bool] | None
+) -> tuple[list[int], bool]:
+    """The tokens up to and including the one that ends the text, and whether one did."""
+    for index, token in enumerate(tokens):
+        stop = finished(token) if finished else False
+        if stop or token in eos_ids:
+            return tokens[: index + 1], True
+    return tokens, False
+
+
+def check_prompt(prompt: Sequence[int], config: GenerateConfig, runner: Runner) -> None:
+    """Raise ValueError unless `prompt` and config.max_new_tokens can be decoded by `runner`."""
+    vocab_size = runner.model.args.vocab_size
+    if not prompt:
+        raise ValueError("prompt is empty and this tokenizer has no BOS token: give at least one token")
+    if (worst := max(prompt, key=lambda t: max(t, -1 - t + vocab_size))) not in range(vocab_size):
+        raise ValueError(f"prompt ids must be in 0..{vocab_size - 1}, got {worst}")
+    if len(prompt) + config.max_new_tokens > runner.cache_length:
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens + max_new_tokens {config.max_new_tokens} does not fit the "
+            f"{runner.cache_length} positions available: shorten the prompt or lower --max_new_tokens"
+        )
+
+
+@dataclass
+class Generation:
+    """The Rounds of one text and the numbers defined on them. The prefill counts as no round and as no decoding."""
+
+    prefill: Round
+    rounds: list[Round]
+
+    @classmethod
+    def collect(cls, stream: Iterator[Round]) -> "Generation":
+        prefill, *rounds = stream
+        return cls(prefill, rounds)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for step in (self.prefill, *self.rounds) for token in step.tokens]
+
+    @property
+    def decode_s(self) -> float:
+        return sum(step.seconds for step in self.rounds)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoded tokens per second: those after the first, which the prefill makes."""
+        return (len(self.tokens) - 1) / self.decode_s if self.rounds else None
+
+    def summary(self, model: Transformer) -> dict:
+        """Every number of this generation, as it stands in JSON files."""
+        drafted = sum(len(step.drafted) for step in self.rounds)
+        accepted = sum(step.accepted for step in self.rounds)
+        exits = [depth for step in self.rounds for depth in step.exit_layers]
+        acceptance_rate = accepted / drafted if drafted else None
+        return {
+            "tokens": self.tokens,
+            "drafted": drafted,
+            "accepted": accepted,
+            "acceptance_rate": acceptance_rate,
+            "rounds": len(self.rounds),
+            "tokens_per_round": (len(self.tokens) - 1) / len(self.rounds) if self.rounds else None,
+            "mean_exit_layer": statistics.mean(exits) if exits else None,
+            "prefill_s": self.prefill.seconds,
+            "decode_s": self.decode_s,
+            "tokens_per_s": self.tokens_per_s,
+            "ideal_speedup": ideal_speedup(
+                acceptance_rate, drafted / len(self.rounds), statistics.mean(exits), model.args.n_layer,
+                head_cost_layers(model),
+            ) if exits else 1.0,
+        }  # fmt: skip
+
+
+def head_cost_layers(model: Transformer) -> float:
+    """Bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
+    layer = sum(p.nbytes for p in model.layers[0].parameters())
+    return model.lm_head.weight.nbytes / layer
+
+
+def ideal_speedup(acceptance_rate: float, k: float, exit_layer: float, n_layer: int, head: float) -> float:
+    """Speedup over autoregressive decoding if time were weight bytes alone: k drafts at exit_layer, then one full pass.
+
+    `head` is the LM head's cost in layers. A round of (k(E + h) + L + h) layers emits acceptance·k + 1 tokens.
+    """
+    return (acceptance_rate * k + 1) * (n_layer + head) / (k * (exit_layer + head) + n_layer + head)
+
+
+def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
+    """The policy of --policy, --draft_exit and --num_draft_tokens; without them, static drafting at L/4."""
+    if flags.policy is not None and flags.draft_exit is not None:
+        raise ValueError(f"--draft_exit {flags.draft_exit} is short for --policy static:{flags.draft_exit}: give one")
+    text = flags.policy or f"static:{max(1, n_layer // 4) if flags.draft_exit is None else flags.draft_exit}"
+    return make_policy(text, n_layer, num_draft_tokens=flags.num_draft_tokens)
+
+
+def compare_with_autoregressive(runner: Runner, prompt: list[int], config: GenerateConfig, policy: DraftPolicy) -> dict:
+    """Time `policy` and plain decoding in turns on one prompt -> medians of tokens/s and whether all tokens agree."""
+    plain = make_policy("none", runner.n_layer)
+    rates, texts = {"policy": [], "plain": []}, []
+    for _ in range(COMPARE_REPEATS):
+        for name, chosen in (("plain", plain), ("policy", policy)):
+            generation = Generation.collect(decode(runner, prompt, config, chosen))
+            rates[name].append(generation.tokens_per_s or 0.0)
+            texts.append(generation.tokens)
+    speculative, autoregressive = statistics.median(rates["policy"]), statistics.median(rates["plain"])
+    return {
+        "tokens_per_s": speculative,
+        "autoregressive_tokens_per_s": autoregressive,
+        "speedup": speculative / autoregressive if autoregressive else None,
+        "repeats": COMPARE_REPEATS,
+        "identical": all(text == texts[0] for text in texts),
+    }
+
+
+def run_once(session: cli.Session, flags: argparse.Namespace) -> dict:
+    """Decode one prompt to the terminal; return the JSON object of the run."""
+    demonstration = flags.prompt is None and flags.prompt_file is None and flags.prompt_ids is None
+    prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
+    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags), session.eos_ids(flags))
+    policy = policy_from_flags(flags, session.args.n_layer)
+    runner = make_runner(session, flags, min(len(prompt) + config.max_new_tokens, session.args.max_seq_len), policy)
+    check_prompt(prompt, config, runner)
+    warm_up(runner)
+    output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
+    if session.tokenizer and not flags.chat:
+        output.console.print(session.tokenizer.decode(prompt), end="", style="dim")
+    stream = decode(runner, prompt, config, policy, finished=output.ends_at)
+    generation = Generation.collect(output.show(step) for step in stream)
+    text = output.close()
+    result = {"prompt_ids": prompt, "text": text if session.tokenizer else None}
+    result |= generation.summary(session.checkpoint.model)
+    if demonstration or flags.compare:
+        result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy)
+    result |= {"compile_s": runner.compile_s, "config": {**vars(flags), "policy": repr(policy)}}
+    result["config"] |= {"compile": runner.compiled, "precision": str(session.checkpoint.model.norm.weight.dtype)[6:]}
+    print_result(result, repr(policy), session.args.n_layer)
+    return result | cli.environment()
+
+
+def print_result(result: dict, policy: str, n_layer: int) -> None:
+    """The table at the end of a run."""
+    comparison = result.get("comparison")
+    shown = cli.shown
+    rows = [
+        ["new tokens", str(len(result["tokens"]))],
+        ["prefill", f"{result['prefill_s'] * 1e3:.1f} ms"],
+        ["tokens/s", shown(result["tokens_per_s"])],
+        ["acceptance rate", shown(result["acceptance_rate"], ".2f")],
+        ["tokens per round", shown(result["tokens_per_round"], ".2f")],
+        ["mean exit layer", f"{shown(result['mean_exit_layer'])} of {n_layer}"],
+        ["ideal speedup for this acceptance", shown(result["ideal_speedup"], ".2f") + "×"],
+    ]
+    if comparison:
+        times = f"(median of {comparison['repeats']})"
+        rows[2] = [f"tokens/s {times}", shown(comparison["tokens_per_s"])]
+        rows[3:3] = [
+            [f"tokens/s autoregressive {times}", shown(comparison["autoregressive_tokens_per_s"])],
+            ["speedup", shown(comparison["speedup"], ".2f") + "×"],
+        ]
+        rows.append(["identical tokens", "yes" if comparison["identical"] else "NO"])
+    if result["compile_s"]:
+        rows.append(["compiling", f"{result['compile_s']:.1f} s"])
+    cli.print_table(policy, ["", "this run"], rows)
+
+
+def make_runner(session: cli.Session, flags: argparse.Namespace, length: int, policy: DraftPolicy) -> Runner:
+    rows = 1 + getattr(policy, "num_draft_tokens", 0)
+    return Runner(session.checkpoint.model, length, rows, bool(flags.compile), notice=cli.notice)
+
+
+def warm_up(runner: Runner) -> None:
+    if runner.compiled:
+        cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
+        runner.warm_up()
+        cli.notice(f"compiled in {runner.compile_s:.1f} s")
+
+
+def run_interactive(session: cli.Session, flags: argparse.Namespace) -> dict:
+    """A conversation at the terminal. The cache is kept: each turn prefills only what is new."""
+    policy = policy_from_flags(flags, session.args.n_layer)
+    runner = make_runner(session, flags, session.args.max_seq_len, policy)
+    warm_up(runner)
+    sampling, eos_ids = cli.sampling_config(flags), session.eos_ids(flags)
+    tokens: list[int] = []
+    messages: list[dict] = []
+    turns: list[dict] = []
+    cli.notice("type a prompt and press Enter; an empty line or Ctrl-D ends")
+    while line := read_line():
+        messages.append({"role": "user", "content": line})
+        if flags.chat:
+            prompt = session.tokenizer.apply_chat(messages)
+        else:
+            prompt = tokens + session.tokenizer.encode(line, bos=not tokens)
+        known = tokens[:-1]  # the last token was emitted but never fed in: it has no K/V yet
+        cached = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
+        config = GenerateConfig(flags.max_new_tokens, sampling, eos_ids)
+        output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
+        try:
+            check_prompt(prompt, config, runner)
+        except ValueError as error:
+            cli.notice(f"{error}; starting a new conversation")
+            tokens, messages = [], []
+            continue
+        stream = decode(runner, prompt, config, policy, min(cached, len(prompt) - 1), output.ends_at)
+        generation = Generation.collect(output.show(step) for step in stream)
+        text = output.close()
+        messages.append({"role": "assistant", "content": text})
+        tokens = prompt + generation.tokens
+        turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.checkpoint.model)})
+        cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
+    return {"turns": turns, "compile_s": runner.compile_s, "config": vars(flags), **cli.environment()}
+
+
+def read_line() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Generate text by self-speculative decoding. Without arguments: a demonstration on the bundled model.",
+        epilog="example: python generate.py --prompt 'def main():' --draft_exit 3 --num_draft_tokens 3 --compile",
+    )
+    cli.add_model_flags(parser)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text")
+    prompt.add_argument("--prompt_ids", metavar="1,5,9", help="token ids, exactly as given")
+    prompt.add_argument("--interactive", action="store_true", help="a conversation that keeps its cache")
+    cli.add_decode_flags(parser)
+    parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
+    parser.add_argument("--policy", metavar="NAME:key=value,…", help="none (plain decoding) or static:E (default: L/4)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on in the demonstration)")
+    parser.add_argument("--compare", action="store_true", help="also time plain decoding and compare the tokens")
+    parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    parser.add_argument("--show_drafts", action="store_true", help="colour accepted drafts, strike out rejected ones")
+    flags = parser.parse_args(argv)
+    if flags.compile is None:
+        flags.compile = not (flags.interactive or flags.prompt or flags.prompt_file or flags.prompt_ids)
+    return flags
+
+
+def main() -> None:
+    flags = parse_flags()
+    cli.check_writable(flags.json)
+    session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None)
+    result = run_interactive(session, flags) if flags.interactive else run_once(session, flags)
+    if flags.json:
+        cli.write_json(flags.json, result)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,131 @@
+"""How decoding becomes fast: eager or compiled blocks, and the number of rows a call is made with.
+
+`generate.decode` speaks to the model only through a Runner. This is the only file that mentions torch.compile.
+
+Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
+  * With the CPU kernels loaded every reduction (linear, norm, attention) is ours and its rows are independent of the
+    number of rows; what is left to the compiler is elementwise. Calls are made with 1 row or `width` rows.
+  * Without them a row's bits depend on the row count of the library's matmul, so every decoding call is padded to one
+    `width`. Padding rows write their K/V into scratch slots behind the cache.
+One compiled block serves every layer, whatever the exit, skip set or policy: two differently cut graphs would keep
+different intermediates in fp32.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.linear import is_packed
+from model import Linear, Transformer
+
+PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
+MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
+
+
+def missing_compiler() -> str | None:
+    """Why torch.compile cannot work on the CPU here, in one line; None if it can."""
+    if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return None
+    return "no C++ compiler (g++ or clang++) on this machine: running eagerly, which is slower; the text is the same"
+
+
+def _run_block(block, hidden, cos, sin, positions, run_attention, run_mlp):
+    # A plain function of the block: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
+    return block(hidden, cos, sin, positions, run_attention, run_mlp)
+
+
+class Runner:
+    """Runs a model for decoding with at most `max_rows` rows per call.
+
+    compile: use torch.compile for the decoding calls (prefill stays eager). cache_length: tokens that prompt and text
+    may take together. exact=False gives up bit-equal rows for speed where padding costs time (a baseline to be measured
+    against, named as such). notice: called with one line about anything that makes decoding slower than asked for.
+    """
+
+    def __init__(
+        self, model: Transformer, cache_length: int, max_rows: int = 4, compile: bool = False,
+        exact: bool = True, notice: Callable[[str], None] = print,
+    ):  # fmt: skip
+        if not 1 <= max_rows <= MAX_ROWS:
+            raise ValueError(f"num_draft_tokens must be in 0..{MAX_ROWS - 1}, got {max_rows - 1}")
+        self.model = model
+        self.n_layer = model.args.n_layer
+        self.cache_length = cache_length
+        self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
+        # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
+        # the number of drafts, so that two settings, and two processes, compute the same bits.
+        self.width = max_rows if self.rows_independent or not exact else (8 if max_rows <= 8 else MAX_ROWS)
+        model.setup_cache(cache_length + self.width)
+        self.positions = torch.arange(cache_length + self.width, device=model.cos.device)
+        self.compile_s = 0.0
+        self.compiled = compile
+        if compile and model.cos.device.type == "cpu" and (reason := missing_compiler()):
+            notice(reason)
+            self.compiled = False
+        self._block = _run_block
+        if self.compiled:
+            self._block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+
+    def warm_up(self, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = ()) -> None:
+        """Compile every shape that decoding will use, then make any further compilation an error."""
+        if not self.compiled:
+            return
+        start = time.perf_counter()
+        torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
+        torch.compiler.set_stance("default")
+        for rows in sorted({1, self.width}):
+            hidden = self.embed([0] * rows)
+            self.run_layers(hidden, 0, 0, self.n_layer)
+            if skip_attention or skip_mlp:
+                self.run_layers(hidden, 0, 0, self.n_layer, skip_attention, skip_mlp)
+        torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
+        self.compile_s += time.perf_counter() - start
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
+        """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
+        for first in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[first : first + PREFILL_CHUNK]
+            positions = self.positions[start + first : start + first + len(chunk)]
+            hidden = self.model.run_layers(self.embed(chunk), positions, 0, self.n_layer)
+        return hidden[-1:]
+
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Token ids -> hidden [T, D]."""
+        return self.model.embed(torch.tensor(tokens, device=self.positions.device))
+
+    @torch.inference_mode()
+    def run_layers(
+        self, hidden: Tensor, position: int, start: int, stop: int,
+        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+    ) -> Tensor:  # fmt: skip
+        """Layers start..stop-1 on hidden [T, D], T <= max_rows, whose first row is at `position`."""
+        if start == stop:
+            return hidden
+        rows, hidden = hidden.shape[0], self._pad(hidden)
+        positions = self.positions[position : position + rows]
+        if hidden.shape[0] > rows:
+            scratch = self.positions[self.cache_length : self.cache_length + hidden.shape[0] - rows]
+            positions = torch.cat((positions, scratch))
+        cos, sin = self.model.cos[positions], self.model.sin[positions]
+        for index in range(start, stop):
+            hidden = self._block(
+                self.model.layers[index], hidden, cos, sin, positions,
+                index not in skip_attention, index not in skip_mlp,
+            )  # fmt: skip
+        return hidden[:rows]
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden [T, D] -> fp32 logits [T, V] by the final norm and LM head; T <= max_rows."""
+        return self.model.head(self._pad(hidden))[: hidden.shape[0]]
+
+    def _pad(self, hidden: Tensor) -> Tensor:
+        rows = hidden.shape[0]
+        if rows == self.width or (rows == 1 and self.rows_independent):
+            return hidden
+        return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))

@@ -1,0 +1,164 @@
+"""From logits to tokens: greedy, temperature, top-k and top-p, and the two ways to verify a draft.
+
+`generate.decode` asks a sampler for every drafted token and for every verdict. Both samplers are lossless. The coupled
+one (default) makes the text a function of seed and target model alone: the noise of a token is a hash of
+(seed, position, token id), so speculation on or off, any exit and any number of drafts give the same text. The
+rejection one is the textbook rule; it keeps the distribution, not the text.
+
+All arithmetic is fp32 and runs row by row: the last bits of a vectorised logarithm may depend on where an element
+lies in a larger tensor, and a row must not notice how many rows it is computed with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VERIFICATIONS = ("coupled", "rejection")
+MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is chosen. temperature 0 is greedy; top_k and top_p None keep every token."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    verification: str = "coupled"
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2**63-1, got {self.seed}")
+        if self.verification not in VERIFICATIONS:
+            raise ValueError(f"verification must be one of {', '.join(VERIFICATIONS)}, got {self.verification!r}")
+
+
+def mix32(x: Tensor | int) -> Tensor | int:
+    """A bijective 32-bit hash (xor-shift-multiply, constants of Wellons' lowbias32) on int64 values in 0..2^32-1."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def gumbel_noise(seed: int, position: int, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, fp32, one value for each token id in `ids` (int64, any shape).
+
+    A pure function of (seed, position, id): independent of device, vocabulary tiling and tensor-parallel shard.
+    """
+    key = mix32(mix32(seed & MASK32) ^ (seed >> 32 & MASK32))
+    first = mix32((key + position * 0x9E3779B9) & MASK32)
+    second = mix32(first ^ 0x85EBCA6B)
+    bits = mix32((mix32(ids ^ first) + second) & MASK32)
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 2^23 midpoints: never 0 or 1, all exact in fp32
+    return -torch.log(-torch.log(uniform))
+
+
+def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """One row of logits [V] -> (ids, scores) of the tokens that temperature, top-k and top-p leave in, fp32.
+
+    Scores are logits ÷ temperature, unnormalised. Top-k comes before top-p, as in transformers; the token that
+    crosses top_p is kept.
+    """
+    scores = logits.float() / config.temperature
+    ids = torch.arange(scores.shape[-1], device=scores.device)
+    if config.top_k is not None and config.top_k < scores.shape[-1]:
+        scores, ids = scores.topk(config.top_k)
+    if config.top_p is not None and config.top_p < 1:
+        scores, order = scores.sort(descending=True, stable=True)
+        probs = scores.softmax(-1)
+        kept = int((probs.cumsum(-1) - probs < config.top_p).sum())
+        scores, ids = scores[:kept], ids[order[:kept]]
+    return ids, scores
+
+
+def choose(logits: Tensor, position: int, config: SamplingConfig) -> int:
+    """The token for `position` from one row of logits [V]: argmax of score + Gumbel noise (plain argmax if greedy).
+
+    Gumbel-max draws exactly from softmax(scores); draft and target share the noise (Daliri et al. 2408.07978).
+    """
+    if config.temperature == 0:
+        return int(logits.argmax())
+    ids, scores = candidates(logits, config)
+    return int(ids[(scores + gumbel_noise(config.seed, position, ids)).argmax()])
+
+
+def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """One row of logits [V] -> probabilities [V] after temperature, top-k and top-p (one-hot if greedy), fp32."""
+    if config.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), logits.shape[-1]).float()
+    ids, scores = candidates(logits, config)
+    return torch.zeros_like(logits, dtype=torch.float32).index_copy_(0, ids, scores.softmax(-1))
+
+
+class CoupledSampler:
+    """Accept a drafted token iff the target chooses the same one at that position. Greedy decoding is the case T = 0."""
+
+    def __init__(self, config: SamplingConfig):
+        self.config = config
+
+    def draft(self, logits: Tensor, position: int) -> int:
+        """The draft's token for `position` from its logits [V]."""
+        return choose(logits, position, self.config)
+
+    def verify(self, drafted: Sequence[int], logits: Tensor, position: int) -> tuple[int, int]:
+        """Judge `drafted` (K ids for position, position+1, …) by target logits [K+1, V] -> (accepted, next token)."""
+        if self.config.temperature == 0:
+            chosen = logits.argmax(-1).tolist()  # one call for all rows; argmax has no rounding
+        else:
+            chosen = (choose(row, position + i, self.config) for i, row in enumerate(logits))
+        for accepted, (token, target) in enumerate(zip([*drafted, None], chosen, strict=False)):
+            if token != target:
+                return accepted, target
+        raise AssertionError("unreachable: the row after the last draft never matches")
+
+
+class RejectionSampler:
+    """Speculative rejection sampling (Leviathan et al. 2211.17192; LayerSkip): keeps the target's distribution.
+
+    Accept d with probability min(1, target ÷ draft); at the first rejection draw from max(target − draft, 0).
+    Draft and target probabilities are both taken after temperature, top-k and top-p, in fp32.
+    """
+
+    def __init__(self, config: SamplingConfig):
+        self.config = config
+        self.random = torch.Generator().manual_seed(config.seed)
+        self.draft_probs: dict[int, Tensor] = {}  # position -> [V], of the draft now under way
+
+    def _draw(self, probs: Tensor) -> int:
+        return int(torch.multinomial(probs.cpu(), 1, generator=self.random))
+
+    def draft(self, logits: Tensor, position: int) -> int:
+        self.draft_probs[position] = probs = probabilities(logits, self.config)
+        return self._draw(probs)
+
+    def verify(self, drafted: Sequence[int], logits: Tensor, position: int) -> tuple[int, int]:
+        """As CoupledSampler.verify. Tokens that nobody's logits proposed (n-gram drafts) count as certain drafts."""
+        draft_probs, self.draft_probs = self.draft_probs, {}
+        for accepted, token in enumerate(drafted):
+            target = probabilities(logits[accepted], self.config)
+            draft = draft_probs.get(position + accepted)
+            if draft is None:
+                draft = torch.zeros_like(target)
+                draft[token] = 1
+            if torch.rand((), generator=self.random).item() * draft[token].item() >= target[token].item():
+                residual = (target - draft).clamp(min=0)
+                return accepted, self._draw(residual if residual.sum() > 0 else target)  # 0: equal up to rounding
+        return len(drafted), self._draw(probabilities(logits[len(drafted)], self.config))
+
+
+def make_sampler(config: SamplingConfig) -> CoupledSampler | RejectionSampler:
+    """The sampler for `config`. Greedy decoding is deterministic, so both rules coincide and the coupled one serves."""
+    if config.verification == "rejection" and config.temperature > 0:
+        return RejectionSampler(config)
+    return CoupledSampler(config)

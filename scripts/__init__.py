@@ -1,0 +1,1 @@
+"""Programs run as `python -m scripts.NAME`: training, benchmarks, sweeps and inspection. Nothing imports them."""

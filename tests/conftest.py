@@ -1,0 +1,43 @@
+"""What the whole suite shares: one thread, no network, and random tiny Llamas written by transformers."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are 20 times as slow on a busy machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402  (the environment is read at import)
+import torch  # noqa: E402
+
+TINY = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False, "initializer_range": 0.2,  # large enough that greedy text is not constant
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def make_hf():
+    """make_hf(folder, seed=0, max_shard_size=None, **config) writes a tiny fp32 Llama to folder and returns it.
+
+    `config` overrides the keys of TINY; the returned object is the transformers model, in eval mode.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+    def make(folder, seed=0, max_shard_size="1GB", **config):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | config)).eval()
+        for name, parameter in model.named_parameters():  # norms of all ones would hide a forgotten norm weight
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return model
+
+    return make

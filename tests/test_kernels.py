@@ -1,0 +1,263 @@
+"""The CPU kernels against fp64 references, and the promise they exist for: a row's bits depend on that row alone.
+
+Tolerances are relative to the largest reference value: fp32 1e-5 (rounding of long sums), bf16 1e-2 (one rounding of
+the result to 8 bits of mantissa, two where Llama rounds in between).
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cpu
+from kernels.attention import attention, attention_reference
+from kernels.linear import is_packed, linear, pack, unpack_rows
+from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.swiglu import swiglu, swiglu_reference
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 64)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpp_ops():
+    reason = cpu.load()
+    if reason:
+        pytest.skip(f"C++ ops unavailable: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def keep_threads_and_seed():
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest error relative to the largest reference value."""
+    assert result.shape == reference.shape
+    return ((result.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def assert_rows_stand_alone(function, rows: torch.Tensor):
+    """Every number of leading or trailing rows, on one or two threads, gives the bits of the whole call."""
+    whole = function(rows)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for count in ROW_COUNTS:
+            assert torch.equal(function(rows[:count]), whole[:count]), f"{count} first rows, {threads} threads"
+            assert torch.equal(function(rows[-count:]), whole[-count:]), f"{count} last rows, {threads} threads"
+
+
+@DTYPES
+@pytest.mark.parametrize("n, k", [(1, 2), (32, 32), (100, 66), (257, 130), (768, 1024), (300, 1100)])
+def test_linear_matches_fp64_and_rows_stand_alone(dtype, n, k):
+    weight, x = torch.randn(n, k).to(dtype), torch.randn(70, k).to(dtype)
+    packed = pack(weight)
+    assert is_packed(packed) and not is_packed(weight)
+    assert error(linear(x, packed, n), x.double() @ weight.double().T) < TOLERANCE[dtype]
+    assert_rows_stand_alone(lambda rows: linear(rows, packed, n), x)
+
+
+@DTYPES
+def test_linear_keeps_leading_dimensions_and_takes_plain_weights(dtype):
+    weight, x = torch.randn(40, 16).to(dtype), torch.randn(2, 3, 16).to(dtype)
+    assert linear(x, pack(weight), 40).shape == (2, 3, 40)
+    assert torch.equal(linear(x, weight, 40), torch.nn.functional.linear(x, weight))
+    assert linear(x[:0], pack(weight), 40).shape == (0, 3, 40)
+
+
+def test_odd_bf16_and_other_dtypes_stay_unpacked():
+    for weight in (torch.randn(32, 7).bfloat16(), torch.randn(32, 8).double(), torch.ones(32, 8, dtype=torch.int8)):
+        assert pack(weight) is weight
+    assert is_packed(pack(torch.randn(32, 7)))
+
+
+@DTYPES
+def test_rows_of_a_packed_weight_are_the_embeddings(dtype):
+    weight, ids = torch.randn(100, 24).to(dtype), torch.tensor([0, 31, 32, 99, 5, 5])
+    assert torch.equal(unpack_rows(pack(weight), ids), weight[ids])
+
+
+@DTYPES
+@pytest.mark.parametrize("d", [1, 8, 100, 768])
+def test_rms_norm_matches_fp64_and_rows_stand_alone(dtype, d):
+    x, weight = torch.randn(70, d).to(dtype) * 3, torch.randn(d).to(dtype)
+    x64 = x.double()
+    reference = weight.double() * x64 * torch.rsqrt(x64.pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert error(rms_norm(x, weight, 1e-5), reference) < TOLERANCE[dtype]
+    assert_rows_stand_alone(lambda rows: rms_norm(rows, weight, 1e-5), x)
+
+
+@DTYPES
+@pytest.mark.parametrize("f", [1, 8, 100, 768])
+def test_swiglu_matches_fp64_and_rows_stand_alone(dtype, f):
+    gate_up = torch.randn(70, 2 * f).to(dtype) * 10
+    gate, up = gate_up.double().chunk(2, -1)
+    assert error(swiglu(gate_up), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
+    assert_rows_stand_alone(swiglu, gate_up)
+
+
+def test_swiglu_stays_finite_at_extreme_gates():
+    gate_up = torch.tensor([[-1e4, 1e4, -100.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+    assert torch.allclose(swiglu(gate_up), torch.tensor([[0.0, 1e4, 0.0, 0.0]]))
+
+
+def attention_inputs(dtype, heads, groups, e, rows, start, slots):
+    q, k, v = (torch.randn(rows, n, e).to(dtype) for n in (heads, groups, groups))
+    k_cache, v_cache = (torch.randn(groups, slots, e).to(dtype) for _ in range(2))
+    return 2 * q, k, v, k_cache, v_cache, torch.arange(start, start + rows)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads, groups, e", [(4, 4, 8), (6, 1, 48), (8, 2, 64), (4, 2, 128), (2, 1, 7)])
+@pytest.mark.parametrize("rows, start", [(1, 0), (3, 62), (17, 500), (70, 0), (70, 490)])
+def test_attention_matches_fp64(dtype, heads, groups, e, rows, start):
+    q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, rows, start, start + rows + 5)
+    k64, v64 = k_cache.double(), v_cache.double()
+    reference = attention_reference(q.double(), k.double(), v.double(), k64, v64, positions)
+    assert error(attention(q, k, v, k_cache, v_cache, positions), reference) < TOLERANCE[dtype]
+    assert torch.equal(k_cache.double(), k64) and torch.equal(v_cache.double(), v64)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads, groups, e", [(4, 4, 8), (6, 1, 48), (8, 2, 64), (4, 2, 128)])
+@pytest.mark.parametrize("start", [0, 40, 480, 1000])
+def test_attention_rows_do_not_see_row_count_threads_or_cache_length(dtype, heads, groups, e, start):
+    rows = 66
+    inputs = attention_inputs(dtype, heads, groups, e, rows, start, 1600)
+    q, k, v, k_cache, v_cache, positions = inputs
+    whole = attention(q, k, v, k_cache.clone(), v_cache.clone(), positions)
+    for threads, step, slots in ((1, 1, 1600), (2, 1, 1066), (2, 2, 1111), (1, 5, 1600), (2, 9, 1600), (2, 17, 1200)):
+        torch.set_num_threads(threads)
+        caches = [cache[:, :slots].clone() for cache in (k_cache, v_cache)]
+        parts = [attention(q[i:i + step], k[i:i + step], v[i:i + step], *caches, positions[i:i + step])
+                 for i in range(0, rows, step)]
+        assert torch.equal(torch.cat(parts), whole), f"{threads} threads, {step} rows, {slots} slots"
+
+
+@DTYPES
+def test_attention_never_reads_unused_slots_and_takes_slices_of_a_fused_projection(dtype):
+    heads, groups, e, start = 4, 2, 16, 70
+    q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, 3, start, 200)
+    clean = attention(q, k, v, k_cache.clone(), v_cache.clone(), positions)
+    k_cache[:, start:], v_cache[:, start:] = float("nan"), float("nan")
+    fused = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
+    parts = fused.split([heads * e, groups * e, groups * e], dim=1)
+    q, k, v = (part.view(3, -1, e) for part in parts)
+    assert torch.equal(attention(q, k, v, k_cache, v_cache, positions), clean)
+
+
+def test_wrong_arguments_raise_a_clear_error():
+    weight, x = pack(torch.randn(40, 16)), torch.randn(2, 16)
+    with pytest.raises(RuntimeError, match="features"):
+        linear(torch.randn(2, 8), weight, 40)
+    with pytest.raises(RuntimeError, match="out_features must be in 33..64"):
+        linear(x, weight, 65)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x.bfloat16(), weight, 40)
+    with pytest.raises(RuntimeError, match="features"):
+        rms_norm(x, torch.ones(8), 1e-5)
+    q, k, v, k_cache, v_cache, positions = attention_inputs(torch.float32, 4, 2, 8, 3, 5, 10)
+    for wrong in (positions + 3, positions - 6):
+        with pytest.raises(RuntimeError, match=r"positions must be in 0\.\.9"):
+            attention(q, k, v, k_cache, v_cache, wrong)
+
+
+def test_references_are_used_and_differentiable_where_gradients_are_needed():
+    x, weight = torch.randn(5, 16, requires_grad=True), torch.ones(16, requires_grad=True)
+    swiglu(rms_norm(x, weight, 1e-5)).sum().backward()
+    assert x.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+    assert torch.allclose(rms_norm(x.detach(), weight.detach(), 1e-5), rms_norm_reference(x, weight, 1e-5), atol=1e-6)
+    assert torch.allclose(swiglu(x.detach()), swiglu_reference(x), atol=1e-6)
+
+
+def block(x, norm, qkv, gate_up, k_cache, v_cache, positions):
+    """A little of everything, as a transformer block combines it."""
+    q, k, v = linear(rms_norm(x, norm, 1e-5), qkv, 128).split([64, 32, 32], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, 16)) for part in (q, k, v))
+    x = x + attention(q, k, v, k_cache, v_cache, positions).flatten(1)
+    return x + swiglu(linear(x, gate_up, 128))
+
+
+@DTYPES
+def test_compiled_equals_eager_bit_for_bit_and_the_caches_are_not_cloned(dtype):
+    from torch._inductor.utils import run_and_get_code  # test only
+    weights = [torch.rand(64).to(dtype)] + [pack(torch.randn(128, 64).to(dtype) / 8) for _ in range(2)]
+    x, positions = torch.randn(3, 64).to(dtype), torch.tensor([4, 5, 6])
+    caches = [torch.zeros(2, 32, 16, dtype=dtype) for _ in range(2)]
+    compiled_caches = [cache.clone() for cache in caches]
+    with torch.no_grad():
+        expected = block(x, *weights, *caches, positions)
+        compiled = torch.compile(block, fullgraph=True, dynamic=False)
+        result, code = run_and_get_code(compiled, x, *weights, *compiled_caches, positions)
+    assert torch.equal(result, expected)
+    assert all(torch.equal(one, other) for one, other in zip(compiled_caches, caches, strict=True))
+    assert "empty_strided_cpu((2, 32, 16)" not in "".join(code), "Inductor allocates a copy of a cache"
+
+
+WITHOUT_CPP = """
+import torch
+from kernels import cpu
+from kernels.attention import attention
+from kernels.linear import linear, pack
+from kernels.rms_norm import rms_norm
+from kernels.swiglu import swiglu
+reason = cpu.load(print)
+assert reason and "\\n" not in reason and not cpu.loaded() and cpu.load() == reason
+weight, x, cache = torch.randn(64, 32), torch.randn(3, 32), torch.zeros(2, 8, 8)
+assert pack(weight) is weight
+y = rms_norm(swiglu(linear(x, pack(weight), 64)), torch.ones(32), 1e-5).view(3, 4, 8)
+print(attention(y, y[:, :2], y[:, :2], cache, cache.clone(), torch.tensor([0, 1, 2])).shape, reason)
+"""
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **environment})
+
+
+def test_without_the_ops_load_says_why_and_everything_computes():
+    result = run_python(WITHOUT_CPP, SKIPFAST_NO_CPP="1")
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([3, 4, 8])" in result.stdout and "SKIPFAST_NO_CPP" in result.stdout
+
+
+def test_a_failed_build_is_one_line(tmp_path):
+    compiler = tmp_path / "broken++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'x.cpp:1: error: no luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    result = run_python(WITHOUT_CPP, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "building CPU kernels" in result.stdout and "error: no luck" in result.stdout
+    assert not list(tmp_path.glob("skipfast/*"))
+
+
+OTHER_INSTRUCTIONS = """
+import torch
+from kernels import cpu
+from kernels.attention import attention
+from kernels.linear import linear, pack
+assert cpu.load() is None, cpu.load()
+for dtype in (torch.bfloat16, torch.float32):
+    x, weight = torch.randn(70, 130).to(dtype), torch.randn(100, 130).to(dtype)
+    whole, cache = linear(x, pack(weight), 100), torch.randn(2, 600, 24).to(dtype)
+    assert (whole - x.double() @ weight.double().T).abs().max() < (0.2 if dtype == torch.bfloat16 else 1e-3)
+    assert all(torch.equal(linear(x[:n], pack(weight), 100), whole[:n]) for n in range(1, 70))
+    q, k, positions = torch.randn(70, 4, 24).to(dtype), torch.randn(70, 2, 24).to(dtype), torch.arange(500, 570)
+    whole = attention(q, k, k, cache.clone(), cache.clone(), positions)
+    caches = cache.clone(), cache.clone()
+    rows = [attention(q[i:i + 1], k[i:i + 1], k[i:i + 1], *caches, positions[i:i + 1]) for i in range(70)]
+    assert torch.equal(torch.cat(rows), whole)
+"""
+
+
+@pytest.mark.skipif("avx2" not in cpu._cpu_flags(), reason="needs an x86 machine with AVX2")
+def test_rows_stand_alone_with_avx2_instructions_too():
+    result = run_python(OTHER_INSTRUCTIONS, SKIPFAST_MARCH="haswell")
+    assert result.returncode == 0, result.stderr
