@@ -84,7 +84,7 @@ class Runner:
         torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
         self.compile_s += time.perf_counter() - start
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
         for first in range(0, len(tokens), PREFILL_CHUNK):
@@ -93,12 +93,12 @@ class Runner:
             hidden = self.model.run_layers(self.embed(chunk), positions, 0, self.n_layer)
         return hidden[-1:]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids -> hidden [T, D]."""
         return self.model.embed(torch.tensor(tokens, device=self.positions.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run_layers(
         self, hidden: Tensor, position: int, start: int, stop: int,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
@@ -119,7 +119,7 @@ class Runner:
             )  # fmt: skip
         return hidden[:rows]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden [T, D] -> fp32 logits [T, V] by the final norm and LM head; T <= max_rows."""
         return self.model.head(self._pad(hidden))[: hidden.shape[0]]

@@ -315,7 +315,7 @@ constexpr int MAX_TILE = 3;   // 12 accumulators of 16 registers
 #endif
 
 // What the micro-kernel reads for x: pairs of bf16 where the dot-product instruction exists, else fp32. A tile of M
-// rows lies interleaved, word i of all rows side by side: rows a power of two apart would fight for the same cache sets.
+// rows lies interleaved, word i of all rows side by side: rows a power of two apart would fight for cache sets.
 #if defined(SKIPFAST_AVX512) && defined(__AVX512BF16__)
 #define SKIPFAST_BF16_DOT
 constexpr bool BF16_DOT = true;
@@ -591,8 +591,9 @@ inline void transpose_words(const uint32_t* in, int64_t in_stride, int rows, int
       a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
     }
   for (int c = 0; c < 4; c++) {
-    __m512i low01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), low23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
-    __m512i high01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd), high23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
+    __m512i low01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), high01 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
+    __m512i low23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
+    __m512i high23 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
     b[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
     b[c + 8] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
     b[c + 4] = _mm512_shuffle_i32x4(high01, high23, 0x88);

@@ -1,4 +1,4 @@
-"""RMSNorm as in Llama: statistics in fp32, the normalised row rounded to the model's dtype before the weight is applied."""
+"""RMSNorm as in Llama: statistics in fp32, the normalised row rounded to the model's dtype, then weighted."""
 import torch
 
 from kernels import cpu
