@@ -22,7 +22,6 @@ from tqdm import tqdm
 import checkpoint
 from kernels import cpu
 from policies import Round
-from runner import Runner
 from sampling import VERIFICATIONS, SamplingConfig
 from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -253,6 +252,13 @@ def write_json(path: str | Path, value: dict) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def check_writable(path: str | None) -> None:

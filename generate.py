@@ -351,7 +351,7 @@ def read_line() -> str:
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Generate text by self-speculative decoding. Without arguments: a demonstration on the bundled model.",
+        description="Generate text by self-speculative decoding. Without arguments: a demonstration on a bundled model.",
         epilog="example: python generate.py --prompt 'def main():' --draft_exit 3 --num_draft_tokens 3 --compile",
     )
     cli.add_model_flags(parser)
@@ -362,8 +362,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--interactive", action="store_true", help="a conversation that keeps its cache")
     cli.add_decode_flags(parser)
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
-    parser.add_argument("--policy", metavar="NAME:key=value,…", help="none (plain decoding) or static:E (default: L/4)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on in the demonstration)")
+    parser.add_argument("--policy", metavar="NAME:key=value,…", help="none: plain decoding; static:E (default: L/4)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: in the demonstration only")
     parser.add_argument("--compare", action="store_true", help="also time plain decoding and compare the tokens")
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")

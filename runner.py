@@ -58,8 +58,10 @@ class Runner:
         # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
         # the number of drafts, so that two settings, and two processes, compute the same bits.
         self.width = max_rows if self.rows_independent or not exact else (8 if max_rows <= 8 else MAX_ROWS)
-        model.setup_cache(cache_length + self.width)
-        self.positions = torch.arange(cache_length + self.width, device=model.cos.device)
+        slots = cache_length + self.width
+        if model.cache_length < slots:
+            model.setup_cache(slots)  # else: share the cache that another runner of this model uses
+        self.positions = torch.arange(slots, device=model.cos.device)
         self.compile_s = 0.0
         self.compiled = compile
         if compile and model.cos.device.type == "cpu" and (reason := missing_compiler()):
@@ -75,6 +77,7 @@ class Runner:
             return
         start = time.perf_counter()
         torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
+        torch._inductor.config.size_asserts = False  # 20 checks per layer call; the guards above hold the same facts
         torch.compiler.set_stance("default")
         for rows in sorted({1, self.width}):
             hidden = self.embed([0] * rows)

@@ -102,7 +102,7 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 
 class CoupledSampler:
-    """Accept a drafted token iff the target chooses the same one at that position. Greedy decoding is the case T = 0."""
+    """Accept a drafted token iff the target chooses the same one at that position. Greedy decoding is temperature 0."""
 
     def __init__(self, config: SamplingConfig):
         self.config = config

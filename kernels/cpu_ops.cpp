@@ -306,7 +306,7 @@ struct Scratch {
 // The micro-kernel: M rows times one block of 32 columns, sums in order of k
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int BLOCK = 32;           // columns per packed block, as in kernels/linear.py
-constexpr int PREFETCH_BYTES = 2048;  // distance ahead in the weight stream
+constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
 
 #if defined(SKIPFAST_AVX512)
 constexpr int MAX_TILE = 12;  // rows per tile: 24 accumulators of 32 registers
@@ -435,7 +435,7 @@ inline int64_t even_tile(int64_t rows, int64_t limit) {
 constexpr int64_t GROUP = 4;            // column blocks that share a pass over x when there are many rows
 constexpr int64_t PANEL_TILES = 8;      // row tiles whose partial sums are held at once
 constexpr int64_t CHUNK_BYTES = 1024;   // of k per pass: 4 blocks of weight stay in the second-level cache
-constexpr int64_t LINEAR_BYTES_PER_THREAD = 96 << 10;
+constexpr int64_t LINEAR_BYTES_PER_THREAD = 256 << 10;
 
 template <typename T>
 inline void store_block(const float* acc, T* y, int64_t columns) {
@@ -567,7 +567,7 @@ void swiglu_row(const T* gate, T* y, int64_t f) {
 constexpr int64_t CHUNK = 64;
 constexpr int64_t SEGMENT = 512;
 constexpr int64_t MAX_QUERIES = 32;               // queries (row, head) of one kv head that share a task
-constexpr int64_t ATTENTION_MACS_PER_THREAD = 128 << 10;
+constexpr int64_t ATTENTION_MACS_PER_THREAD = 256 << 10;
 #if defined(SKIPFAST_AVX512)
 constexpr int VALUE_QUERIES = 4, VALUE_VECS = 4;  // register tile of probabilities times values
 #else

@@ -276,8 +276,8 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
         if piece[:cut] in ids and piece[cut:] in ids
     ]  # fmt: skip
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    first_pieces = enumerate(pieces[: 3 + len(BREAKS)])  # <unk>, <s>, </s>, then the line breaks
-    added = [{"id": i, "content": piece.replace("▁", " "), "special": i < 3, **special} for i, piece in first_pieces]
+    written = {i: piece.replace("▁", " ") for i, piece in enumerate(pieces[: 3 + len(BREAKS)])}  # found before all else
+    added = [{"id": i, "content": piece, "special": i < 3, **special} for i, piece in written.items()]
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     bos = {"id": "<s>", "ids": [processor.bos_id()], "tokens": ["<s>"]}
     first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -290,7 +290,7 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
         "decoder": {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "dropout": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False,
-                  "vocab": ids, "merges": merges},
+                  "vocab": {written.get(i, piece): i for piece, i in ids.items()}, "merges": merges},
     })  # fmt: skip
 
 
@@ -320,11 +320,11 @@ def prepare_tokenizer(config: TrainConfig, texts: list[tuple[str, str]], out: Pa
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Tensor:
-    """Encode every text into one int32 stream [tokens]; a text begins with BOS, and ends where the next one begins."""
+    """Encode every text into one int32 stream [tokens], each between BOS and EOS where the tokenizer has them."""
     cache = {}
     for name, text in texts:
         if name not in cache:
-            cache[name] = torch.tensor(tokenizer.encode(text), dtype=torch.int32)
+            cache[name] = torch.tensor([*tokenizer.encode(text), *tokenizer.eos_ids[:1]], dtype=torch.int32)
     return torch.cat([cache[name] for name, _ in texts])
 
 
@@ -757,8 +757,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Transformer,
     )  # fmt: skip
     model = Transformer(args)
     init_weights(model, config.seed)
-    ends = [*tokenizer.eos_ids, tokenizer.bos_id]  # texts are separated by BOS alone, so BOS ends one, too
-    hf_config = checkpoint.hf_config_from_args(args, bos_token_id=tokenizer.bos_id, eos_token_id=ends)
+    hf_config = checkpoint.hf_config_from_args(args, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0])
     return model.to(config.device), hf_config
 
 
