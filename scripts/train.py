@@ -120,6 +120,7 @@ class TrainConfig:
             raise ValueError(f"short_context must divide context ({self.context}), got {self.short_context}")
         if not (self.max_steps or self.max_minutes):
             raise ValueError("max_steps or max_minutes must be given: the schedules need to know the end of the run")
+        parse_focus(self.focus_exits, self.n_layer)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
 
