@@ -118,9 +118,10 @@ class TrainConfig:
             raise ValueError(f"dim must be a multiple of n_head ({self.n_head}), got {self.dim}")
         if self.short_context is not None and (self.short_context < 1 or self.context % self.short_context):
             raise ValueError(f"short_context must divide context ({self.context}), got {self.short_context}")
-        if not (self.max_steps or self.max_minutes):
+        if max(self.max_steps or 0, self.max_minutes or 0) <= 0:
             raise ValueError("max_steps or max_minutes must be given: the schedules need to know the end of the run")
-        parse_focus(self.focus_exits, self.n_layer)
+        if self.checkpoint_path is None:
+            parse_focus(self.focus_exits, self.n_layer)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
 
@@ -175,7 +176,7 @@ def learning_rate_factor(schedule: str, warmup: float, progress: float) -> float
     """Multiplier of the peak learning rate at `progress` (0..1): linear warm-up, then down to 0."""
     if progress < warmup:
         return progress / warmup + 1e-3
-    rest = min((progress - warmup) / (1 - warmup), 1.0)
+    rest = min((progress - warmup) / max(1 - warmup, 1e-9), 1.0)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * rest))
     if schedule == "wsd":  # stable, then a linear decay over the last third
@@ -425,7 +426,7 @@ class Trainer:
         length = max(config.context, PROMPT_TOKENS + NEW_TOKENS)
         self.cos, self.sin = rope_table(model.args, length, config.device)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers > 1 else None
-        self.first_step = 0
+        self.shapes: set[torch.Size] = set()  # of batches already seen
         self.layer, self.exit_loss = _layer, _exit_loss
         if config.compile:
             torch._dynamo.config.cache_size_limit = 64
@@ -479,8 +480,9 @@ class Trainer:
             (loss / n_worker).backward()
             return {depth: ce.item() for depth, ce in by_exit.items()}
 
-        if step in (self.first_step, self.first_step + 1) or self.pool is None:  # compiling is not for several threads
+        if self.pool is None or inputs.shape not in self.shapes:  # one thread compiles for all
             parts = [part(index) for index in range(n_worker)]
+            self.shapes.add(inputs.shape)
         else:
             parts = list(self.pool.map(part, range(n_worker)))
         return {depth: sum(each[depth] for each in parts) / n_worker for depth in parts[0]}
@@ -606,7 +608,6 @@ def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, p
     """Run from `position` to the planned end, moving it along, saving every `save_every` steps and at the end."""
     config, out = trainer.config, Path(trainer.config.output_dir)
     started, spent = time.monotonic(), position["minutes"]
-    trainer.first_step = position["step"]
     with _open_log(out / "log.jsonl", position["step"]) as log, tqdm(
         total=config.max_steps, initial=position["step"], unit="step", mininterval=2
     ) as bar:

@@ -48,7 +48,8 @@ def run(monkeypatch, texts):
     monkeypatch.setattr(train, "NEW_TOKENS", 6)
 
     def run(output_dir, *flags):
-        monkeypatch.setattr(sys, "argv", ["train", "--data", str(texts), *TINY, "--output_dir", str(output_dir), *flags])
+        argv = ["train", "--data", str(texts), *TINY, "--output_dir", str(output_dir), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
         train.main()
         return torch.load(output_dir / "state.pt", weights_only=True)
 
@@ -104,7 +105,7 @@ def test_a_tiny_run_lowers_the_loss_and_its_folder_says_the_same_in_transformers
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_training_goes_on_from_a_hugging_face_folder(run, make_hf, tmp_path):
+def test_training_goes_on_from_a_hugging_face_folder(run, tmp_path):
     first = run(tmp_path / "first", "--max_steps", "2")
     continual = ["--checkpoint_path", str(tmp_path / "first"), "--dropout_schedule", "constant", "--optimizer", "adamw"]
     second = run(tmp_path / "second", *continual, "--max_steps", "3", "--learning_rate", "0.0")
@@ -157,7 +158,8 @@ def test_curricula_and_weights_follow_the_paper():
     n_layer, period, steps = 12, 8, 240
     for step in range(0, steps, 5):
         rotational = train.active_exits(f"rotational:{period}", n_layer, step, 0.5)
-        assert rotational == [l + 1 for l in range(n_layer) if l % period == step % period or l == n_layer - 1]  # noqa: E741
+        layers = [layer for layer in range(n_layer) if layer % period == step % period or layer == n_layer - 1]
+        assert rotational == [layer + 1 for layer in layers]
         gradual = train.active_exits("gradual", n_layer, step, step / steps)
         assert gradual == list(range(max(n_layer - step // (steps // (2 * n_layer)), 1), n_layer + 1))
     e_scale = 0.4
