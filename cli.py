@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class Session:
 
     checkpoint: checkpoint.Checkpoint
     tokenizer: Tokenizer | None
+    compile_s: float  # spent on building and loading the CPU kernels
 
     @property
     def args(self):
@@ -98,8 +100,10 @@ def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Ses
         torch.set_num_threads(flags.threads)
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+    start = time.perf_counter()
     if flags.device == "cpu" and (reason := cpu.load(notice)):
         notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
+    compile_s = time.perf_counter() - start
     loaded = checkpoint.load(
         flags.checkpoint_path, PRECISIONS[flags.precision] if flags.precision else None, flags.device,
         progress=LoadBar(),
@@ -112,7 +116,7 @@ def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Ses
             raise
     if tokenizer is not None:
         check_vocabulary(tokenizer, loaded.args.vocab_size)
-    return Session(loaded, tokenizer)
+    return Session(loaded, tokenizer, compile_s)
 
 
 class LoadBar:

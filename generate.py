@@ -262,8 +262,8 @@ def run_once(session: cli.Session, flags: argparse.Namespace) -> dict:
     result |= generation.summary(session.checkpoint.model)
     if demonstration or flags.compare:
         result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy)
-    result |= {"compile_s": runner.compile_s, "config": {**vars(flags), "policy": repr(policy)}}
-    result["config"] |= {"compile": runner.compiled, "precision": str(session.checkpoint.model.norm.weight.dtype)[6:]}
+    result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": repr(policy)}}
+    result["config"] |= {"backend": runner.backend, "precision": str(session.checkpoint.model.norm.weight.dtype)[6:]}
     print_result(result, repr(policy), session.args.n_layer)
     return result | cli.environment()
 
@@ -289,18 +289,18 @@ def print_result(result: dict, policy: str, n_layer: int) -> None:
             ["speedup", shown(comparison["speedup"], ".2f") + "×"],
         ]
         rows.append(["identical tokens", "yes" if comparison["identical"] else "NO"])
-    if result["compile_s"]:
+    if result["compile_s"] > 1:
         rows.append(["compiling", f"{result['compile_s']:.1f} s"])
     cli.print_table(policy, ["", "this run"], rows)
 
 
 def make_runner(session: cli.Session, flags: argparse.Namespace, length: int, policy: DraftPolicy) -> Runner:
     rows = 1 + getattr(policy, "num_draft_tokens", 0)
-    return Runner(session.checkpoint.model, length, rows, bool(flags.compile), notice=cli.notice)
+    return Runner(session.checkpoint.model, length, rows, flags.compile, notice=cli.notice)
 
 
 def warm_up(runner: Runner) -> None:
-    if runner.compiled:
+    if runner.backend == "inductor":
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
         runner.warm_up()
         cli.notice(f"compiled in {runner.compile_s:.1f} s")
@@ -339,7 +339,8 @@ def run_interactive(session: cli.Session, flags: argparse.Namespace) -> dict:
         tokens = prompt + generation.tokens
         turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.checkpoint.model)})
         cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
-    return {"turns": turns, "compile_s": runner.compile_s, "config": vars(flags), **cli.environment()}
+    compile_s = session.compile_s + runner.compile_s
+    return {"turns": turns, "compile_s": compile_s, "config": vars(flags), **cli.environment()}
 
 
 def read_line() -> str:
@@ -351,8 +352,8 @@ def read_line() -> str:
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Generate text by self-speculative decoding. Without arguments: a demonstration on a bundled model.",
-        epilog="example: python generate.py --prompt 'def main():' --draft_exit 3 --num_draft_tokens 3 --compile",
+        description="Generate text by self-speculative decoding; without arguments, a demonstration.",
+        epilog="example: python generate.py --prompt 'def main():' --draft_exit 3 --num_draft_tokens 4",
     )
     cli.add_model_flags(parser)
     prompt = parser.add_mutually_exclusive_group()
@@ -363,15 +364,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_decode_flags(parser)
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
     parser.add_argument("--policy", metavar="NAME:key=value,…", help="none: plain decoding; static:E (default: L/4)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: in the demonstration only")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--compare", action="store_true", help="also time plain decoding and compare the tokens")
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     parser.add_argument("--show_drafts", action="store_true", help="colour accepted drafts, strike out rejected ones")
-    flags = parser.parse_args(argv)
-    if flags.compile is None:
-        flags.compile = not (flags.interactive or flags.prompt or flags.prompt_file or flags.prompt_ids)
-    return flags
+    return parser.parse_args(argv)
 
 
 def main() -> None:

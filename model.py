@@ -224,6 +224,14 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(args.dim, args.norm_eps)
         self.mlp = MLP(args)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights and caches in the order of kernels.block.WEIGHTS."""
+        attention, mlp = self.attention, self.mlp
+        return (
+            self.attention_norm.weight, attention.wqkv.weight, attention.wo.weight, self.mlp_norm.weight,
+            mlp.w13.weight, mlp.w2.weight, attention.k_cache, attention.v_cache,
+        )  # fmt: skip
+
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
         run_attention: bool = True, run_mlp: bool = True,

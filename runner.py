@@ -1,14 +1,17 @@
-"""How decoding becomes fast: eager or compiled blocks, and the number of rows a call is made with.
+"""How decoding becomes fast: what runs a layer, and the number of rows a call is made with.
 
-`generate.decode` speaks to the model only through a Runner. This is the only file that mentions torch.compile.
+`generate.decode` speaks to the model only through a Runner. This is the only file that mentions torch.compile. A layer
+is run by one of three backends:
+  * "c++"      compiled, on a CPU whose weights are packed: the whole layer is one call into `kernels/cpu_ops.cpp`
+  * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
+  * "eager"    operation by operation
 
 Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
-  * With the CPU kernels loaded every reduction (linear, norm, attention) is ours and its rows are independent of the
-    number of rows; what is left to the compiler is elementwise. Calls are made with 1 row or `width` rows.
-  * Without them a row's bits depend on the row count of the library's matmul, so every decoding call is padded to one
-    `width`. Padding rows write their K/V into scratch slots behind the cache.
-One compiled block serves every layer, whatever the exit, skip set or policy: two differently cut graphs would keep
-different intermediates in fp32.
+  * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows, so
+    calls are made with as many rows as there are.
+  * Without them bits depend on the row count, so every decoding call is padded to one `width`; padding rows write their
+    K/V into scratch slots behind the cache. And all layers run through one compiled block, whatever the exit, skip set
+    or policy: two differently cut graphs would keep different intermediates in fp32.
 """
 
 import shutil
@@ -18,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from kernels.block import block
 from kernels.linear import is_packed
 from model import Linear, Transformer
 
@@ -29,20 +33,19 @@ def missing_compiler() -> str | None:
     """Why torch.compile cannot work on the CPU here, in one line; None if it can."""
     if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return None
-    return "no C++ compiler (g++ or clang++) on this machine: running eagerly, which is slower; the text is the same"
+    return "no C++ compiler (g++ or clang++) on this machine: running eagerly, which is slower; the text is exact too"
 
 
-def _run_block(block, hidden, cos, sin, positions, run_attention, run_mlp):
-    # A plain function of the block: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
-    return block(hidden, cos, sin, positions, run_attention, run_mlp)
+def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
+    # A plain function of the layer: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
+    return layer(hidden, cos, sin, positions, run_attention, run_mlp)
 
 
 class Runner:
-    """Runs a model for decoding with at most `max_rows` rows per call.
+    """Runs a model for decoding with at most `max_rows` rows per call, `cache_length` tokens of prompt and text.
 
-    compile: use torch.compile for the decoding calls (prefill stays eager). cache_length: tokens that prompt and text
-    may take together. exact=False gives up bit-equal rows for speed where padding costs time (a baseline to be measured
-    against, named as such). notice: called with one line about anything that makes decoding slower than asked for.
+    compile: use a compiled backend. exact=False gives up bit-equal rows for speed where padding costs time (a baseline
+    to be measured against, named as such). notice: called with one line about anything slower than asked for.
     """
 
     def __init__(
@@ -55,6 +58,13 @@ class Runner:
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
+        self.backend = "eager"
+        if compile and self.rows_independent:
+            self.backend = "c++"
+        elif compile and model.norm.weight.device.type == "cpu" and (reason := missing_compiler()):
+            notice(reason)
+        elif compile:
+            self.backend = "inductor"
         # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
         # the number of drafts, so that two settings, and two processes, compute the same bits.
         self.width = max_rows if self.rows_independent or not exact else (8 if max_rows <= 8 else MAX_ROWS)
@@ -63,33 +73,35 @@ class Runner:
             model.setup_cache(slots)  # else: share the cache that another runner of this model uses
         self.positions = torch.arange(slots, device=model.cos.device)
         self.compile_s = 0.0
-        self.compiled = compile
-        if compile and model.cos.device.type == "cpu" and (reason := missing_compiler()):
-            notice(reason)
-            self.compiled = False
-        self._block = _run_block
-        if self.compiled:
-            self._block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+        self._tensors: list[tuple[Tensor, ...]] = []  # of each layer, for the "c++" backend
+        self._compiled_block = None
+        if self.backend == "inductor":
+            self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+
+    @property
+    def compiled(self) -> bool:
+        return self.backend != "eager"
 
     def warm_up(self, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = ()) -> None:
-        """Compile every shape that decoding will use, then make any further compilation an error."""
-        if not self.compiled:
+        """Compile every graph that decoding will use, then make any further compilation an error."""
+        if self.backend != "inductor":
             return
         start = time.perf_counter()
         torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
         torch._inductor.config.size_asserts = False  # 20 checks per layer call; the guards above hold the same facts
         torch.compiler.set_stance("default")
-        for rows in sorted({1, self.width}):
-            hidden = self.embed([0] * rows)
-            self.run_layers(hidden, 0, 0, self.n_layer)
-            if skip_attention or skip_mlp:
-                self.run_layers(hidden, 0, 0, self.n_layer, skip_attention, skip_mlp)
+        hidden = self.embed([0] * self.width)
+        self.run_layers(hidden, 0, 0, self.n_layer)
+        if skip_attention or skip_mlp:
+            self.run_layers(hidden, 0, 0, self.n_layer, skip_attention, skip_mlp)
         torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
         self.compile_s += time.perf_counter() - start
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
+        if self.backend == "c++":  # looked up once a prompt: module attributes cost more than a layer's arithmetic
+            self._tensors = [layer.tensors() for layer in self.model.layers]
         for first in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[first : first + PREFILL_CHUNK]
             positions = self.positions[start + first : start + first + len(chunk)]
@@ -107,20 +119,24 @@ class Runner:
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
     ) -> Tensor:  # fmt: skip
         """Layers start..stop-1 on hidden [T, D], T <= max_rows, whose first row is at `position`."""
-        if start == stop:
-            return hidden
         rows, hidden = hidden.shape[0], self._pad(hidden)
-        positions = self.positions[position : position + rows]
+        end = position + rows
+        positions, cos, sin = (t[position:end] for t in (self.positions, self.model.cos, self.model.sin))
         if hidden.shape[0] > rows:
             scratch = self.positions[self.cache_length : self.cache_length + hidden.shape[0] - rows]
             positions = torch.cat((positions, scratch))
-        cos, sin = self.model.cos[positions], self.model.sin[positions]
+            cos, sin = self.model.cos[positions], self.model.sin[positions]
         for index in range(start, stop):
-            hidden = self._block(
-                self.model.layers[index], hidden, cos, sin, positions,
-                index not in skip_attention, index not in skip_mlp,
-            )  # fmt: skip
+            run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
+            hidden = self._run_layer(index, hidden, cos, sin, positions, run_attention, run_mlp)
         return hidden[:rows]
+
+    def _run_layer(self, index, hidden, cos, sin, positions, run_attention, run_mlp) -> Tensor:
+        if self.backend == "c++":
+            n_head, eps = self.model.args.n_head, self.model.args.norm_eps
+            return block(hidden, cos, sin, positions, self._tensors[index], n_head, eps, run_attention, run_mlp)
+        run = self._compiled_block or _run_block
+        return run(self.model.layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -129,6 +145,6 @@ class Runner:
 
     def _pad(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]
-        if rows == self.width or (rows == 1 and self.rows_independent):
+        if self.rows_independent or rows == self.width:
             return hidden
         return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))

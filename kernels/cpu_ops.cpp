@@ -898,6 +898,9 @@ Tensor new_result(const Tensor& x, int64_t last_size) {
 }
 
 template <typename T>
+inline T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
+
+template <typename T>
 void linear_as(const Tensor& x, const Tensor& packed, const Tensor& y, int64_t rows, int64_t k, int64_t n) {
   Linear<T>{(const T*)x.data_ptr(), (const T*)packed.data_ptr(), (T*)y.data_ptr(), rows, k, n, 1, nullptr}.run();
 }
@@ -924,10 +927,8 @@ Tensor linear(Tensor x, Tensor packed, int64_t out_features) {
 }
 
 template <typename T>
-void rms_norm_as(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t d, float eps) {
-  const T *from = (const T*)x.data_ptr(), *scale = (const T*)weight.data_ptr();
-  T* to = (T*)y.data_ptr();
-  const int64_t rows = x.numel() / d, threads = threads_for(x.numel(), ELEMENTS_PER_THREAD);
+void rms_norm_rows(const T* from, const T* scale, T* to, int64_t rows, int64_t d, float eps) {
+  const int64_t threads = threads_for(rows * d, ELEMENTS_PER_THREAD);
   constexpr int64_t step = 8;  // rows per task
   for_each_task((rows + step - 1) / step, threads, [&](int64_t i) {
     for (int64_t r = i * step; r < std::min(rows, (i + 1) * step); r++)
@@ -945,16 +946,15 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   STD_TORCH_CHECK(weight.size(0) == d, "rms_norm: x has ", d, " features, the weight ", weight.size(0));
   Tensor y = new_result(x, d);
   if (!x.numel()) return y;
-  if (is_bf16(x)) rms_norm_as<bf16>(x, weight, y, d, float(eps));
-  else rms_norm_as<float>(x, weight, y, d, float(eps));
+  const int64_t rows = x.numel() / d;
+  if (is_bf16(x)) rms_norm_rows(data<bf16>(x), data<bf16>(weight), data<bf16>(y), rows, d, float(eps));
+  else rms_norm_rows(data<float>(x), data<float>(weight), data<float>(y), rows, d, float(eps));
   return y;
 }
 
 template <typename T>
-void swiglu_as(const Tensor& gate_up, const Tensor& y, int64_t f) {
-  const T* from = (const T*)gate_up.data_ptr();
-  T* to = (T*)y.data_ptr();
-  const int64_t rows = y.numel() / f, threads = threads_for(y.numel(), ELEMENTS_PER_THREAD);
+void swiglu_rows(const T* from, T* to, int64_t rows, int64_t f) {
+  const int64_t threads = threads_for(rows * f, ELEMENTS_PER_THREAD);
   for_each_task(rows, threads, [&](int64_t r) { swiglu_row(from + r * 2 * f, to + r * f, f); });
 }
 
@@ -966,9 +966,18 @@ Tensor swiglu(Tensor gate_up) {
   const int64_t f = gate_up.size(gate_up.dim() - 1) / 2;
   Tensor y = new_result(gate_up, f);
   if (!y.numel()) return y;
-  if (is_bf16(gate_up)) swiglu_as<bf16>(gate_up, y, f);
-  else swiglu_as<float>(gate_up, y, f);
+  const int64_t rows = y.numel() / f;
+  if (is_bf16(gate_up)) swiglu_rows(data<bf16>(gate_up), data<bf16>(y), rows, f);
+  else swiglu_rows(data<float>(gate_up), data<float>(y), rows, f);
   return y;
+}
+
+void check_positions(const char* op, const Tensor& positions, int64_t slots) {
+  STD_TORCH_CHECK(dtype_of(positions) == aoti_torch_dtype_int64(), op, ": positions must be int64");
+  check_contiguous(op, "positions", positions);
+  for (int64_t t = 0; t < positions.numel(); t++)
+    STD_TORCH_CHECK(data<int64_t>(positions)[t] >= 0 && data<int64_t>(positions)[t] < slots, op,
+                    ": positions must be in 0..", slots - 1, ", got ", data<int64_t>(positions)[t]);
 }
 
 template <typename T>
@@ -988,7 +997,6 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, T
   check_same_dtype("attention", "k", k, q), check_same_dtype("attention", "v", v, q);
   check_same_dtype("attention", "k_cache", k_cache, q), check_same_dtype("attention", "v_cache", v_cache, q);
   check_contiguous("attention", "k_cache", k_cache), check_contiguous("attention", "v_cache", v_cache);
-  check_contiguous("attention", "positions", positions);
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && k_cache.dim() == 3 && v_cache.dim() == 3,
                   "attention: q must be [T, H, E], k and v [T, G, E], the caches [G, S, E]");
   const int64_t rows = q.size(0), heads = q.size(1), e = q.size(2), groups = k.size(1), slots = k_cache.size(1);
@@ -1003,17 +1011,124 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, T
   for (const Tensor* one : {&q, &k, &v})
     STD_TORCH_CHECK(rows == 0 || e == 0 || (one->stride(2) == 1 && (one->size(1) == 1 || one->stride(1) == e)),
                     "attention: heads and features of q, k and v must be contiguous within a row");
-  STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == rows && dtype_of(positions) == aoti_torch_dtype_int64(),
-                  "attention: positions must be int64 [", rows, "]");
-  const int64_t* position = (const int64_t*)positions.data_ptr();
-  for (int64_t t = 0; t < rows; t++)
-    STD_TORCH_CHECK(position[t] >= 0 && position[t] < slots, "attention: positions must be in 0..", slots - 1, ", got ",
-                    position[t]);
+  STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == rows, "attention: positions must be [", rows, "]");
+  check_positions("attention", positions, slots);
   Tensor y = new_result(q, e);
   if (!y.numel()) return y;
   if (is_bf16(q)) attention_as<bf16>(q, k, v, k_cache, v_cache, positions, y);
   else attention_as<float>(q, k, v, k_cache, v_cache, positions, y);
   return y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// block: a whole transformer layer in one call, the same operations in the same order as one by one (model.Block)
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Rotate `heads` vectors of size e in place, halves paired: x * cos + (-second, first) * sin in fp32, no fusing.
+template <typename T>
+void rope_row(T* x, const float* cos, const float* sin, int64_t heads, int64_t e) {
+  const int64_t half = e / 2;
+  for (int64_t h = 0; h < heads; h++, x += e)
+    for (int64_t i = 0; i < half; i += LANES) {
+      const int n = int(std::min<int64_t>(LANES, half - i));
+      Vec first = load(x + i, n), second = load(x + half + i, n);
+      Vec minus = sub(splat(0.0f), second);
+      store(x + i, add(mul(first, load(cos + i, n)), mul(minus, load(sin + i, n))), n);
+      store(x + half + i, add(mul(second, load(cos + half + i, n)), mul(first, load(sin + half + i, n))), n);
+    }
+}
+
+template <typename T>
+void add_to(T* x, const T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int lanes = int(std::min<int64_t>(LANES, n - i));
+    store(x + i, add(load(x + i, lanes), load(y + i, lanes)), lanes);
+  }
+}
+
+template <typename T>
+struct Block {
+  T* hidden;  // [rows, d], changed in place
+  const float *cos, *sin;
+  const T *attention_norm, *wqkv, *wo, *mlp_norm, *w13, *w2;
+  Attention<T> attention;  // shapes and caches
+  int64_t d, f;
+  float eps;
+
+  static T* scratch(int which, int64_t elements) {
+    static thread_local Scratch all[5];
+    return (T*)all[which].get(elements * int64_t(sizeof(T)) / int64_t(sizeof(float)) + 1);
+  }
+  void multiply(const T* x, const T* w, T* y, int64_t k, int64_t n) const {
+    Linear<T>{x, w, y, attention.rows, k, n, 1, nullptr}.run();
+  }
+
+  void run_attention() {
+    Attention<T>& a = attention;
+    const int64_t width = (a.heads + 2 * a.groups) * a.e;
+    T *normed = scratch(0, a.rows * d), *qkv = scratch(1, a.rows * width), *mixed = scratch(2, a.rows * a.heads * a.e);
+    rms_norm_rows(hidden, attention_norm, normed, a.rows, d, eps);
+    multiply(normed, wqkv, qkv, d, width);
+    for (int64_t t = 0; t < a.rows; t++)
+      rope_row(qkv + t * width, cos + t * a.e, sin + t * a.e, a.heads + a.groups, a.e);
+    a.q = qkv, a.k = qkv + a.heads * a.e, a.v = a.k + a.groups * a.e, a.out = mixed;
+    a.q_stride = a.k_stride = a.v_stride = width;
+    a.run();
+    multiply(mixed, wo, normed, a.heads * a.e, d);
+    add_to(hidden, normed, a.rows * d);
+  }
+  void run_mlp() {
+    const int64_t rows = attention.rows;
+    T *normed = scratch(0, rows * d), *gate_up = scratch(3, rows * 2 * f), *active = scratch(4, rows * f);
+    rms_norm_rows(hidden, mlp_norm, normed, rows, d, eps);
+    multiply(normed, w13, gate_up, d, 2 * f);
+    swiglu_rows(gate_up, active, rows, f);
+    multiply(active, w2, normed, f, d);
+    add_to(hidden, normed, rows * d);
+  }
+};
+
+inline int64_t packed_columns(const Tensor& packed) { return packed.size(0) * BLOCK; }
+inline int64_t packed_features(const Tensor& packed) { return packed.size(1) * (packed.dim() == 4 ? 2 : 1); }
+
+Tensor block(Tensor hidden, Tensor cos, Tensor sin, Tensor positions, Tensor attention_norm, Tensor wqkv, Tensor wo,
+             Tensor mlp_norm, Tensor w13, Tensor w2, Tensor k_cache, Tensor v_cache, int64_t heads, double eps,
+             bool run_attention, bool run_mlp) {
+  check_dtype("block", "hidden", hidden);
+  STD_TORCH_CHECK(hidden.dim() == 2 && k_cache.dim() == 3, "block: hidden must be [T, D], the caches [G, S, E]");
+  const int64_t rows = hidden.size(0), d = hidden.size(1), e = k_cache.size(2), groups = k_cache.size(0);
+  const int64_t f = packed_features(w2);
+  for (const Tensor* one : {&hidden, &cos, &sin, &attention_norm, &wqkv, &wo, &mlp_norm, &w13, &w2, &k_cache, &v_cache})
+    check_contiguous("block", "every tensor", *one);
+  for (const Tensor* one : {&attention_norm, &wqkv, &wo, &mlp_norm, &w13, &w2, &k_cache, &v_cache})
+    check_same_dtype("block", "every weight and cache", *one, hidden);
+  for (const Tensor* one : {&cos, &sin})
+    STD_TORCH_CHECK(dtype_of(*one) == aoti_torch_dtype_float32() && one->numel() == rows * e,
+                    "block: cos and sin must be float32 [T, 1, E]");
+  auto takes = [](const Tensor& w, int64_t features, int64_t columns) {
+    return packed_features(w) == features && columns <= packed_columns(w) && columns > packed_columns(w) - BLOCK;
+  };
+  STD_TORCH_CHECK(e % 2 == 0 && heads % groups == 0 && takes(wqkv, d, (heads + 2 * groups) * e) &&
+                      takes(wo, heads * e, d) && takes(w13, d, 2 * f) && takes(w2, f, d) &&
+                      attention_norm.numel() == d && mlp_norm.numel() == d,
+                  "block: the weights do not fit hidden [T, ", d, "], ", heads, " heads of ", e);
+  STD_TORCH_CHECK(positions.numel() == rows, "block: positions must be [", rows, "]");
+  check_positions("block", positions, k_cache.size(1));
+  Tensor out = new_result(hidden, d);
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    std::memcpy(out.data_ptr(), hidden.data_ptr(), rows * d * sizeof(T));
+    Block<T> op{data<T>(out), data<float>(cos), data<float>(sin), data<T>(attention_norm), data<T>(wqkv), data<T>(wo),
+                data<T>(mlp_norm), data<T>(w13), data<T>(w2), {}, d, f, float(eps)};
+    op.attention.k_cache = data<T>(k_cache), op.attention.v_cache = data<T>(v_cache);
+    op.attention.positions = data<int64_t>(positions);
+    op.attention.rows = rows, op.attention.heads = heads, op.attention.groups = groups, op.attention.e = e;
+    op.attention.slots = k_cache.size(1);
+    if (run_attention) op.run_attention();
+    if (run_mlp) op.run_mlp();
+  };
+  if (is_bf16(hidden)) run(bf16{}); else run(0.0f);
+  return out;
 }
 
 }  // namespace
@@ -1023,6 +1138,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> Tensor");
+  m.def("block(Tensor hidden, Tensor cos, Tensor sin, Tensor positions, Tensor attention_norm, Tensor wqkv, Tensor wo, "
+        "Tensor mlp_norm, Tensor w13, Tensor w2, Tensor(a!) k_cache, Tensor(b!) v_cache, int heads, float eps, "
+        "bool run_attention, bool run_mlp) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
@@ -1030,4 +1148,5 @@ STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("block", TORCH_BOX(&block));
 }

@@ -43,6 +43,7 @@ class Contender:
     policy: str
     compiled: bool
     run: Callable[[list[int]], tuple[list[int], float, dict]]
+    backend: str = "eager"
     exact: bool = True
     rates: list[float] = field(default_factory=list)  # tokens/s of each round
     texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
@@ -72,7 +73,7 @@ def skipfast_contender(
         generation = Generation.collect(decode(runner, prompt, config, policy))
         return generation.tokens, generation.decode_s, generation.summary(session.checkpoint.model)
 
-    return Contender("skipfast", name, runner.compiled, run, exact)
+    return Contender("skipfast", name, runner.compiled, run, runner.backend, exact)
 
 
 def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
@@ -172,6 +173,7 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
             "precision": str(model.norm.weight.dtype).removeprefix("torch."),
             "quantize": "none",
             "compiled": c.compiled,
+            "backend": c.backend,
             "exact_width": c.exact,
             "tokens_per_s": rate,
             "tokens_per_s_rounds": c.rates,

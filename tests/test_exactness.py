@@ -77,23 +77,44 @@ def test_drafting_with_all_layers_accepts_everything():
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("precision", PRECISION)
-def test_compiled_speculation_equals_compiled_plain_decoding(precision, tie):
+def test_compiled_speculation_equals_plain_decoding_compiled_or_eager(precision, tie):
     model = random_model(PRECISION[precision], pack=True, tie=tie)
-    runner = Runner(model, 200, max_rows=6, compile=True)
-    runner.warm_up()
-    assert runner.compiled
+    eager, runner = Runner(model, 200, max_rows=6), Runner(model, 200, max_rows=6, compile=True)
+    assert (eager.backend, runner.backend) == ("eager", "c++")
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, [1, 5, 9], "none", sampling, new=120).tokens
+        assert tokens_of(eager, [1, 5, 9], "none", sampling, new=120).tokens == expected
         for policy in ("static:2,num_draft_tokens=5", "static:1,num_draft_tokens=2", "static:3"):
             assert tokens_of(runner, [1, 5, 9], policy, sampling, new=120).tokens == expected, policy
 
 
-def test_compiled_padded_decoding_is_exact_too():
-    """Without the C++ kernels exactness rests on one fixed width."""
-    runner = Runner(random_model(torch.bfloat16, pack=False), 100, max_rows=4, compile=True)
+@pytest.mark.parametrize("precision", PRECISION)
+def test_torch_compiled_padded_decoding_is_exact_and_never_recompiles(precision):
+    """Without the C++ kernels exactness rests on one fixed width and one compiled block."""
+    runner = Runner(random_model(PRECISION[precision], pack=False), 100, max_rows=4, compile=True)
+    assert runner.backend == "inductor"
     runner.warm_up()
-    expected = tokens_of(runner, [1, 5, 9], "none", SAMPLING["greedy"]).tokens
-    assert tokens_of(runner, [1, 5, 9], "static:2", SAMPLING["greedy"]).tokens == expected
+    for sampling in SAMPLING.values():
+        expected = tokens_of(runner, [1, 5, 9], "none", sampling).tokens
+        for exit_layer in range(1, N_LAYER):
+            assert tokens_of(runner, [1, 5, 9], f"static:{exit_layer}", sampling).tokens == expected
+    with pytest.raises(RuntimeError, match="ecompil"):
+        runner._compiled_block(runner.model.layers[0], *(torch.zeros(3, 64),) * 4, True, True)
+
+
+@pytest.mark.parametrize("skip", [(), (1, 2)], ids=["whole", "skipping"])
+@pytest.mark.parametrize("precision", PRECISION)
+def test_the_layer_in_one_cpp_call_has_the_bits_of_the_layer_run_operation_by_operation(precision, skip):
+    model = random_model(PRECISION[precision], pack=True)
+    eager, fused = Runner(model, 64, max_rows=16), Runner(model, 64, max_rows=16, compile=True)
+    for rows in (1, 2, 5, 16):
+        results = []
+        for runner in (eager, fused):
+            runner.prefill(list(range(3, 40)))
+            hidden = runner.embed(list(range(50, 50 + rows)))
+            results.append(runner.run_layers(hidden, 37, 0, N_LAYER, skip_attention=skip, skip_mlp=skip[1:]))
+            results.append(model.layers[-1].attention.k_cache[:, : 37 + rows].clone())
+        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]), rows
 
 
 @dataclass
