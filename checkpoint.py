@@ -31,6 +31,7 @@ WEIGHTS = "model.safetensors"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # and their names in safetensors
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+HUB_LEFT_OUT = ["*/*.json", "*/*.safetensors", "*/*.bin"]  # other formats of the same weights in subfolders
 
 # The one table of names: ours, Hugging Face's, shape in keys of config.json. Rows that share our name are stacked.
 # Big tensors come first: their spare copies are then made while little else is in memory.
@@ -113,15 +114,15 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
 
 
 def load(
-    source: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
+    source: str | Path | Source, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
     progress: Progress | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Load a Llama from a converted file or folder, a Hugging Face folder, or a hub id "org/name".
+    """Load a Llama from a converted file or folder, a Hugging Face folder, a hub id "org/name", or an opened Source.
 
     `dtype` None keeps the checkpoint's own. `pack` lays linears out for the CPU kernels if these are loaded. Parameters
     do not require gradients. Raises ValueError in one line naming the file, tensor or config key at fault.
     """
-    opened = open_source(source)
+    opened = source if isinstance(source, Source) else open_source(source)
     dtype = resolve_dtype(opened.args, dtype)
     args = replace(opened.args, dtype=_dtype_name(dtype))
     with torch.device("meta"):
@@ -266,7 +267,7 @@ def _download(source: str) -> Path:
 
     try:
         for patterns in (HUB_FILES, [*HUB_FILES, "pytorch_model*.bin"]):
-            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=HUB_LEFT_OUT))
             if any(folder.glob("*.safetensors")):
                 break
         return folder
@@ -349,7 +350,7 @@ def hf_config_from_args(args: ModelArgs, **extra) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file by rename."""
     with _replacing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def _metadata(hf_config: dict, generation_config: dict, dtype: torch.dtype) -> dict[str, str]:

@@ -6,7 +6,6 @@ one line on stderr and exit code 2.
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 from kernels import cpu
+from model import ModelArgs, Transformer
 from policies import Round
 from sampling import VERIFICATIONS, SamplingConfig
 from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -78,45 +78,54 @@ def sampling_config(flags: argparse.Namespace) -> SamplingConfig:
 
 @dataclass
 class Session:
-    """A loaded model and its tokenizer (None where the checkpoint has none and ids serve)."""
+    """An opened checkpoint and its tokenizer (None where the checkpoint has none and ids serve).
 
-    checkpoint: checkpoint.Checkpoint
+    Flags can be checked against both before `load` reads the weights.
+    """
+
+    flags: argparse.Namespace
+    source: checkpoint.Source
     tokenizer: Tokenizer | None
-    compile_s: float  # spent on building and loading the CPU kernels
+    compile_s: float = 0.0  # spent on building and loading the CPU kernels
+    model: Transformer | None = None
+    weight_bytes: int = 0
 
     @property
-    def args(self):
-        return self.checkpoint.args
+    def args(self) -> ModelArgs:
+        return self.source.args
+
+    def load(self) -> Transformer:
+        """Read the weights, with a progress bar; on a CPU, build the kernels on first use."""
+        start = time.perf_counter()
+        if self.flags.device == "cpu" and (reason := cpu.load(notice)):
+            notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
+        self.compile_s = time.perf_counter() - start
+        dtype = PRECISIONS[self.flags.precision] if self.flags.precision else None
+        loaded = checkpoint.load(self.source, dtype, self.flags.device, progress=LoadBar())
+        self.model, self.weight_bytes = loaded.model, loaded.bytes
+        return self.model
 
     def eos_ids(self, flags: argparse.Namespace) -> tuple[int, ...]:
         return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
 
 
 def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Session:
-    """Load what the flags name, with a progress bar. Raises ValueError for anything wrong with it."""
+    """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it."""
     if flags.threads is not None:
         if flags.threads < 1:
             raise ValueError(f"threads must be 1 or more, got {flags.threads}")
         torch.set_num_threads(flags.threads)
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
-    start = time.perf_counter()
-    if flags.device == "cpu" and (reason := cpu.load(notice)):
-        notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
-    compile_s = time.perf_counter() - start
-    loaded = checkpoint.load(
-        flags.checkpoint_path, PRECISIONS[flags.precision] if flags.precision else None, flags.device,
-        progress=LoadBar(),
-    )  # fmt: skip
-    tokenizer = None
+    source, tokenizer = checkpoint.open_source(flags.checkpoint_path), None
     try:
-        tokenizer = load_tokenizer(loaded.folder)
+        tokenizer = load_tokenizer(source.folder)
     except ValueError:
         if needs_tokenizer:
             raise
     if tokenizer is not None:
-        check_vocabulary(tokenizer, loaded.args.vocab_size)
-    return Session(loaded, tokenizer, compile_s)
+        check_vocabulary(tokenizer, source.args.vocab_size)
+    return Session(flags, source, tokenizer)
 
 
 class LoadBar:
@@ -247,15 +256,10 @@ def shown(value, form: str = ".1f", none: str = "–") -> str:
 
 def write_json(path: str | Path, value: dict) -> None:
     """Write one JSON object; the file appears complete, by rename, or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        checkpoint.write_json(Path(path), value)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> None:

@@ -6,6 +6,7 @@ decoding is the policy that drafts nothing.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 import cli
 from model import Transformer
 from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
-from runner import Runner
+from runner import Runner, check_num_draft_tokens
 from sampling import SamplingConfig, make_sampler
 
 DEFAULT_PROMPT = 'def read_config(path):\n    """'
@@ -57,7 +58,7 @@ def decode(
     finished: called with each emitted token in order; True ends the text after that token.
     Raises ValueError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
     """
-    check_prompt(prompt, config, runner)
+    check_prompt(prompt, config, runner.model.args.vocab_size, runner.cache_length)
     sampler = make_sampler(config.sampling)
     policy.start_prompt(prompt)
     tokens = list(prompt)
@@ -139,17 +140,16 @@ def until_end(
     return tokens, False
 
 
-def check_prompt(prompt: Sequence[int], config: GenerateConfig, runner: Runner) -> None:
-    """Raise ValueError unless `prompt` and config.max_new_tokens can be decoded by `runner`."""
-    vocab_size = runner.model.args.vocab_size
+def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
+    """Raise ValueError unless `prompt` holds known ids and fits `length` positions with config.max_new_tokens."""
     if not prompt:
         raise ValueError("prompt is empty and this tokenizer has no BOS token: give at least one token")
     if (worst := max(prompt, key=lambda t: max(t, -1 - t + vocab_size))) not in range(vocab_size):
         raise ValueError(f"prompt ids must be in 0..{vocab_size - 1}, got {worst}")
-    if len(prompt) + config.max_new_tokens > runner.cache_length:
+    if len(prompt) + config.max_new_tokens > length:
         raise ValueError(
             f"prompt of {len(prompt)} tokens + max_new_tokens {config.max_new_tokens} does not fit the "
-            f"{runner.cache_length} positions available: shorten the prompt or lower --max_new_tokens"
+            f"{length} positions available: shorten the prompt or lower --max_new_tokens"
         )
 
 
@@ -243,15 +243,12 @@ def compare_with_autoregressive(runner: Runner, prompt: list[int], config: Gener
     }
 
 
-def run_once(session: cli.Session, flags: argparse.Namespace) -> dict:
+def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
     """Decode one prompt to the terminal; return the JSON object of the run."""
     demonstration = flags.prompt is None and flags.prompt_file is None and flags.prompt_ids is None
     prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
-    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags), session.eos_ids(flags))
-    policy = policy_from_flags(flags, session.args.n_layer)
-    runner = make_runner(session, flags, min(len(prompt) + config.max_new_tokens, session.args.max_seq_len), policy)
-    check_prompt(prompt, config, runner)
-    warm_up(runner)
+    check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
+    runner = make_runner(session, len(prompt) + config.max_new_tokens, policy)
     output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
     if session.tokenizer and not flags.chat:
         output.console.print(session.tokenizer.decode(prompt), end="", style="dim")
@@ -259,11 +256,11 @@ def run_once(session: cli.Session, flags: argparse.Namespace) -> dict:
     generation = Generation.collect(output.show(step) for step in stream)
     text = output.close()
     result = {"prompt_ids": prompt, "text": text if session.tokenizer else None}
-    result |= generation.summary(session.checkpoint.model)
+    result |= generation.summary(session.model)
     if demonstration or flags.compare:
         result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy)
     result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": repr(policy)}}
-    result["config"] |= {"backend": runner.backend, "precision": str(session.checkpoint.model.norm.weight.dtype)[6:]}
+    result["config"] |= {"backend": runner.backend, "precision": str(session.model.norm.weight.dtype)[6:]}
     print_result(result, repr(policy), session.args.n_layer)
     return result | cli.environment()
 
@@ -294,24 +291,22 @@ def print_result(result: dict, policy: str, n_layer: int) -> None:
     cli.print_table(policy, ["", "this run"], rows)
 
 
-def make_runner(session: cli.Session, flags: argparse.Namespace, length: int, policy: DraftPolicy) -> Runner:
-    rows = 1 + getattr(policy, "num_draft_tokens", 0)
-    return Runner(session.checkpoint.model, length, rows, flags.compile, notice=cli.notice)
-
-
-def warm_up(runner: Runner) -> None:
+def make_runner(session: cli.Session, length: int, policy: DraftPolicy) -> Runner:
+    """Load the weights and make a runner for `policy`, compiled if the flags want it, with progress on stderr."""
+    check_num_draft_tokens(policy.num_draft_tokens)
+    runner = Runner(session.load(), length, 1 + policy.num_draft_tokens, session.flags.compile, notice=cli.notice)
     if runner.backend == "inductor":
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
         runner.warm_up()
         cli.notice(f"compiled in {runner.compile_s:.1f} s")
+    return runner
 
 
-def run_interactive(session: cli.Session, flags: argparse.Namespace) -> dict:
+def run_interactive(
+    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy
+) -> dict:
     """A conversation at the terminal. The cache is kept: each turn prefills only what is new."""
-    policy = policy_from_flags(flags, session.args.n_layer)
-    runner = make_runner(session, flags, session.args.max_seq_len, policy)
-    warm_up(runner)
-    sampling, eos_ids = cli.sampling_config(flags), session.eos_ids(flags)
+    runner = make_runner(session, session.args.max_seq_len, policy)
     tokens: list[int] = []
     messages: list[dict] = []
     turns: list[dict] = []
@@ -324,10 +319,9 @@ def run_interactive(session: cli.Session, flags: argparse.Namespace) -> dict:
             prompt = tokens + session.tokenizer.encode(line, bos=not tokens)
         known = tokens[:-1]  # the last token was emitted but never fed in: it has no K/V yet
         cached = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
-        config = GenerateConfig(flags.max_new_tokens, sampling, eos_ids)
         output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
         try:
-            check_prompt(prompt, config, runner)
+            check_prompt(prompt, config, session.args.vocab_size, runner.cache_length)
         except ValueError as error:
             cli.notice(f"{error}; starting a new conversation")
             tokens, messages = [], []
@@ -337,7 +331,7 @@ def run_interactive(session: cli.Session, flags: argparse.Namespace) -> dict:
         text = output.close()
         messages.append({"role": "assistant", "content": text})
         tokens = prompt + generation.tokens
-        turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.checkpoint.model)})
+        turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.model)})
         cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
     compile_s = session.compile_s + runner.compile_s
     return {"turns": turns, "compile_s": compile_s, "config": vars(flags), **cli.environment()}
@@ -374,9 +368,13 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
+    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))  # bad values end here, before any loading
     cli.check_writable(flags.json)
     session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None)
-    result = run_interactive(session, flags) if flags.interactive else run_once(session, flags)
+    config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
+    policy = policy_from_flags(flags, session.args.n_layer)
+    run = run_interactive if flags.interactive else run_once
+    result = run(session, flags, config, policy)
     if flags.json:
         cli.write_json(flags.json, result)
 

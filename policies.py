@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class DraftPlan:
@@ -63,7 +65,7 @@ class Round:
 class DraftPolicy:
     """The contract. Subclasses are dataclasses: their fields are the keys of the policy string."""
 
-    needs = "nothing"  # "nothing" | "stats" | "hidden": what must be computed at a candidate depth
+    num_draft_tokens = 0  # the most tokens a round may draft
 
     def check(self, n_layer: int) -> None:
         """Raise ValueError if the policy does not fit a model of n_layer layers."""
@@ -75,12 +77,8 @@ class DraftPolicy:
         """Say how this round drafts."""
         raise NotImplementedError
 
-    def should_exit(self, depth: int, stats, hidden) -> bool:
-        """Leave the model at candidate `depth`? Not asked at the last candidate."""
-        return False
-
-    def should_stop(self, stats) -> bool:
-        """End the draft after the token just drafted?"""
+    def should_exit(self, depth: int, hidden: Tensor) -> bool:
+        """Leave the model at candidate `depth`, where the state is `hidden` [1, D]? Not asked at the last candidate."""
         return False
 
     def end_round(self, round: Round) -> None:

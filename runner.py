@@ -36,6 +36,11 @@ def missing_compiler() -> str | None:
     return "no C++ compiler (g++ or clang++) on this machine: running eagerly, which is slower; the text is exact too"
 
 
+def check_num_draft_tokens(num_draft_tokens: int) -> None:
+    if not 0 <= num_draft_tokens < MAX_ROWS:
+        raise ValueError(f"num_draft_tokens must be in 0..{MAX_ROWS - 1}, got {num_draft_tokens}")
+
+
 def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
     # A plain function of the layer: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
     return layer(hidden, cos, sin, positions, run_attention, run_mlp)
@@ -52,8 +57,7 @@ class Runner:
         self, model: Transformer, cache_length: int, max_rows: int = 4, compile: bool = False,
         exact: bool = True, notice: Callable[[str], None] = print,
     ):  # fmt: skip
-        if not 1 <= max_rows <= MAX_ROWS:
-            raise ValueError(f"num_draft_tokens must be in 0..{MAX_ROWS - 1}, got {max_rows - 1}")
+        check_num_draft_tokens(max_rows - 1)
         self.model = model
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 import cli
-from generate import GenerateConfig, Generation, decode, head_cost_layers, ideal_speedup
+from generate import GenerateConfig, Generation, check_prompt, decode, head_cost_layers, ideal_speedup
 from policies import DraftPolicy, make_policy
-from runner import Runner
+from runner import MAX_ROWS, Runner
 
 PROMPTS = (
     "def read_config(path):\n",
@@ -71,7 +71,7 @@ def skipfast_contender(
 ) -> Contender:
     def run(prompt):
         generation = Generation.collect(decode(runner, prompt, config, policy))
-        return generation.tokens, generation.decode_s, generation.summary(session.checkpoint.model)
+        return generation.tokens, generation.decode_s, generation.summary(session.model)
 
     return Contender("skipfast", name, runner.compiled, run, runner.backend, exact)
 
@@ -84,8 +84,8 @@ def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
         raise ValueError("--against transformers needs the optional package: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    weight = session.checkpoint.model.norm.weight
-    model = transformers.AutoModelForCausalLM.from_pretrained(session.checkpoint.folder, dtype=weight.dtype)
+    weight = session.model.norm.weight
+    model = transformers.AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=weight.dtype)
     model = model.eval().to(weight.device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -107,20 +107,21 @@ def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
     return Contender("transformers", "none", False, run, exact=False)
 
 
-def make_contenders(session: cli.Session, flags: argparse.Namespace, length: int) -> list[Contender]:
-    """Every row that the flags ask for; plain decoding eager and compiled is always among them."""
+def make_contenders(
+    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, length: int
+) -> list[Contender]:
+    """Load the model and make every row that the flags ask for; plain decoding, eager and compiled, is always there."""
     n_layer = session.args.n_layer
-    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags), session.eos_ids(flags))
     names = [name for name in flags.policy or [f"static:{max(1, n_layer // 4)}"] if name != "none"]
     policies = {name: make_policy(name, n_layer, num_draft_tokens=flags.num_draft_tokens) for name in names}
-    rows = {name: 1 + getattr(policy, "num_draft_tokens", 0) for name, policy in policies.items()}
-    session.checkpoint.model.setup_cache(length + 16)  # one cache for all runners
+    model = session.load()
+    model.setup_cache(length + MAX_ROWS)  # one cache for all runners
     runners: dict[tuple, Runner] = {}
 
     def runner(width, compile, exact=True):
         key = (width, compile, exact)
         if key not in runners:
-            runners[key] = Runner(session.checkpoint.model, length, width, compile, exact, cli.notice)
+            runners[key] = Runner(model, length, width, compile, exact, cli.notice)
         return runners[key]
 
     found = []
@@ -131,7 +132,7 @@ def make_contenders(session: cli.Session, flags: argparse.Namespace, length: int
             plain = make_policy("none", n_layer)
             found.append(skipfast_contender(session, unpadded, plain, "none", config, exact=False))
     for name, policy in policies.items():
-        found.append(skipfast_contender(session, runner(rows[name], flags.compile), policy, name, config))
+        found.append(skipfast_contender(session, runner(1 + policy.num_draft_tokens, flags.compile), policy, name, config))
     for peer in flags.against:
         found.append({"transformers": transformers_contender}[peer](session, flags.max_new_tokens))
     for each in runners.values():
@@ -155,7 +156,7 @@ def measure(contenders: list[Contender], prompts: list[list[int]], repeats: int,
 
 def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: float) -> list[dict]:
     """The `rows` of the JSON file, one a contender."""
-    model = session.checkpoint.model
+    model = session.model
     fastest = max((c for c in contenders if c.is_ar), key=lambda c: statistics.median(c.rates))
     reference = next(c for c in contenders if c.is_ar and c.exact).texts
     rows = []
@@ -193,7 +194,7 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
 
 def streamed_bytes(c: Contender, session: cli.Session, drafted: int, rounds: int, exit_layer, emitted: int) -> float:
     """Weight bytes read per emitted token: k drafts of E layers and the head, the last draft's E layers, one pass."""
-    model = session.checkpoint.model
+    model = session.model
     layer = sum(p.nbytes for p in model.layers[0].parameters())
     head = model.lm_head.weight.nbytes
     full = model.args.n_layer * layer + head
@@ -262,16 +263,18 @@ def main() -> None:
     if flags.output_dir:
         cli.make_folder(flags.output_dir)
     cli.check_writable(flags.json)
-    bandwidth = read_bandwidth()
     session = cli.open_session(flags)
-    model = session.checkpoint.model
     prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
-    length = max(map(len, prompts)) + flags.max_new_tokens
+    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
+    for prompt in prompts:
+        check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
+    contenders = make_contenders(session, flags, config, max(map(len, prompts)) + flags.max_new_tokens)
+    model = session.model
     layer = sum(p.nbytes for p in model.layers[0].parameters())
     full = model.args.n_layer * layer + model.lm_head.weight.nbytes
+    bandwidth = read_bandwidth()
     ceiling = bandwidth / full
     print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {ceiling:.0f} tokens/s from memory")
-    contenders = make_contenders(session, flags, length)
     measure(contenders, prompts, flags.repeats, flags.seed)
     rows = result_rows(contenders, session, bandwidth)
     print_rows(rows, f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
@@ -281,7 +284,7 @@ def main() -> None:
         "rows": rows,
         "bandwidth_bytes_per_s": bandwidth,
         "weight_bytes_per_pass": full,
-        "weight_bytes": session.checkpoint.bytes,
+        "weight_bytes": session.weight_bytes,
         "cache_bytes": cache_bytes,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "config": vars(flags),

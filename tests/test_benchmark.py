@@ -1,0 +1,201 @@
+"""The benchmark: which rows it has, what stands in them, and that its claim "identical" is really compared."""
+
+import inspect
+import json
+import statistics
+import sys
+import textwrap
+
+import pytest
+import sentencepiece
+import torch
+
+import cli
+import generate
+from kernels import cpu
+from scripts import benchmark
+
+COLUMNS = {
+    "engine", "policy", "precision", "quantize", "compiled", "tokens_per_s", "speedup_over_fastest_ar",
+    "acceptance_rate", "tokens_per_round", "ideal_speedup", "share_of_bandwidth", "identical",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(make_hf, tmp_path_factory):
+    """A tiny checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=380, model_type="bpe", byte_fallback=True,
+            minloglevel=2, num_threads=1,
+        )  # fmt: skip
+    make_hf(folder, vocab_size=380, num_key_value_heads=2)
+    return folder
+
+
+@pytest.fixture
+def bench(folder, tmp_path, monkeypatch, capsys):
+    """bench(*flags, code=0) runs the benchmark in this process -> (JSON object or None, stdout, stderr)."""
+    small, file = benchmark.read_bandwidth, tmp_path / "out.json"
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: small(gib=0.01, repeats=2))
+
+    def bench(*flags, code=0):
+        file.unlink(missing_ok=True)
+        defaults = ["--checkpoint_path", folder, "--no-compile", "--repeats", 2, "--max_new_tokens", 6,
+                    "--num_prompts", 2, "--json", file]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, (*defaults, *flags))])
+        capsys.readouterr()
+        exit_code = 0
+        try:
+            cli.run(benchmark.main)
+        except SystemExit as error:
+            exit_code = error.code
+        out, err = capsys.readouterr()
+        assert exit_code == code, err
+        return json.loads(file.read_text()) if file.exists() else None, out, err
+
+    return bench
+
+
+def row_of(result, policy, **wanted):
+    """The exact row of `policy`: where the C++ kernels are missing, plain decoding has an inexact one as well."""
+    wanted = {"policy": policy, "engine": "skipfast", "exact_width": True} | wanted
+    [row] = [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+    return row
+
+
+def test_every_row_has_every_column_and_plain_decoding_is_always_among_them(bench):
+    result, out, _ = bench("--policy", "static:1", "--policy", "static:2,num_draft_tokens=5")
+    assert {row["policy"] for row in result["rows"]} == {"none", "static:1", "static:2,num_draft_tokens=5"}
+    for row in result["rows"]:
+        assert set(row) >= COLUMNS
+        assert row["engine"] == "skipfast" and row["precision"] == "float32" and row["quantize"] == "none"
+        assert not row["compiled"] and row["tokens_per_s"] > 0
+        assert row["tokens_per_s"] == statistics.median(row["tokens_per_s_rounds"])
+        assert len(row["tokens_per_s_rounds"]) == 2, "the round that warms up is not counted"
+        assert row["identical"] is True or not row["exact_width"]
+        assert row["policy"] in out
+    plain = row_of(result, "none")
+    assert plain["acceptance_rate"] is None and plain["tokens_per_round"] == 1 and plain["ideal_speedup"] == 1
+    for exit_layer, policy in ((1, "static:1"), (2, "static:2,num_draft_tokens=5")):
+        row = row_of(result, policy)
+        assert 0 <= row["acceptance_rate"] <= 1 and row["tokens_per_round"] >= 1
+        assert row["mean_exit_layer"] == exit_layer and 0 < row["ideal_speedup"] < 3
+    assert {"versions", "hardware", "config", "bandwidth_bytes_per_s"} <= set(result)
+    assert result["config"]["seed"] == 0 and result["versions"]["torch"] == torch.__version__
+
+
+def test_speedups_are_over_the_fastest_plain_row_and_bandwidth_is_that_of_the_bytes_read(bench):
+    result, _, _ = bench("--policy", "none", "--policy", "static:2")
+    plain = [row for row in result["rows"] if row["policy"] == "none"]
+    fastest = max(plain, key=lambda row: row["tokens_per_s"])
+    assert fastest["speedup_over_fastest_ar"] == 1
+    row = row_of(result, "static:2")
+    ratios = [a / b for a, b in zip(row["tokens_per_s_rounds"], fastest["tokens_per_s_rounds"], strict=True)]
+    assert row["speedup_over_fastest_ar"] == pytest.approx(statistics.median(ratios))
+    rate = fastest["tokens_per_s"] * result["weight_bytes_per_pass"] / result["bandwidth_bytes_per_s"]
+    assert fastest["share_of_bandwidth"] == pytest.approx(rate)
+
+
+def test_without_a_policy_the_exit_is_a_quarter_of_the_layers_and_without_no_compile_both_ways_are_there(bench):
+    result, _, _ = bench()
+    assert {row["policy"] for row in result["rows"]} == {"none", "static:1"}
+    if cpu.load() is None:  # else torch would compile for a minute
+        result, _, _ = bench("--compile")
+        assert row_of(result, "none", compiled=True)["identical"] and row_of(result, "none", compiled=False)["identical"]
+        assert row_of(result, "static:1")["compiled"]
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8)])
+def test_a_policy_that_changes_one_token_is_not_called_identical(bench, monkeypatch, sampling):
+    run, rounds = generate.verify, []
+
+    def sometimes_wrong(runner, draft, token, position):
+        logits = run(runner, draft, token, position)
+        if draft.tokens and not rounds:  # a single round of a single text
+            rounds.append(position)
+            logits = logits.roll(1, -1)
+        if draft.tokens and rounds and position == rounds[0]:
+            return run(runner, draft, token, position).roll(1, -1)
+        return logits
+
+    monkeypatch.setattr(generate, "verify", sometimes_wrong)
+    result, out, _ = bench("--policy", "static:1", *sampling)
+    assert row_of(result, "static:1")["identical"] is False
+    assert row_of(result, "none")["identical"] is True
+    [line] = [line for line in out.splitlines() if "static:1" in line]
+    assert line.rstrip(" │").endswith("no")
+
+
+def test_transformers_is_a_row_with_the_same_greedy_tokens(bench):
+    result, _, _ = bench("--against", "transformers", "--num_prompts", 1)
+    [peer] = [row for row in result["rows"] if row["engine"] == "transformers"]
+    assert set(peer) >= COLUMNS and peer["policy"] == "none" and peer["tokens_per_s"] > 0
+    assert peer["acceptance_rate"] is None and peer["tokens_per_round"] is None and peer["ideal_speedup"] == 1
+    assert peer["identical"] is True
+    assert row_of(result, "none")["tokens_per_s"] > 0
+
+
+def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch):
+    seen = []
+    run = benchmark.decode
+    monkeypatch.setattr(benchmark, "decode", lambda runner, prompt, *rest: seen.append(prompt)
+                        or run(runner, prompt, *rest))  # fmt: skip
+    files = {"a.txt": "import os\n\nx = 1\n", "b.jsonl": '{"prompt": "import os"}\n{"prompt": "x = 1"}\n',
+             "c.json": '[{"ids": [1, 5, 9]}, {"ids": [1, 7]}]'}  # fmt: skip
+    prompts = {}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        seen.clear()
+        bench("--prompts", tmp_path / name, "--policy", "none")
+        prompts[name] = sorted(set(map(tuple, seen)))
+    assert prompts["a.txt"] == prompts["b.jsonl"] and len(prompts["a.txt"]) == 2
+    assert prompts["c.json"] == [(1, 5, 9), (1, 7)]
+
+
+def test_an_output_directory_gets_the_same_json(bench, tmp_path):
+    result, _, _ = bench("--output_dir", tmp_path / "new/folder", "--num_prompts", 1)
+    assert json.loads((tmp_path / "new/folder/benchmark.json").read_text()) == result
+
+
+MISTAKES = {
+    "repeats": (("--repeats", 0), ["repeats must be 1 or more", "got 0"]),
+    "peer": (("--against", "vllm"), ["--against", "transformers", "vllm"]),
+    "exit layer": (("--policy", "static:9"), ["exit_layer must be in 1..3", "got 9"]),
+    "policy": (("--policy", "magic"), ["policy must be one of", "magic"]),
+    "drafts": (("--num_draft_tokens", 99), ["num_draft_tokens must be in 0..15", "got 99"]),
+    "temperature": (("--temperature", -1), ["temperature must be", "-1"]),
+    "length 0": (("--max_new_tokens", 0), ["max_new_tokens must be", "got 0"]),
+    "checkpoint": (("--checkpoint_path", "no-such-folder"), ["no-such-folder is neither"]),
+    "prompts": (("--prompts", "no-such-file.txt"), ["cannot read no-such-file.txt"]),
+    "json": (("--json", "/no/such/folder/x.json"), ["cannot write /no/such/folder/x.json"]),
+    # a text of one token has no decoding to measure
+    "length 1": (("--max_new_tokens", 1), ["max_new_tokens must be 2 or more", "got 1"]),
+    "no prompts": (("--num_prompts", 0), ["num_prompts must be 1 or more", "got 0"]),
+    "fewer prompts than none": (("--num_prompts", -1), ["num_prompts must be 1 or more", "got -1"]),
+    # beyond the context a model's speed may be measured, but its text means nothing: generate.py refuses, too
+    "context": (("--max_new_tokens", 300), ["max_new_tokens 300", "256 positions"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(bench, name):
+    flags, parts = MISTAKES[name]
+    result, _, err = bench(*flags, code=2)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in err and result is None
+    assert [part for part in parts if part not in errors[0]] == [], errors[0]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("x.json", "{"), ("x.json", '{"ids": [1]}'), ("x.json", "[[1, 2]]"), ("x.jsonl", '{"text": "a"}'),
+    ("x.jsonl", "a"), ("x.json", '[{"ids": [1, 99999]}]'), ("x.json", "[]"), ("x.txt", "\n\n"),
+    ("x.json", '[{"ids": "text"}]'),
+])  # fmt: skip
+def test_a_broken_file_of_prompts_is_one_line_that_names_it(bench, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    _, _, err = bench("--prompts", tmp_path / name, code=2)
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert name in line or "99999" in line
