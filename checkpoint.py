@@ -267,7 +267,8 @@ def _download(source: str) -> Path:
 
     try:
         for patterns in (HUB_FILES, [*HUB_FILES, "pytorch_model*.bin"]):
-            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=HUB_LEFT_OUT))
+            wanted = {"allow_patterns": patterns, "ignore_patterns": HUB_LEFT_OUT}
+            folder = Path(huggingface_hub.snapshot_download(source, **wanted))
             if any(folder.glob("*.safetensors")):
                 break
         return folder

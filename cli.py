@@ -53,7 +53,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                         help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: measured at start)")
     parser.add_argument("--json", metavar="PATH", help="write the results here as one JSON object")
 
 

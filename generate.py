@@ -299,6 +299,8 @@ def make_runner(session: cli.Session, length: int, policy: DraftPolicy) -> Runne
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
         runner.warm_up()
         cli.notice(f"compiled in {runner.compile_s:.1f} s")
+    if runner.rows_independent and session.flags.threads is None:
+        runner.choose_threads()
     return runner
 
 

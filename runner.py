@@ -101,6 +101,29 @@ class Runner:
         torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
         self.compile_s += time.perf_counter() - start
 
+    def choose_threads(self, repeats: int = 5) -> int:
+        """Time a pass of one row with 1, 2, 4, … CPU threads, set the fastest count (the bits do not depend on it).
+
+        More is not always faster: small models gain little, and on a busy machine threads that wait for each other
+        can be many times slower than one.
+        """
+        counts, most = [1], torch.get_num_threads()
+        while counts[-1] < most:
+            counts.append(min(2 * counts[-1], most))
+        hidden = self.prefill([0])
+        times = {}
+        for count in counts:
+            torch.set_num_threads(count)
+            taken = []
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                self.head(self.run_layers(hidden, 0, 0, self.n_layer))
+                taken.append(time.perf_counter() - start)
+            times[count] = sorted(taken[1:])[repeats // 2]
+        best = min(times, key=times.get)
+        torch.set_num_threads(best)
+        return best
+
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""

@@ -131,8 +131,11 @@ def make_contenders(
             unpadded = runner(1, compile, exact=False)
             plain = make_policy("none", n_layer)
             found.append(skipfast_contender(session, unpadded, plain, "none", config, exact=False))
+    if found[0].backend == "c++" and flags.threads is None:
+        runner(1, True).choose_threads()
     for name, policy in policies.items():
-        found.append(skipfast_contender(session, runner(1 + policy.num_draft_tokens, flags.compile), policy, name, config))
+        wide = runner(1 + policy.num_draft_tokens, flags.compile)
+        found.append(skipfast_contender(session, wide, policy, name, config))
     for peer in flags.against:
         found.append({"transformers": transformers_contender}[peer](session, flags.max_new_tokens))
     for each in runners.values():

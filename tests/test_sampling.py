@@ -10,6 +10,7 @@ from scipy import stats
 
 import generate
 from generate import GenerateConfig, Generation, decode
+from kernels import cpu
 from model import ModelArgs, Transformer
 from policies import Autoregressive, DraftPlan, DraftPolicy, Static
 from runner import Runner
@@ -41,7 +42,9 @@ def runner():
         if weight.dim() > 1:
             scale = 1.0 if "embedding" in name else weight.shape[1] ** -0.5
             weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return Runner(model, len(PROMPT) + NEW, max_rows=3)
+    if packed := cpu.load() is None:
+        model.pack_weights()
+    return Runner(model, len(PROMPT) + NEW, max_rows=3, compile=packed)  # else torch would compile for a minute
 
 
 @pytest.fixture(scope="module")
