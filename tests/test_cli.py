@@ -301,9 +301,9 @@ def test_a_conversation_keeps_its_cache_and_says_what_a_single_run_says(call, mo
     monkeypatch.setattr(Runner, "prefill", lambda self, tokens, start=0: lengths.append((len(tokens), start))
                         or prefill(self, tokens, start))  # fmt: skip
     result, out, err = call("--interactive", "--max_new_tokens", 12, stdin="import os\nclass A\nx = 1\n\nnot read\n")
-    turns = result["turns"]
+    turns, lengths = result["turns"], lengths[-3:]  # before them, the runner may have measured its own speed
     assert len(turns) == 3
-    assert lengths[0][1] == 0
+    assert lengths[0] == (len(turns[0]["prompt_ids"]), 0)
     for before, turn, (length, start) in zip(turns, turns[1:], lengths[1:], strict=False):
         known = before["prompt_ids"] + before["tokens"]
         assert turn["prompt_ids"][: len(known)] == known, "a turn reads all turns before it"
@@ -361,6 +361,11 @@ def test_tabs_and_carriage_returns_are_streamed_as_they_are(original, capsys, te
     tokenizer = load_tokenizer(original)
     whole = stream(tokenizer, tokenizer.encode(text, bos=False)).close()
     assert capsys.readouterr().out == whole + "\n"
+
+
+def test_a_prompt_with_tabs_is_repeated_as_it_is(call):
+    _, out, _ = call("--prompt", "all:\n\techo\n", "--max_new_tokens", 2)
+    assert out.startswith("all:\n\techo\n")
 
 
 def test_the_end_of_the_text_is_held_back_only_while_it_may_begin_a_stop_string(original, capsys):

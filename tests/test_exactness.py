@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import checkpoint
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu
 from model import ModelArgs, Transformer
@@ -194,26 +193,3 @@ def test_a_conversation_that_keeps_its_cache_says_the_same_as_one_read_anew(pack
         assert kept == fresh
         cached = len(prompt) + len(fresh) - 1  # the last token was never fed in
         prompt = [*prompt, *fresh, 11, 12]
-
-
-DEMO = "checkpoints/demo"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", PRECISION)
-def test_the_demo_checkpoint_keeps_every_one_of_ten_thousand_tokens(precision):
-    if reason := cpu.load():
-        pytest.skip(f"C++ kernels not available: {reason}")
-    model = checkpoint.load(DEMO, PRECISION[precision]).model
-    prompts = [[1, *(37 * i % 2000 + 3 for i in range(n, n + 8))] for n in range(6)]
-    compared = 0
-    for compile, policies in ((True, ["static:3", "static:6,num_draft_tokens=7"]), (False, ["static:2"])):
-        runner = Runner(model, 512, max_rows=8, compile=compile)
-        runner.warm_up()
-        for sampling in SAMPLING.values():
-            for prompt in prompts:
-                expected = tokens_of(runner, prompt, "none", sampling, new=200).tokens
-                for policy in policies:
-                    assert tokens_of(runner, prompt, policy, sampling, new=200).tokens == expected
-                    compared += len(expected)
-    assert compared >= 10_000

@@ -18,7 +18,7 @@ ALLOWED = {
     "tokenizer": set(),
     "runner": {"kernels", "model"},
     "checkpoint": {"kernels", "model"},
-    "cli": {"checkpoint", "kernels", "policies", "sampling", "tokenizer"},
+    "cli": {"checkpoint", "kernels", "model", "policies", "sampling", "tokenizer"},
     "generate": {"cli", "model", "policies", "runner", "sampling"},
     "convert_hf_checkpoint": {"checkpoint", "cli", "tokenizer"},
     "scripts": MODULES - {"scripts", "tests"},

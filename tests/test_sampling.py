@@ -102,20 +102,20 @@ class Proposes(DraftPolicy):
 
 
 def test_rejection_verification_leaves_the_joint_distribution_of_the_target(runner, exact):
-    texts, acceptance = sample(runner, Static(1, 2), 1000)
+    texts, acceptance = sample(runner, Static(1, 2), 3000)
     assert 0.2 < acceptance < 0.9, "nothing is at stake if all drafts meet the same end"
     assert p_value(texts, exact) > 1e-3
 
 
 def test_rejection_verification_of_proposed_tokens_leaves_the_joint_distribution(runner, exact):
-    texts, acceptance = sample(runner, Proposes(), 900)
+    texts, acceptance = sample(runner, Proposes(), 2000)
     assert 0.05 < acceptance < 0.9
     assert p_value(texts, exact) > 1e-3
 
 
 def test_coupled_sampling_over_seeds_has_the_joint_distribution_with_and_without_drafts(runner, exact):
     policy = Static(1, 2)
-    texts, acceptance = sample(runner, policy, 1000, "coupled")
+    texts, acceptance = sample(runner, policy, 2000, "coupled")
     assert 0.2 < acceptance < 0.95
     assert p_value(texts, exact) > 1e-3
     assert sample(runner, Autoregressive(), 200, "coupled")[0] == texts[:200]
@@ -141,7 +141,7 @@ class ForgetsResidual(RejectionSampler):
 @pytest.mark.parametrize(("wrong", "policy"), [(AcceptsAll, Static(1, 2)), (ForgetsResidual, Proposes())])
 def test_a_wrong_acceptance_rule_does_not_pass_the_test_of_distributions(runner, exact, monkeypatch, wrong, policy):
     monkeypatch.setattr(generate, "make_sampler", wrong)
-    texts, _ = sample(runner, policy, 500)
+    texts, _ = sample(runner, policy, 800)
     assert p_value(texts, exact) < 1e-6
 
 

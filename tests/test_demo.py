@@ -1,0 +1,65 @@
+"""The bundled checkpoint: what the README's first command promises of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from generate import DEFAULT_PROMPT, GenerateConfig, Generation, decode
+from kernels import cpu
+from policies import make_policy
+from runner import Runner
+from sampling import SamplingConfig
+from tokenizer import load_tokenizer
+
+DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
+SAMPLING = (SamplingConfig(), SamplingConfig(temperature=0.8, seed=7), SamplingConfig(1.2, top_k=40, top_p=0.9, seed=3))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = load_tokenizer(DEMO)
+    lines = (DEMO / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+
+
+def tokens_of(runner, prompt, policy, sampling=SAMPLING[0], new=96):
+    config = GenerateConfig(max_new_tokens=new, sampling=sampling)
+    return Generation.collect(decode(runner, prompt, config, make_policy(policy, runner.n_layer)))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_over_ten_thousand_tokens_of_the_demo_not_one_differs_from_plain_decoding(precision, prompts):
+    if reason := cpu.load():
+        pytest.skip(f"C++ kernels not available: {reason}")
+    model, compared = checkpoint.load(DEMO, precision).model, 0
+    for compile, policies in ((True, ("static:3", "static:5,num_draft_tokens=7")), (False, ("static:2",))):
+        runner = Runner(model, 256, max_rows=8, compile=compile)
+        for sampling in SAMPLING:
+            for prompt in prompts[:6]:
+                expected = tokens_of(runner, prompt, "none", sampling).tokens
+                for policy in policies:
+                    assert tokens_of(runner, prompt, policy, sampling).tokens == expected
+                    compared += len(expected)
+    assert compared >= 5_000  # for each of two precisions
+
+
+def test_drafts_of_a_quarter_of_the_layers_are_accepted_on_prompts_never_trained_on(prompts):
+    cpu.load()
+    loaded = checkpoint.load(DEMO)
+    runner = Runner(loaded.model, 256, max_rows=4, compile=cpu.loaded())
+    quarter = loaded.args.n_layer // 4
+    steps = [step for prompt in prompts for step in tokens_of(runner, prompt, f"static:{quarter}").rounds]
+    accepted, drafted = sum(step.accepted for step in steps), sum(len(step.drafted) for step in steps)
+    assert accepted / drafted >= 0.65
+
+
+def test_the_demo_writes_the_text_it_has_always_written():
+    """A golden text: changes of arithmetic that the other tests allow for show here (fp32, operation by operation)."""
+    tokenizer = load_tokenizer(DEMO)
+    runner = Runner(checkpoint.load(DEMO, torch.float32, pack=False).model, 128, max_rows=4)
+    prompt = tokenizer.encode(DEFAULT_PROMPT)
+    text = tokenizer.decode(tokens_of(runner, prompt, "static:3", new=24).tokens, continues=True)
+    assert text == (DEMO / "golden.txt").read_text(encoding="utf-8")
