@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.table import Table
 from tqdm import tqdm
 
@@ -146,7 +147,7 @@ def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default:
     """Token ids of --prompt, --prompt_file or --prompt_ids, or of `default` if none was given."""
     if flags.prompt_ids is not None:
         try:
-            return [int(part) for part in flags.prompt_ids.split(",") if part.strip()]
+            return [int(part) for part in flags.prompt_ids.split(",")] if flags.prompt_ids.strip() else []
         except ValueError:
             raise ValueError(f"prompt_ids must be whole numbers with commas, got {flags.prompt_ids!r}") from None
     text = default if flags.prompt is None else flags.prompt
@@ -207,7 +208,7 @@ class StreamedText:
     def _show_rejected(self, step: Round) -> None:
         rejected = step.drafted[step.accepted :]
         text = self.tokenizer.decode(rejected, continues=True) if self.tokenizer else " ".join(map(str, rejected))
-        self._print(len(self.text))
+        self._print(self._safe_end())  # what may begin a stop string stays held back
         self.console.print(text.replace("\n", "⏎"), style=STYLES["rejected"], end="")
 
     def _safe_end(self) -> int:
@@ -217,11 +218,15 @@ class StreamedText:
         held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         return len(self.text) - held
 
+    def write(self, text: str, style: str | None = None) -> None:
+        """Print `text` as it is: console.print alone would expand tabs and drop carriage returns and form feeds."""
+        self.console.print(Segments([Segment(text, self.console.get_style(style) if style else None)]), end="")
+
     def _print(self, end: int) -> None:
         while self.queue and self.printed < end:
             piece, style = self.queue.pop(0)
             shown, rest = piece[: end - self.printed], piece[end - self.printed :]
-            self.console.print(shown, style=style, end="")
+            self.write(shown, style)
             self.printed += len(shown)
             if rest:
                 self.queue.insert(0, (rest, style))
@@ -271,7 +276,12 @@ def make_folder(path: str | Path) -> None:
 
 def check_writable(path: str | None) -> None:
     """Raise ValueError now if write_json(path) would fail after long work."""
-    if path is not None and not os.access(Path(path).resolve().parent, os.W_OK):
+    if path is None:
+        return
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {path}: its folder does not exist or is not writable")
 
 

@@ -251,7 +251,7 @@ def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateCo
     runner = make_runner(session, len(prompt) + config.max_new_tokens, policy)
     output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
     if session.tokenizer and not flags.chat:
-        output.console.print(session.tokenizer.decode(prompt), end="", style="dim")
+        output.write(session.tokenizer.decode(prompt), "dim")
     stream = decode(runner, prompt, config, policy, finished=output.ends_at)
     generation = Generation.collect(output.show(step) for step in stream)
     text = output.close()
@@ -308,6 +308,8 @@ def run_interactive(
     session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy
 ) -> dict:
     """A conversation at the terminal. The cache is kept: each turn prefills only what is new."""
+    if flags.chat:
+        session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
     runner = make_runner(session, session.args.max_seq_len, policy)
     tokens: list[int] = []
     messages: list[dict] = []

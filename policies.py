@@ -134,10 +134,14 @@ def make_policy(text: str, n_layer: int, **defaults) -> DraftPolicy:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
     keys = {f.name: f for f in dataclasses.fields(POLICIES[name])}
     values = {key: value for key, value in defaults.items() if key in keys and value is not None}
+    given = set()
     for index, setting in enumerate(filter(None, settings.split(","))):
         key, equals, value = setting.partition("=")
         if not equals and index == 0 and keys:
             key, value = next(iter(keys)), setting
+        if key in given:
+            raise ValueError(f"policy {name}: {key} is given twice in {text!r}")
+        given.add(key)
         if key not in keys:
             raise ValueError(f"policy {name} has the keys {', '.join(keys) or '(none)'}, got {setting!r}")
         kind = keys[key].type

@@ -30,8 +30,8 @@ class SamplingConfig:
     verification: str = "coupled"
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below, scores overflow fp32
+            raise ValueError(f"temperature must be 0 (greedy) or 1e-6 and more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -132,7 +132,8 @@ class RejectionSampler:
 
     def __init__(self, config: SamplingConfig):
         self.config = config
-        self.random = torch.Generator().manual_seed(config.seed)
+        key = mix32(mix32(config.seed & MASK32) ^ (config.seed >> 32))  # torch's generator reads 32 bits only
+        self.random = torch.Generator().manual_seed(key)
         self.draft_probs: dict[int, Tensor] = {}  # position -> [V], of the draft now under way
 
     def _draw(self, probs: Tensor) -> int:

@@ -84,6 +84,8 @@ def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
         raise ValueError("--against transformers needs the optional package: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if session.source.fused:
+        raise ValueError("--against transformers needs a Hugging Face folder, and this checkpoint is in our format")
     weight = session.model.norm.weight
     model = transformers.AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=weight.dtype)
     model = model.eval().to(weight.device)
@@ -211,14 +213,19 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
     if path is None:
         return [session.tokenizer.encode(prompt) for prompt in PROMPTS]
     text = cli.read_text(path)
+    encode = session.tokenizer.encode
     try:
-        if path.endswith(".jsonl"):
-            return [session.tokenizer.encode(json.loads(line)["prompt"]) for line in text.splitlines() if line.strip()]
         if path.endswith(".json"):
-            return [row["ids"] for row in json.loads(text)]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+            prompts = [[int(token) for token in row["ids"]] for row in json.loads(text)]
+        elif path.endswith(".jsonl"):
+            prompts = [encode(json.loads(line)["prompt"]) for line in text.splitlines() if line.strip()]
+        else:
+            prompts = [encode(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the prompts expected ({type(error).__name__}: {error})") from None
-    return [session.tokenizer.encode(line) for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
 
 
 def print_rows(rows: list[dict], title: str) -> None:
@@ -254,6 +261,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json")
     flags = parser.parse_args(argv)
     flags.ignore_eos = True  # every row must decode the same number of tokens
+    if flags.max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens must be 2 or more to time decoding, got {flags.max_new_tokens}")
+    if flags.num_prompts is not None and flags.num_prompts < 1:
+        raise ValueError(f"num_prompts must be 1 or more, got {flags.num_prompts}")
     if flags.repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {flags.repeats}")
     if unknown := set(flags.against) - {"transformers"}:

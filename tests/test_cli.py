@@ -355,6 +355,15 @@ def test_what_is_streamed_is_the_text_whatever_its_characters(original, capsys, 
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_half_a_character_at_the_end_is_shown_as_unreadable_and_one_between_tokens_waits(original, capsys):
+    tokenizer = load_tokenizer(original)
+    ids = tokenizer.encode("a🙂", bos=False)
+    output = stream(tokenizer, ids[:-1], size=1)
+    assert "\ufffd" not in capsys.readouterr().out
+    assert output.close() == tokenizer.decode(ids[:-1], continues=True) and output.text.endswith("a\ufffd")
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
 @pytest.mark.parametrize("text", ["if x:\n\treturn\t1\n", "a\r\nb\r\n", "page\x0cbreak"])
 def test_tabs_and_carriage_returns_are_streamed_as_they_are(original, capsys, text):
     """A Makefile with spaces for tabs does not run: what is printed into a pipe must be the text."""
@@ -583,7 +592,7 @@ def process(*arguments, **options):
 
 def test_the_program_itself_decodes_into_a_pipe_and_writes_json(original, tmp_path):
     done = process("--checkpoint_path", original, "--prompt", PROMPT, "--max_new_tokens", 5, "--json",
-                   tmp_path / "out.json", "--threads", 1)  # fmt: skip
+                   tmp_path / "out.json", "--threads", 1, "--compile" if cpu.load() is None else "--no-compile")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["hardware"]["threads"] == 1

@@ -244,6 +244,20 @@ def test_keeping_one_token_or_hardly_any_temperature_equals_greedy(settings):
             assert coupled.draft(row, position) == rejecting.draft(row, position) == row.argmax()
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50])
+def test_a_temperature_that_overflows_the_scores_is_greedy_or_refused(temperature):
+    """Never a crash in the middle of a text, and never a token that is not the best."""
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(3)) * 30
+    for settings in ({}, {"top_k": 5}, {"top_p": 0.5}):
+        try:
+            config = SamplingConfig(temperature, **settings)
+        except ValueError as error:
+            assert "temperature must be" in str(error)
+            continue
+        for sampler in (CoupledSampler(config), RejectionSampler(config)):
+            assert sampler.draft(logits, 3) == logits.argmax()
+
+
 def test_a_row_is_judged_the_same_in_any_company():
     """A verdict on several rows at once equals the drafts made one row at a time, bit for bit."""
     logits = torch.randn(8, 333, generator=torch.Generator().manual_seed(4)) * 2
