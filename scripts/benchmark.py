@@ -6,6 +6,7 @@ measured in the same process) is printed before anything is timed.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import resource
@@ -76,16 +77,20 @@ def skipfast_contender(
     return Contender("skipfast", name, runner.compiled, run, runner.backend, exact)
 
 
+def check_peers(peers: list[str], session: cli.Session) -> None:
+    """Raise ValueError now for a peer that could not run later."""
+    if "transformers" in peers and importlib.util.find_spec("transformers") is None:
+        raise ValueError("--against transformers needs the optional package: pip install transformers")
+    if "transformers" in peers and session.source.fused:
+        raise ValueError("--against transformers needs a Hugging Face folder; this checkpoint is in our own format")
+
+
 def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
     """transformers' generate on the same folder, precision and threads, greedy; its prefill is timed and taken off."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--against transformers needs the optional package: pip install transformers") from None
+    import transformers  # optional: check_peers has seen that it is there
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if session.source.fused:
-        raise ValueError("--against transformers needs a Hugging Face folder, and this checkpoint is in our format")
     weight = session.model.norm.weight
     model = transformers.AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=weight.dtype)
     model = model.eval().to(weight.device)
@@ -278,6 +283,7 @@ def main() -> None:
         cli.make_folder(flags.output_dir)
     cli.check_writable(flags.json)
     session = cli.open_session(flags)
+    check_peers(flags.against, session)
     prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     for prompt in prompts:
