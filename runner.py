@@ -15,6 +15,7 @@ Exactness: a row's bits must not depend on which path computed it, or a speculat
 """
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -101,26 +102,28 @@ class Runner:
         torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
         self.compile_s += time.perf_counter() - start
 
-    def choose_threads(self, repeats: int = 5) -> int:
-        """Time a pass of one row with 1, 2, 4, … CPU threads, set the fastest count (the bits do not depend on it).
+    def choose_threads(self, repeats: int = 15) -> int:
+        """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
 
-        More is not always faster: small models gain little, and on a busy machine threads that wait for each other
-        can be many times slower than one.
+        More threads must be a tenth faster to be taken: small models gain little, and on a busy machine threads that
+        wait for each other can be many times slower than one. The bits of the "c++" backend do not depend on it.
         """
         counts, most = [1], torch.get_num_threads()
         while counts[-1] < most:
             counts.append(min(2 * counts[-1], most))
-        hidden = self.prefill([0])
-        times = {}
-        for count in counts:
-            torch.set_num_threads(count)
-            taken = []
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                self.head(self.run_layers(hidden, 0, 0, self.n_layer))
+        self.prefill([0])
+        times: dict[int, list[float]] = {count: [] for count in counts}
+        for _ in range(repeats if len(counts) > 1 else 0):
+            for count, taken in times.items():
+                torch.set_num_threads(count)
+                for _ in range(2):  # the first step with another count wakes its threads
+                    start = time.perf_counter()
+                    int(self.head(self.run_layers(self.embed([0]), 0, 0, self.n_layer)).argmax())
                 taken.append(time.perf_counter() - start)
-            times[count] = sorted(taken[1:])[repeats // 2]
-        best = min(times, key=times.get)
+        best = 1
+        for count in counts[1:]:
+            if statistics.median(times[count]) < 0.9 * statistics.median(times[best]):
+                best = count
         torch.set_num_threads(best)
         return best
 
