@@ -102,7 +102,7 @@ class Runner:
         torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
         self.compile_s += time.perf_counter() - start
 
-    def choose_threads(self, repeats: int = 15) -> int:
+    def choose_threads(self, repeats: int = 15, budget_s: float = 1.0) -> int:
         """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
 
         More threads must be a tenth faster to be taken: small models gain little, and on a busy machine threads that
@@ -113,7 +113,10 @@ class Runner:
             counts.append(min(2 * counts[-1], most))
         self.prefill([0])
         times: dict[int, list[float]] = {count: [] for count in counts}
-        for _ in range(repeats if len(counts) > 1 else 0):
+        end = time.perf_counter() + budget_s
+        for turn in range(repeats if len(counts) > 1 else 0):
+            if turn >= 3 and time.perf_counter() > end:
+                break
             for count, taken in times.items():
                 torch.set_num_threads(count)
                 for _ in range(2):  # the first step with another count wakes its threads
