@@ -59,7 +59,7 @@ class Runner:
         exact: bool = True, notice: Callable[[str], None] = print,
     ):  # fmt: skip
         check_num_draft_tokens(max_rows - 1)
-        self.model = model
+        self.model = model.requires_grad_(False)
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
@@ -130,7 +130,6 @@ class Runner:
         torch.set_num_threads(best)
         return best
 
-    @torch.no_grad()
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
         if self.backend == "c++":  # looked up once a prompt: module attributes cost more than a layer's arithmetic
@@ -141,12 +140,13 @@ class Runner:
             hidden = self.model.run_layers(self.embed(chunk), positions, 0, self.n_layer)
         return hidden[-1:]
 
-    @torch.no_grad()
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids -> hidden [T, D]."""
+        weight = self.model.embedding.weight
+        if len(tokens) == 1 and not is_packed(weight):
+            return weight[tokens[0] : tokens[0] + 1]  # a view: the lookup would cost as much as a layer's arithmetic
         return self.model.embed(torch.tensor(tokens, device=self.positions.device))
 
-    @torch.no_grad()
     def run_layers(
         self, hidden: Tensor, position: int, start: int, stop: int,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
@@ -171,7 +171,6 @@ class Runner:
         run = self._compiled_block or _run_block
         return run(self.model.layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
 
-    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden [T, D] -> fp32 logits [T, V] by the final norm and LM head; T <= max_rows."""
         return self.model.head(self._pad(hidden))[: hidden.shape[0]]

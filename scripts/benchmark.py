@@ -1,8 +1,8 @@
 """Measure decoding speed: policies against our own fastest plain decoding, and against transformers, in one process.
 
-Every round runs every row on every prompt, in a new order, so that a slow moment of the machine hits all alike; a row's
-tokens/s is the median over rounds, a speedup the median of the ratios inside a round. The ceiling (memory bandwidth,
-measured in the same process) is printed before anything is timed.
+Every round runs every row on every prompt, row after row in a new order for each prompt; a row's tokens/s is the median
+over rounds, a speedup the median of the ratios inside a round. The ceiling (memory bandwidth, measured in the same
+process) is printed before anything is timed.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from generate import GenerateConfig, Generation, check_prompt, decode, head_cost
 from policies import DraftPolicy, make_policy
 from runner import MAX_ROWS, Runner
 
-PROMPTS = (
-    "def read_config(path):\n",
-    "import os\nimport sys\n\ndef main():\n",
+PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
+    'def read_config(path):\n    """',
+    "import os\nimport sys\n\ndef main():",
     "class Node:\n    def __init__(self, value",
-    "    def test_empty(self):\n",
+    "    def test_empty(self):",
     '"""This module provides access to',
     "for line in lines:\n    if line.startswith(",
-    "    try:\n        import json\n    except ImportError:\n",
-    "def parse_args(argv=None):\n    parser = ",
+    "    try:\n        import json\n    except ImportError:",
+    "def parse_args(argv=None):\n    parser =",
 )
 
 
@@ -151,17 +151,22 @@ def make_contenders(
 
 
 def measure(contenders: list[Contender], prompts: list[list[int]], repeats: int, seed: int) -> None:
-    """One warm-up round, then `repeats` timed ones. Fills rates, texts and summaries of each contender."""
+    """One warm-up round, then `repeats` timed ones. Fills rates, texts and summaries of each contender.
+
+    Contenders take turns prompt by prompt, so that a slow second of the machine hits all of them.
+    """
     order, shuffled = list(contenders), random.Random(seed)
     for turn in tqdm(range(repeats + 1), desc="rounds", leave=False):
-        shuffled.shuffle(order)
-        for contender in order:
-            results = [contender.run(prompt) for prompt in prompts]
-            contender.texts = [tokens for tokens, _, _ in results]
-            contender.summaries = [summary for _, _, summary in results]
-            seconds = sum(taken for _, taken, _ in results)
+        results = {id(contender): [] for contender in contenders}
+        for prompt in prompts:
+            shuffled.shuffle(order)
+            for contender in order:
+                results[id(contender)].append(contender.run(prompt))
+        for contender in contenders:
+            texts, seconds, contender.summaries = map(list, zip(*results[id(contender)], strict=True))
+            contender.texts = texts
             if turn:
-                contender.rates.append(sum(len(tokens) - 1 for tokens, _, _ in results) / seconds)
+                contender.rates.append(sum(len(text) - 1 for text in texts) / sum(seconds))
 
 
 def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: float) -> list[dict]:
