@@ -21,7 +21,7 @@ from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
 from runner import Runner, check_num_draft_tokens
 from sampling import SamplingConfig, make_sampler
 
-DEFAULT_PROMPT = 'def read_config(path):\n    """'
+DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 COMPARE_REPEATS = 9
 CONVERSATION_TOKENS = 4096  # cache of --interactive, unless the model's context is shorter
 
