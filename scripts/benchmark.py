@@ -85,8 +85,11 @@ def check_peers(peers: list[str], session: cli.Session) -> None:
         raise ValueError("--against transformers needs a Hugging Face folder; this checkpoint is in our own format")
 
 
-def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
-    """transformers' generate on the same folder, precision and threads, greedy; its prefill is timed and taken off."""
+def transformers_contender(session: cli.Session, new_tokens: int, most_threads: int) -> Contender:
+    """transformers' generate on the same folder and precision, greedy; its prefill is timed and taken off.
+
+    It runs with 1 thread or with all, whichever is faster for it.
+    """
     import transformers  # optional: check_peers has seen that it is there
 
     transformers.utils.logging.set_verbosity_error()
@@ -105,12 +108,20 @@ def transformers_contender(session: cli.Session, new_tokens: int) -> Contender:
         return out[0, ids.shape[1] :].tolist(), time.perf_counter() - start
 
     @torch.inference_mode()
-    def run(prompt):
+    def run(prompt, count=new_tokens):
+        ours = torch.get_num_threads()
+        torch.set_num_threads(threads)
         ids = torch.tensor([prompt], device=weight.device)
         _, first = generate(ids, 1)
-        tokens, whole = generate(ids, new_tokens)
+        tokens, whole = generate(ids, count)
+        torch.set_num_threads(ours)
         return tokens, whole - first, {}
 
+    took = {}
+    for threads in (1, most_threads):
+        run([1, 2, 3], 4)
+        took[threads] = min(run([1, 2, 3], 8)[1] for _ in range(3))
+    threads = min(took, key=took.get)
     return Contender("transformers", "none", False, run, exact=False)
 
 
@@ -138,13 +149,14 @@ def make_contenders(
             unpadded = runner(1, compile, exact=False)
             plain = make_policy("none", n_layer)
             found.append(skipfast_contender(session, unpadded, plain, "none", config, exact=False))
+    most_threads = torch.get_num_threads()
     if found[0].backend == "c++" and flags.threads is None:
         runner(1, True).choose_threads()
     for name, policy in policies.items():
         wide = runner(1 + policy.num_draft_tokens, flags.compile)
         found.append(skipfast_contender(session, wide, policy, name, config))
     for peer in flags.against:
-        found.append({"transformers": transformers_contender}[peer](session, flags.max_new_tokens))
+        found.append({"transformers": transformers_contender}[peer](session, flags.max_new_tokens, most_threads))
     for each in runners.values():
         each.warm_up()
     return found
