@@ -18,6 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Runner:
         self.positions = torch.arange(slots, device=model.cos.device)
         self.compile_s = 0.0
         self._tensors: list[tuple[Tensor, ...]] = []  # of each layer, for the "c++" backend
-        self._compiled_block = None
+        self._compiled_block, self._warm = None, False
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
 
@@ -94,12 +95,11 @@ class Runner:
         start = time.perf_counter()
         torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
         torch._inductor.config.size_asserts = False  # 20 checks per layer call; the guards above hold the same facts
-        torch.compiler.set_stance("default")
         hidden = self.embed([0] * self.width)
         self.run_layers(hidden, 0, 0, self.n_layer)
         if skip_attention or skip_mlp:
             self.run_layers(hidden, 0, 0, self.n_layer, skip_attention, skip_mlp)
-        torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
+        self._warm = True
         self.compile_s += time.perf_counter() - start
 
     def choose_threads(self, repeats: int = 15, budget_s: float = 1.0) -> int:
@@ -159,10 +159,17 @@ class Runner:
             scratch = self.positions[self.cache_length : self.cache_length + hidden.shape[0] - rows]
             positions = torch.cat((positions, scratch))
             cos, sin = self.model.cos[positions], self.model.sin[positions]
-        for index in range(start, stop):
-            run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
-            hidden = self._run_layer(index, hidden, cos, sin, positions, run_attention, run_mlp)
+        with self._no_recompiling():
+            for index in range(start, stop):
+                run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
+                hidden = self._run_layer(index, hidden, cos, sin, positions, run_attention, run_mlp)
         return hidden[:rows]
+
+    def _no_recompiling(self):
+        # Only while our blocks run: the stance is global, and other code of the process may want to compile.
+        if not self._warm:
+            return nullcontext()
+        return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
     def _run_layer(self, index, hidden, cos, sin, positions, run_attention, run_mlp) -> Tensor:
         if self.backend == "c++":

@@ -67,6 +67,10 @@ def read_bandwidth(gib: float = 1.0, repeats: int = 5) -> float:
     return buffer.nbytes / min(times)
 
 
+def peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def skipfast_contender(
     session: cli.Session, runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True
 ) -> Contender:
@@ -128,11 +132,11 @@ def transformers_contender(session: cli.Session, new_tokens: int, most_threads: 
 def make_contenders(
     session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, length: int
 ) -> list[Contender]:
-    """Load the model and make every row that the flags ask for; plain decoding, eager and compiled, is always there."""
+    """Every row that the flags ask for; plain decoding, eager and compiled, is always among them."""
     n_layer = session.args.n_layer
     names = [name for name in flags.policy or [f"static:{max(1, n_layer // 4)}"] if name != "none"]
     policies = {name: make_policy(name, n_layer, num_draft_tokens=flags.num_draft_tokens) for name in names}
-    model = session.load()
+    model = session.model
     model.setup_cache(length + MAX_ROWS)  # one cache for all runners
     runners: dict[tuple, Runner] = {}
 
@@ -305,6 +309,9 @@ def main() -> None:
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     for prompt in prompts:
         check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
+    before = peak_memory_bytes()
+    session.load()
+    after = peak_memory_bytes()
     contenders = make_contenders(session, flags, config, max(map(len, prompts)) + flags.max_new_tokens)
     model = session.model
     layer = sum(p.nbytes for p in model.layers[0].parameters())
@@ -323,7 +330,7 @@ def main() -> None:
         "weight_bytes_per_pass": full,
         "weight_bytes": session.weight_bytes,
         "cache_bytes": cache_bytes,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": {"before_loading": before, "after_loading": after},
         "config": vars(flags),
         **cli.environment(),
     }
