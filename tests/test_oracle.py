@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import checkpoint
+from generate import GenerateConfig, Generation, decode
 from kernels import cpu
 from kernels.linear import is_packed
+from policies import make_policy
+from runner import Runner
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -56,6 +59,11 @@ def assert_same_as_transformers(hf_model, folder, pack):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert text[PROMPT_TOKENS:].tolist() == expected[PROMPT_TOKENS - 1 : -1].argmax(-1).tolist()
     assert len(set(text[PROMPT_TOKENS:].tolist())) > 4, "a constant text would prove little"
+    prompt, greedy = text[:PROMPT_TOKENS].tolist(), text[PROMPT_TOKENS:].tolist()
+    runner = Runner(model, PROMPT_TOKENS + NEW_TOKENS, max_rows=4, compile=pack)
+    for policy in ("none", *(f"static:{exit_layer}" for exit_layer in range(1, loaded.args.n_layer + 1))):
+        steps = decode(runner, prompt, GenerateConfig(NEW_TOKENS), make_policy(policy, loaded.args.n_layer))
+        assert Generation.collect(steps).tokens == greedy, policy
 
 
 @pytest.mark.parametrize("shape", SHAPES)
