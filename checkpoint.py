@@ -294,9 +294,12 @@ def _parse_json(path: Path, text: str | bytes | None = None) -> dict:
     if text is None and not path.exists():
         raise ValueError(f"{path} is missing")
     try:
-        return json.loads(path.read_bytes() if text is None else text) | {}
-    except (ValueError, TypeError) as error:  # broken JSON, broken UTF-8, not an object
-        raise ValueError(f"{path} does not hold a valid JSON object ({error})") from error
+        content = json.loads(path.read_bytes() if text is None else text)
+    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, absurd nesting
+        raise ValueError(f"{path} does not hold valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
 
 
 def save(model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None) -> None:

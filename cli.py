@@ -113,8 +113,9 @@ class Session:
 def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Session:
     """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it."""
     if flags.threads is not None:
-        if flags.threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {flags.threads}")
+        most = 4 * (os.cpu_count() or 1)
+        if not 1 <= flags.threads <= most:
+            raise ValueError(f"threads must be in 1..{most}, got {flags.threads}")
         torch.set_num_threads(flags.threads)
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
@@ -279,8 +280,8 @@ def check_writable(path: str | None) -> None:
     if path is None:
         return
     folder = Path(path).resolve().parent
-    if Path(path).is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+    if not str(path) or Path(path).is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: it is not the name of a file")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {path}: its folder does not exist or is not writable")
 

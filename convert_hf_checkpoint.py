@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import cli
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPIED = ("tokenizer*", "*.model", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "LICENSE*")  # fmt: skip
 EXAMPLE = """example:
@@ -50,7 +50,7 @@ def convert(source: str, output: Path, precision: str | None, force: bool) -> di
         not as_file and output.resolve() == opened.folder.resolve()
     ):
         raise ValueError(f"output_path {output} is the source itself: choose another")
-    dtype = checkpoint.resolve_dtype(opened.args, PRECISIONS.get(precision))
+    dtype = checkpoint.resolve_dtype(opened.args, cli.PRECISIONS.get(precision))
     copied = {file.name: file for pattern in COPIED for file in opened.folder.glob(pattern) if file.is_file()}
     folder = target.parent
     if as_file and not force:
@@ -60,8 +60,11 @@ def convert(source: str, output: Path, precision: str | None, force: bool) -> di
 
     started = time.perf_counter()
     beside = folder if folder.exists() else folder.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".tmp", dir=beside))
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".tmp", dir=beside))
+    except OSError as error:
+        raise ValueError(f"cannot write output_path {output}: {error.strerror}") from None
     try:
         with tqdm(unit="tensor", file=sys.stderr, disable=None) as bar:  # None: only on a terminal
             def progress(done: int, total: int, name: str) -> None:
@@ -96,11 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint_path", required=True, metavar="FOLDER_OR_HUB_ID", help="what to convert")
     parser.add_argument("--output_path", type=Path, help="a folder, or a file ending in .safetensors "
                         "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)")  # fmt: skip
-    parser.add_argument("--precision", choices=PRECISIONS, help="dtype of the weights (default: as they are)")
+    parser.add_argument("--precision", choices=cli.PRECISIONS, help="dtype of the weights (default: as they are)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", type=Path, help="write a record of the conversion to this file")
     options = parser.parse_args(argv)
     try:
+        cli.check_writable(options.json)
         output = options.output_path or default_output(options.checkpoint_path)
         record = convert(options.checkpoint_path, output, options.precision, options.force)
         if options.json:

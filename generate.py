@@ -328,11 +328,16 @@ def run_interactive(
     turns: list[dict] = []
     cli.notice("type a prompt and press Enter; an empty line or Ctrl-D ends")
     while line := read_line():
-        messages.append({"role": "user", "content": line})
-        if flags.chat:
-            prompt = session.tokenizer.apply_chat(messages)
-        else:
-            prompt = tokens + session.tokenizer.encode(line, bos=not tokens)
+        said = [*messages, {"role": "user", "content": line}]
+        try:
+            if flags.chat:
+                prompt = session.tokenizer.apply_chat(said)
+            else:
+                prompt = tokens + session.tokenizer.encode(line, bos=not tokens)
+        except ValueError as error:
+            cli.notice(str(error))
+            continue
+        messages = said
         known = tokens[:-1]  # the last token was emitted but never fed in: it has no K/V yet
         cached = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
         output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)

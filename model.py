@@ -98,7 +98,7 @@ class ModelArgs:
             dim=dim,
             n_layer=need("num_hidden_layers"),
             n_head=n_head,
-            n_kv_head=config.get("num_key_value_heads") or n_head,
+            n_kv_head=n_head if config.get("num_key_value_heads") is None else config["num_key_value_heads"],
             head_dim=head_dim,
             ffn_dim=need("intermediate_size"),
             vocab_size=need("vocab_size"),

@@ -66,6 +66,10 @@ class Tokenizer:
 
         `allow_special` reads special tokens written in the text as such, instead of as ordinary characters.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of another encoding, which Python smuggles through as surrogates
+            raise ValueError(f"text is not UTF-8: {text[:40]!r}") from None
         ids = self.vocabulary.encode(text, allow_special)
         return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
 
@@ -199,6 +203,8 @@ class TiktokenVocabulary(Vocabulary):
 
         lines = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"{len(missing)} of the 256 single bytes have no rank")
         self.encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
         first = max(ranks.values()) + 1
         self.token_bytes = [b""] * (first + LLAMA3_SPECIAL_TOKENS)

@@ -8,6 +8,7 @@ and a run that was killed goes on as if nothing had happened.
 """
 
 import argparse
+import filecmp
 import hashlib
 import io
 import json
@@ -114,6 +115,8 @@ class TrainConfig:
         for name in ("p_max", "distill", "warmup", "heldout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be 0 or more, got {self.learning_rate}")
         if self.dim % self.n_head:
             raise ValueError(f"dim must be a multiple of n_head ({self.n_head}), got {self.dim}")
         if self.short_context is not None and (self.short_context < 1 or self.context % self.short_context):
@@ -305,13 +308,21 @@ def prepare_tokenizer(config: TrainConfig, texts: list[tuple[str, str]], out: Pa
                 (out / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, out / name)
         return load_tokenizer(out)
+    if config.tokenizer is not None:
+        if not Path(config.tokenizer).is_file():
+            raise ValueError(f"tokenizer: {config.tokenizer} is not a file")
+        try:
+            sentencepiece.SentencePieceProcessor(model_file=config.tokenizer)
+        except RuntimeError:
+            raise ValueError(f"tokenizer: {config.tokenizer} is not a sentencepiece model") from None
+        there = out / "tokenizer.model"
+        if there.exists() and not filecmp.cmp(config.tokenizer, there, shallow=False):
+            raise ValueError(f"tokenizer: {there} is another one than {config.tokenizer}; give another --output_dir")
     if not (out / "tokenizer.model").exists():
         if config.tokenizer is None:
             train_tokenizer(dict(texts).values(), config.vocab_size, out / "tokenizer.model")
-        elif Path(config.tokenizer).is_file():
-            shutil.copyfile(config.tokenizer, out / "tokenizer.model")
         else:
-            raise ValueError(f"tokenizer: {config.tokenizer} is not a file")
+            shutil.copyfile(config.tokenizer, out / "tokenizer.model")
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     own = {"tokenizer_class": "LlamaTokenizer" if config.tokenizer else "PreTrainedTokenizerFast"}

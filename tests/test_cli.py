@@ -457,7 +457,8 @@ FLAG_MISTAKES = {
     "negative seed": (("--seed", -3), ["seed must be in 0..", "-3"]),
     "seed of too many bits": (("--seed", 2**63), ["seed must be in 0..", str(2**63)]),
     "chat without a template": (("--chat",), ["no chat template"]),
-    "no threads": (("--threads", 0), ["threads must be 1 or more", "got 0"]),
+    "no threads": (("--threads", 0), ["threads must be in 1..", "got 0"]),
+    "threads without end": (("--threads", 100000), ["threads must be in 1..", "got 100000"]),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -386,3 +387,19 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(make):
     check_vocabulary(tokenizer, 640)
     with pytest.raises(ValueError, match="has 600 ids but the model's vocab_size is 599"):
         check_vocabulary(tokenizer, 599)
+
+
+DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
+
+
+def test_bytes_of_another_encoding_in_a_prompt_are_refused_in_one_line():
+    """Python carries undecodable bytes of the command line as surrogates; the libraries crash on them."""
+    tokenizer = load_tokenizer(DEMO)
+    with pytest.raises(ValueError, match="not UTF-8"):
+        tokenizer.encode("a\udcffb")
+
+
+def test_a_tiktoken_file_without_every_single_byte_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(ValueError, match="single bytes have no rank"):
+        load_tokenizer(tmp_path)
