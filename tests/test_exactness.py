@@ -141,9 +141,11 @@ class Chaos(DraftPolicy):
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("precision", PRECISION)
-def test_a_policy_that_does_everything_at_random_changes_no_token(precision, sampling):
-    runner = Runner(random_model(PRECISION[precision], pack=False), 200, max_rows=6)
+@pytest.mark.parametrize("precision", [*PRECISION, "fp16"])
+@pytest.mark.parametrize("pack", [True, False], ids=["kernels", "padded"])
+def test_a_policy_that_does_everything_at_random_changes_no_token(precision, pack, sampling):
+    dtype = PRECISION.get(precision, torch.float16)
+    runner = Runner(random_model(dtype, pack), 200, max_rows=6, compile=pack and dtype is not torch.float16)
     expected = tokens_of(runner, [1, 5, 9], "none", SAMPLING[sampling], new=100).tokens
     for seed in range(6):
         chaotic = tokens_of(runner, [1, 5, 9], Chaos(seed), SAMPLING[sampling], new=100)
