@@ -1,6 +1,6 @@
 """How decoding becomes fast: what runs a layer, and the number of rows a call is made with.
 
-`generate.decode` speaks to the model only through a Runner. This is the only file that mentions torch.compile. A layer
+`generate.decode` speaks to the model only through a Runner. No other file of the engine mentions torch.compile. A layer
 is run by one of three backends:
   * "c++"      compiled, on a CPU whose weights are packed: the whole layer is one call into `kernels/cpu_ops.cpp`
   * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
