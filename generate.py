@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import cli
+from kernels.exit_head import Exit
 from model import Transformer
 from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
 from runner import Runner, check_num_draft_tokens
@@ -65,7 +66,7 @@ def decode(
     tokens = list(prompt)
     start = time.perf_counter()
     hidden = runner.prefill(tokens[cached:], cached)
-    _, first = sampler.verify((), runner.head(hidden), len(tokens))
+    _, first = sampler.verify((), runner.exit(hidden), len(tokens))
     new, ended = until_end([first], config.eos_ids, finished)
     tokens += new
     yield Round(tuple(new), seconds=time.perf_counter() - start)
@@ -75,8 +76,8 @@ def decode(
         position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
         plan = policy.start_round(RoundContext(tokens, remaining))
         draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
-        logits = verify(runner, draft, tokens[-1], position)
-        accepted, target = sampler.verify(draft.tokens, logits, position + 1)
+        target_rows = verify(runner, draft, tokens[-1], position)
+        accepted, target = sampler.verify(draft.tokens, target_rows, position + 1)
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
         step = Round(
@@ -103,7 +104,7 @@ def draft_tokens(
             depth, states[stop] = stop, hidden
             if depth == plan.exits[-1] or (depth in plan.exits and policy.should_exit(depth, hidden)):
                 break
-        token = sampler.draft(runner.head(hidden)[0], position + index + 1)
+        token = sampler.draft(runner.exit(hidden), position + index + 1)
         draft.tokens.append(token)
         draft.exit_layers.append(depth)
         draft.hidden.append(states)
@@ -116,8 +117,8 @@ def draft_tokens(
     return draft
 
 
-def verify(runner: Runner, draft: Draft, token: int, position: int) -> Tensor:
-    """Run the round's rows (the last token and the drafts after it) through the rest of the model -> logits [K+1, V].
+def verify(runner: Runner, draft: Draft, token: int, position: int) -> Exit:
+    """Run the round's rows (the last token and the drafts after it) through the rest of the model -> K+1 rows' exit.
 
     Rows that drafted resume from their hidden state; the last draft was never fed in, so it starts from its embedding.
     """
@@ -127,7 +128,7 @@ def verify(runner: Runner, draft: Draft, token: int, position: int) -> Tensor:
     else:
         last = runner.run_layers(runner.embed(rows[-1:]), position + len(rows) - 1, 0, draft.resume_layer)
         hidden = torch.cat([*(states[draft.resume_layer] for states in draft.hidden), last])
-    return runner.head(runner.run_layers(hidden, position, draft.resume_layer, runner.n_layer))
+    return runner.exit(runner.run_layers(hidden, position, draft.resume_layer, runner.n_layer))
 
 
 def until_end(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import attention
+from kernels.attention import attention, new_cache
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -186,8 +186,8 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
         self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
         self.wo = Linear(args.n_head * args.head_dim, args.dim)
-        self.k_cache: Tensor | None = None  # [G, S, E]
-        self.v_cache: Tensor | None = None
+        self.k_cache: Tensor | None = None  # in the layout of kernels.attention.new_cache
+        self.v_cache: Tensor | None = None  # [G, S, E]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [..., T, H + 2G, E]
@@ -225,7 +225,7 @@ class Block(nn.Module):
         self.mlp = MLP(args)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The weights and caches in the order of kernels.block.WEIGHTS."""
+        """The weights and caches in the order of kernels.layers.TENSORS."""
         attention, mlp = self.attention, self.mlp
         return (
             self.attention_norm.weight, attention.wqkv.weight, attention.wo.weight, self.mlp_norm.weight,
@@ -260,13 +260,13 @@ class Transformer(nn.Module):
         self.sin: Tensor | None = None
 
     def setup_cache(self, length: int) -> None:
-        """Allocate `length` KV slots per layer (2·L·G·E·length elements) and the rotary table for them."""
-        weight = self.norm.weight
-        shape = (self.args.n_kv_head, length, self.args.head_dim)
+        """Allocate `length` KV slots per layer (2·L·G·E·length elements), or a few more, and the rotary table."""
+        weight, args = self.norm.weight, self.args
         for layer in self.layers:
-            layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.cos, self.sin = rope_table(self.args, length, weight.device)
+            layer.attention.k_cache, layer.attention.v_cache = new_cache(
+                args.n_kv_head, length, args.head_dim, weight.dtype, weight.device
+            )
+        self.cos, self.sin = rope_table(args, layer.attention.v_cache.shape[1], weight.device)
 
     @property
     def cache_length(self) -> int:

@@ -2,7 +2,7 @@
 
 `generate.decode` speaks to the model only through a Runner. No other file of the engine mentions torch.compile. A layer
 is run by one of three backends:
-  * "c++"      compiled, on a CPU whose weights are packed: the whole layer is one call into `kernels/cpu_ops.cpp`
+  * "c++"      compiled, on a CPU whose weights are packed: a run of layers is one call into `kernels/cpp/layers.h`
   * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
   * "eager"    operation by operation
 
@@ -23,7 +23,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from kernels.block import block
+from kernels.exit_head import Exit
+from kernels.layers import PackedLayers
 from kernels.linear import is_packed
 from model import Linear, Transformer
 
@@ -64,6 +65,7 @@ class Runner:
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
+        self._norm, self._head = model.norm.weight, model.lm_head.weight  # module attributes cost microseconds
         self.backend = "eager"
         if compile and self.rows_independent:
             self.backend = "c++"
@@ -79,7 +81,7 @@ class Runner:
             model.setup_cache(slots)  # else: share the cache that another runner of this model uses
         self.positions = torch.arange(slots, device=model.cos.device)
         self.compile_s = 0.0
-        self._tensors: list[tuple[Tensor, ...]] = []  # of each layer, for the "c++" backend
+        self._layers: PackedLayers | None = None  # for the "c++" backend
         self._compiled_block, self._warm = None, False
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
@@ -121,7 +123,7 @@ class Runner:
                 torch.set_num_threads(count)
                 for _ in range(2):  # the first step with another count wakes its threads
                     start = time.perf_counter()
-                    int(self.head(self.run_layers(self.embed([0]), 0, 0, self.n_layer)).argmax())
+                    self.exit(self.run_layers(self.embed([0]), 0, 0, self.n_layer)).tokens()
                 taken.append(time.perf_counter() - start)
         best = 1
         for count in counts[1:]:
@@ -132,12 +134,17 @@ class Runner:
 
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
-        if self.backend == "c++":  # looked up once a prompt: module attributes cost more than a layer's arithmetic
-            self._tensors = [layer.tensors() for layer in self.model.layers]
+        if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
+            args, model = self.model.args, self.model
+            tensors = [layer.tensors() for layer in model.layers]
+            self._layers = PackedLayers(tensors, model.cos, model.sin, args.n_head, args.norm_eps)
         for first in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[first : first + PREFILL_CHUNK]
-            positions = self.positions[start + first : start + first + len(chunk)]
-            hidden = self.model.run_layers(self.embed(chunk), positions, 0, self.n_layer)
+            hidden = self.embed(tokens[first : first + PREFILL_CHUNK])
+            if self._layers:
+                hidden = self._layers.run(hidden, start + first, 0, self.n_layer)
+            else:
+                positions = self.positions[start + first : start + first + len(hidden)]
+                hidden = self.model.run_layers(hidden, positions, 0, self.n_layer)
         return hidden[-1:]
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -152,6 +159,8 @@ class Runner:
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
     ) -> Tensor:  # fmt: skip
         """Layers start..stop-1 on hidden [T, D], T <= max_rows, whose first row is at `position`."""
+        if self._layers:
+            return self._layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
         rows, hidden = hidden.shape[0], self._pad(hidden)
         end = position + rows
         positions, cos, sin = (t[position:end] for t in (self.positions, self.model.cos, self.model.sin))
@@ -159,10 +168,11 @@ class Runner:
             scratch = self.positions[self.cache_length : self.cache_length + hidden.shape[0] - rows]
             positions = torch.cat((positions, scratch))
             cos, sin = self.model.cos[positions], self.model.sin[positions]
+        run = self._compiled_block or _run_block
         with self._no_recompiling():
             for index in range(start, stop):
                 run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
-                hidden = self._run_layer(index, hidden, cos, sin, positions, run_attention, run_mlp)
+                hidden = run(self.model.layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
         return hidden[:rows]
 
     def _no_recompiling(self):
@@ -171,16 +181,10 @@ class Runner:
             return nullcontext()
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
-    def _run_layer(self, index, hidden, cos, sin, positions, run_attention, run_mlp) -> Tensor:
-        if self.backend == "c++":
-            n_head, eps = self.model.args.n_head, self.model.args.norm_eps
-            return block(hidden, cos, sin, positions, self._tensors[index], n_head, eps, run_attention, run_mlp)
-        run = self._compiled_block or _run_block
-        return run(self.model.layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden [T, D] -> fp32 logits [T, V] by the final norm and LM head; T <= max_rows."""
-        return self.model.head(self._pad(hidden))[: hidden.shape[0]]
+    def exit(self, hidden: Tensor) -> Exit:
+        """What the final norm and LM head say about hidden [T, D], T <= max_rows."""
+        norm, head = self._norm, self._head
+        return Exit(self._pad(hidden), norm, head, self.model.args.vocab_size, self.model.args.norm_eps, len(hidden))
 
     def _pad(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]

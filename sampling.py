@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.exit_head import Exit
+
 VERIFICATIONS = ("coupled", "rejection")
 MASK32 = 0xFFFFFFFF
 
@@ -107,16 +109,16 @@ class CoupledSampler:
     def __init__(self, config: SamplingConfig):
         self.config = config
 
-    def draft(self, logits: Tensor, position: int) -> int:
-        """The draft's token for `position` from its logits [V]."""
-        return choose(logits, position, self.config)
+    def draft(self, exit: Exit, position: int) -> int:
+        """The draft's token for `position` from its one row."""
+        return exit.tokens()[0] if self.config.temperature == 0 else choose(exit.logits()[0], position, self.config)
 
-    def verify(self, drafted: Sequence[int], logits: Tensor, position: int) -> tuple[int, int]:
-        """Judge `drafted` (K ids for position, position+1, …) by target logits [K+1, V] -> (accepted, next token)."""
+    def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
+        """Judge `drafted` (K ids for position, position+1, …) by the target's K+1 rows -> (accepted, next token)."""
         if self.config.temperature == 0:
-            chosen = logits.argmax(-1).tolist()  # one call for all rows; argmax has no rounding
+            chosen = exit.tokens()
         else:
-            chosen = (choose(row, position + i, self.config) for i, row in enumerate(logits))
+            chosen = (choose(row, position + i, self.config) for i, row in enumerate(exit.logits()))
         for accepted, (token, target) in enumerate(zip([*drafted, None], chosen, strict=False)):
             if token != target:
                 return accepted, target
@@ -139,13 +141,14 @@ class RejectionSampler:
     def _draw(self, probs: Tensor) -> int:
         return int(torch.multinomial(probs.cpu(), 1, generator=self.random))
 
-    def draft(self, logits: Tensor, position: int) -> int:
-        self.draft_probs[position] = probs = probabilities(logits, self.config)
+    def draft(self, exit: Exit, position: int) -> int:
+        self.draft_probs[position] = probs = probabilities(exit.logits()[0], self.config)
         return self._draw(probs)
 
-    def verify(self, drafted: Sequence[int], logits: Tensor, position: int) -> tuple[int, int]:
+    def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
         """As CoupledSampler.verify. Tokens that nobody's logits proposed (n-gram drafts) count as certain drafts."""
         draft_probs, self.draft_probs = self.draft_probs, {}
+        logits = exit.logits()
         for accepted, token in enumerate(drafted):
             target = probabilities(logits[accepted], self.config)
             draft = draft_probs.get(position + accepted)

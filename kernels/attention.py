@@ -1,12 +1,36 @@
 """Attention over a static KV cache addressed by position: writes the call's keys and values, then attends causally.
 
 Row t attends to slots 0..positions[t], so rolling back a rejected draft is only a smaller position. The C++ op reads
-used slots only, and a row's bits depend neither on the number of rows nor on the cache length nor on the threads.
+used slots only, and a row's bits depend neither on the number of rows nor on the cache length nor on the threads. Its
+key cache is laid out like a packed linear weight with one column per slot: scores are then rows times a weight.
 """
 import torch
 import torch.nn.functional as F
 
 from kernels import cpu
+from kernels.linear import BLOCK
+
+
+def new_cache(groups: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return zeroed key and value caches for `attention`, slots rounded up to a multiple of 32.
+
+    Values are [G, S, E]. Keys are [G, S, E] for the reference; for the C++ op [G, S/32, E/2, 32, 2] in bf16 and
+    [G, S/32, E, 32] in fp32.
+    """
+    slots = -(-slots // BLOCK) * BLOCK
+    v_cache = torch.zeros(groups, slots, head_dim, dtype=dtype, device=device)
+    if not cpu.supports(v_cache) or (dtype == torch.bfloat16 and head_dim % 2):
+        return torch.zeros_like(v_cache), v_cache
+    pairs = (head_dim // 2, BLOCK, 2) if dtype == torch.bfloat16 else (head_dim, BLOCK)
+    return torch.zeros(groups, slots // BLOCK, *pairs, dtype=dtype), v_cache
+
+
+def plain_keys(k_cache: torch.Tensor) -> torch.Tensor:
+    """Return the keys [G, S, E] of a cache in any of the layouts of `new_cache`, to look at."""
+    if k_cache.dim() == 5:
+        k_cache = k_cache.transpose(3, 4).flatten(2, 3)  # [G, S/32, E, 32]
+    return k_cache if k_cache.dim() == 3 else k_cache.transpose(2, 3).flatten(1, 2)
 
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -22,12 +46,12 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cac
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
               positions: torch.Tensor) -> torch.Tensor:
-    """Write k, v [T, G, E] into caches [G, S, E] at positions [T] (int64) and attend with q [T, H, E].
+    """Write k, v [T, G, E] into the caches of `new_cache` at positions [T] (int64) and attend with q [T, H, E].
 
     Query head h uses kv head h // (H / G); scale 1/sqrt(E); softmax in fp32. The caches are changed in place. Rows that
     share a position (padding) all write there, the last one wins. Returns [T, H, E]. The C++ op takes row strides as
-    they are, so slices of a fused qkv projection need no copy.
+    they are, so slices of a fused qkv projection need no copy; it has no gradient.
     """
-    if cpu.supports(q) and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if k_cache.dim() > 3:
         return torch.ops.skipfast_cpu.attention.default(q, k, v, k_cache, v_cache, positions)
     return attention_reference(q, k, v, k_cache, v_cache, positions)

@@ -1,4 +1,4 @@
-"""Build `cpu_ops.cpp` for this machine on first use and load it: the row-exact CPU ops of skipfast.
+"""Build `cpp/ops.cpp` for this machine on first use and load it: the row-exact CPU ops of skipfast.
 
 `load()` compiles with -march=native into ~/.cache/skipfast (a few seconds, once per machine and torch version) and
 registers the namespace `torch.ops.skipfast_cpu`. Without a compiler it returns the reason in one line, and every public
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu_ops.cpp")
+SOURCES = Path(__file__).with_name("cpp")  # one translation unit, ops.cpp, and its headers
 BUILD_SECONDS = 15  # what a user should expect
 BUILD_TIMEOUT_SECONDS = 600
-OLDEST_TORCH = (2, 10)  # cpu_ops.cpp is written against torch's stable ABI of this version
+OLDEST_TORCH = (2, 10)  # cpp/ops.cpp is written against torch's stable ABI of this version
 DTYPES = (torch.bfloat16, torch.float32)
 
 _loaded = False
@@ -68,13 +68,13 @@ def _built_library(progress: Callable[[str], None] | None) -> Path:
         return _fail(f"torch {torch.__version__} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}")
     compiler = _find_compiler()
     compile_flags, link_flags = _flags()
-    command = compiler + compile_flags + [str(SOURCE)] + link_flags
+    command = compiler + compile_flags + [str(SOURCES / "ops.cpp")] + link_flags
     try:
         version = subprocess.run(compiler + ["--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return _fail(f"compiler {compiler[0]} does not run: {error}")
     key = hashlib.sha256("\0".join(
-        [SOURCE.read_text(), " ".join(command), version, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
+        [*(path.read_text() for path in sorted(SOURCES.iterdir())), " ".join(command), version, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
     name = f"cpu_ops-{key}.so"
     for folder in (_user_folder, _private_folder):  # the second only where the first is not writable
         try:
@@ -178,3 +178,9 @@ def _register_fakes() -> None:
     @torch.library.register_fake("skipfast_cpu::swiglu")
     def _(gate_up):
         return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+    @torch.library.register_fake("skipfast_cpu::exit_head")
+    def _(hidden, norm, packed, n_vocab, eps, want_stats):
+        rows = hidden.shape[0]
+        return (hidden.new_empty(rows, dtype=torch.int64),
+                hidden.new_empty(rows if want_stats else 0, 4, dtype=torch.float32))

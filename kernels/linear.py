@@ -1,7 +1,7 @@
 """Linear layer for a few rows: every weight byte is read once, whatever the number of rows.
 
 A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed by `pack()` into column blocks of 32 for the C++ op
-of `cpu_ops.cpp`: bf16 [N/32, K/2, 32, 2], fp32 [N/32, K, 32]. The packed op gives each row the same bits at every row
+of `cpp/linear.h`: bf16 [N/32, K/2, 32, 2], fp32 [N/32, K, 32]. The packed op gives each row the same bits at every row
 count and every thread count, so a verified draft token sees the same logits as a token decoded alone.
 """
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kernels import cpu
 
-BLOCK = 32  # output features per packed block; cpu_ops.cpp has the same constant
+BLOCK = 32  # output features per packed block; cpp/linear.h has the same constant
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

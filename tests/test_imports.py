@@ -13,13 +13,13 @@ MODULES = {path.stem for path in ROOT.glob("*.py")} | {"kernels", "scripts", "te
 ALLOWED = {
     "kernels": {"kernels"},
     "model": {"kernels"},
-    "sampling": set(),
+    "sampling": {"kernels"},
     "policies": set(),
     "tokenizer": set(),
     "runner": {"kernels", "model"},
     "checkpoint": {"kernels", "model"},
     "cli": {"checkpoint", "kernels", "model", "policies", "sampling", "tokenizer"},
-    "generate": {"cli", "model", "policies", "runner", "sampling"},
+    "generate": {"cli", "kernels", "model", "policies", "runner", "sampling"},
     "convert_hf_checkpoint": {"checkpoint", "cli", "tokenizer"},
     "scripts": MODULES - {"scripts", "tests"},
 }

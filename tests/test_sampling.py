@@ -11,6 +11,7 @@ from scipy import stats
 import generate
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu
+from kernels.exit_head import Exit
 from model import ModelArgs, Transformer
 from policies import Autoregressive, DraftPlan, DraftPolicy, Static
 from runner import Runner
@@ -122,15 +123,16 @@ def test_coupled_sampling_over_seeds_has_the_joint_distribution_with_and_without
 
 
 class AcceptsAll(RejectionSampler):
-    def verify(self, drafted, logits, position):
-        self.draft_probs = {}
+    def verify(self, drafted, exit, position):
+        self.draft_probs, logits = {}, exit.logits()
         return len(drafted), self._draw(probabilities(logits[len(drafted)], self.config))
 
 
 class ForgetsResidual(RejectionSampler):
     """A popular mistake: after a rejection, draws from the target instead of from what the draft left of it."""
 
-    def verify(self, drafted, logits, position):
+    def verify(self, drafted, exit, position):
+        logits = exit.logits()
         for accepted, token in enumerate(drafted):
             target = probabilities(logits[accepted], self.config)
             if torch.rand((), generator=self.random) >= target[token]:
@@ -201,8 +203,8 @@ def test_a_draft_by_the_target_itself_is_always_accepted_up_to_the_last_row(veri
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     for seed in range(50):
         sampler = make_sampler(SamplingConfig(1.1, top_k=20, top_p=0.9, seed=seed, verification=verification))
-        drafted = [sampler.draft(row, 7 + i) for i, row in enumerate(logits[:4])]
-        assert sampler.verify(drafted, logits, 7)[0] == 4
+        drafted = [sampler.draft(Exit.of_logits(row[None]), 7 + i) for i, row in enumerate(logits[:4])]
+        assert sampler.verify(drafted, Exit.of_logits(logits), 7)[0] == 4
 
 
 def test_rejection_never_lets_a_token_through_that_the_target_excludes():
@@ -210,9 +212,9 @@ def test_rejection_never_lets_a_token_through_that_the_target_excludes():
     draft = torch.tensor([-9.0, 0.0, 4.0, 5.0])
     for seed in range(200):
         sampler = RejectionSampler(SamplingConfig(1.0, top_k=2, seed=seed))
-        token = sampler.draft(draft, 3)
+        token = sampler.draft(Exit.of_logits(draft[None]), 3)
         assert token in (2, 3)
-        accepted, emitted = sampler.verify([token], target, 3)
+        accepted, emitted = sampler.verify([token], Exit.of_logits(target), 3)
         assert accepted == 0 and emitted in (0, 1)
 
 
@@ -224,11 +226,11 @@ def test_greedy_is_argmax_under_either_rule_of_verification():
     best = logits.argmax(-1).tolist()
     for verification in ("coupled", "rejection"):
         sampler = make_sampler(SamplingConfig(verification=verification, top_k=5, top_p=0.5, seed=9))
-        assert [sampler.draft(row, 3 + i) for i, row in enumerate(logits)] == best
-        assert sampler.verify(best[:3], logits, 3) == (3, best[3])
+        assert [sampler.draft(Exit.of_logits(row[None]), 3 + i) for i, row in enumerate(logits)] == best
+        assert sampler.verify(best[:3], Exit.of_logits(logits), 3) == (3, best[3])
         wrong = [best[0], (best[1] + 1) % 50, best[2]]
-        assert sampler.verify(wrong, logits, 3) == (1, best[1])
-        assert sampler.verify((), logits[:1], 3) == (0, best[0])
+        assert sampler.verify(wrong, Exit.of_logits(logits), 3) == (1, best[1])
+        assert sampler.verify((), Exit.of_logits(logits[:1]), 3) == (0, best[0])
     one_hot = probabilities(logits[0], SamplingConfig())
     assert one_hot.argmax() == best[0] and one_hot.sum() == 1 and one_hot.max() == 1
 
@@ -241,7 +243,8 @@ def test_keeping_one_token_or_hardly_any_temperature_equals_greedy(settings):
         coupled = CoupledSampler(SamplingConfig(seed=seed, **settings))
         rejecting = RejectionSampler(SamplingConfig(seed=seed, **settings))
         for position, row in enumerate(logits):
-            assert coupled.draft(row, position) == rejecting.draft(row, position) == row.argmax()
+            exit = Exit.of_logits(row[None])
+            assert coupled.draft(exit, position) == rejecting.draft(exit, position) == row.argmax()
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50])
@@ -255,7 +258,7 @@ def test_a_temperature_that_overflows_the_scores_is_greedy_or_refused(temperatur
             assert "temperature must be" in str(error)
             continue
         for sampler in (CoupledSampler(config), RejectionSampler(config)):
-            assert sampler.draft(logits, 3) == logits.argmax()
+            assert sampler.draft(Exit.of_logits(logits[None]), 3) == logits.argmax()
 
 
 def test_a_row_is_judged_the_same_in_any_company():
@@ -263,8 +266,8 @@ def test_a_row_is_judged_the_same_in_any_company():
     logits = torch.randn(8, 333, generator=torch.Generator().manual_seed(4)) * 2
     for settings in ({}, {"top_k": 40, "top_p": 0.9}):
         sampler = CoupledSampler(SamplingConfig(temperature=0.7, seed=3, **settings))
-        alone = [sampler.draft(row.clone(), 100 + i) for i, row in enumerate(logits)]
-        assert sampler.verify(alone[:7], logits, 100) == (7, alone[7])
+        alone = [sampler.draft(Exit.of_logits(row.clone()[None]), 100 + i) for i, row in enumerate(logits)]
+        assert sampler.verify(alone[:7], Exit.of_logits(logits), 100) == (7, alone[7])
 
 
 # ---- noise ----

@@ -1,0 +1,113 @@
+// exit_head: LM head, argmax and confidence in one pass over the weight; logits never reach memory.
+#pragma once
+#include "linear.h"
+
+namespace skipfast {
+
+constexpr int64_t RUN = 8;  // blocks whose logits are reduced together; part of the arithmetic of the sums
+
+// What a run of columns says about one row. Merged in order of columns, so that ties go to the lowest token.
+struct Partial {
+  float peak, second;  // largest and second largest logit
+  int64_t token;
+  float sum, weighted;  // over the columns: exp(z - peak), and exp(z - peak) * (z - peak)
+
+  static constexpr float LOWEST = -87.3f;  // below it exp is taken as exp(LOWEST)
+
+  void rescale(float new_peak) {
+    const float shift = std::max(peak - new_peak, LOWEST), factor = exp_scalar(shift);
+    weighted = factor * (weighted + sum * shift), sum *= factor;
+  }
+  void merge(Partial next, bool sums) {
+    const float new_peak = std::max(peak, next.peak);
+    if (sums) {
+      rescale(new_peak), next.rescale(new_peak);
+      sum += next.sum, weighted += next.weighted;
+    }
+    second = next.peak > peak ? std::max(peak, next.second) : std::max(second, next.peak);
+    if (next.peak > peak) token = next.token;
+    peak = new_peak;
+  }
+};
+
+template <typename T>
+struct ExitHead {
+  Linear<T> linear;  // x are normalised rows; n may stop short of the weight's columns (a trimmed vocabulary)
+  bool sums;
+  Partial* partials;  // [runs][rows]
+
+  int64_t runs() const { return (linear.blocks() + RUN - 1) / RUN; }
+
+  // Logits z[0..n) of one row from column `first` on; z has room for whole vectors.
+  Partial reduce(float* z, int64_t n, int64_t first) const {
+    const int64_t end = (n + LANES - 1) / LANES * LANES;
+    for (int64_t i = n; i < end; i++) z[i] = -std::numeric_limits<float>::infinity();
+    Vec top = load(z), total = splat(0.0f), weighted = splat(0.0f);
+    for (int64_t i = LANES; i < end; i += LANES) top = max(top, load(z + i));
+    Partial out{max_lanes(top), -std::numeric_limits<float>::infinity(), 0, 0.0f, 0.0f};
+    int64_t best = 0;
+    while (best + 1 < n && z[best] != out.peak) best++;
+    out.token = first + best;
+    if (!sums) return out;
+    for (int64_t i = 0; i < end; i += LANES) {
+      Vec shift = max(splat(Partial::LOWEST), sub(load(z + i), splat(out.peak))), e = exp(shift);
+      if (i + LANES > n) {  // columns that do not exist count nothing
+        float kept[LANES];
+        store(kept, e);
+        e = load(kept, int(n - i));
+      }
+      total = add(total, e), weighted = fma(e, shift, weighted);
+    }
+    out.sum = sum_lanes(total), out.weighted = sum_lanes(weighted);
+    z[best] = -std::numeric_limits<float>::infinity();
+    top = load(z);
+    for (int64_t i = LANES; i < end; i += LANES) top = max(top, load(z + i));
+    out.second = max_lanes(top);
+    return out;
+  }
+
+  void run_of_blocks(int64_t run) const {
+    static thread_local Scratch scratch;
+    const int64_t stride = RUN * BLOCK, first = run * RUN, last = std::min(first + RUN, linear.blocks());
+    float* z = scratch.get(linear.rows * stride);
+    float acc[MAX_TILE * BLOCK];
+    for (int64_t b = first; b < last; b++)
+      for (int64_t r = 0; r < linear.rows; r += linear.tile) {
+        const int64_t height = std::min(linear.tile, linear.rows - r);
+        tile_of<T>(height)(linear.w + b * linear.k * BLOCK, linear.words + r * linear.k / PER_WORD<T>, linear.k, acc,
+                           BLOCK, true);
+        for (int64_t m = 0; m < height; m++) {  // rounded as the plain head rounds, so that both choose one token
+          T rounded[BLOCK];
+          store(rounded, load(acc + m * BLOCK)), store(rounded + LANES, load(acc + m * BLOCK + LANES));
+          float* to = z + (r + m) * stride + (b - first) * BLOCK;
+          store(to, load(rounded)), store(to + LANES, load(rounded + LANES));
+        }
+      }
+    const int64_t n = std::min(linear.n, last * BLOCK) - first * BLOCK;
+    for (int64_t r = 0; r < linear.rows; r++)
+      partials[run * linear.rows + r] = reduce(z + r * stride, n, first * BLOCK);
+  }
+
+  // tokens [rows], stats [rows, 4] = top-1 probability, its lead over the second, entropy in nats, logsumexp.
+  void run(int64_t* tokens, float* stats) {
+    static thread_local Scratch scratch;
+    partials = (Partial*)scratch.get(runs() * linear.rows * int64_t(sizeof(Partial) / sizeof(float)));
+    const int64_t bytes = linear.blocks() * BLOCK * linear.k * int64_t(sizeof(T));
+    linear.tile = even_tile(linear.rows, MAX_TILE);
+    linear.interleave(1);
+    for_each_task(runs(), threads_for(bytes, LINEAR_BYTES_PER_THREAD), [&](int64_t i) { run_of_blocks(i); });
+    for (int64_t r = 0; r < linear.rows; r++) {
+      Partial all = partials[r];
+      for (int64_t i = 1; i < runs(); i++) all.merge(partials[i * linear.rows + r], sums);
+      tokens[r] = all.token;
+      if (!sums) continue;
+      const float log_sum = std::log(all.sum);
+      stats[4 * r] = 1.0f / all.sum;
+      stats[4 * r + 1] = (1.0f - std::exp(all.second - all.peak)) / all.sum;
+      stats[4 * r + 2] = log_sum - all.weighted / all.sum;
+      stats[4 * r + 3] = all.peak + log_sum;
+    }
+  }
+};
+
+}  // namespace skipfast

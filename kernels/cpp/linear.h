@@ -1,0 +1,249 @@
+// linear: rows times a packed weight. Every element of the result is one sum in order of k, whatever is tiled how.
+#pragma once
+#include <array>
+#include <utility>
+
+#include "threads.h"
+#include "vec.h"
+
+namespace skipfast {
+
+constexpr int BLOCK = 32;           // columns per packed block, as in kernels/linear.py
+constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
+
+// Rows per tile, and rows up to which a tile takes all 32 columns at once: bound by accumulators in registers.
+#if defined(SKIPFAST_AVX512)
+constexpr int MAX_TILE = 12, WIDE_TILE = 12;  // 24 of 32 registers
+#else
+constexpr int MAX_TILE = 6, WIDE_TILE = 3;    // 12 of 16
+#endif
+
+// What the micro-kernel reads for x: pairs of bf16 where the dot-product instruction exists, else fp32. A tile of M
+// rows lies interleaved, word i of all rows side by side: rows a power of two apart would fight for cache sets.
+#if defined(SKIPFAST_AVX512) && defined(__AVX512BF16__)
+#define SKIPFAST_BF16_DOT
+constexpr bool BF16_DOT = true;
+#else
+constexpr bool BF16_DOT = false;
+#endif
+template <typename T>
+using Word = std::conditional_t<BF16_DOT && std::is_same_v<T, bf16>, uint32_t, float>;
+template <typename T>
+constexpr int64_t PER_WORD = BF16_DOT && std::is_same_v<T, bf16> ? 2 : 1;
+
+// Write row m of a tile of `height` rows as interleaved words; an odd last bf16 gets a zero beside it.
+template <typename T>
+inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, Word<T>* tile) {
+  if constexpr (PER_WORD<T> == 1) {
+    for (int64_t i = 0; i < k; i++) tile[i * height + m] = widen(row[i]);
+  } else {
+    for (int64_t i = 0; i < k / 2; i++) std::memcpy(tile + i * height + m, row + 2 * i, 4);
+    if (k & 1) tile[k / 2 * height + m] = row[k - 1].bits;
+  }
+}
+
+// Loops over the rows of a tile must be unrolled early, else the accumulators live in memory (a factor of two).
+#define UNROLL _Pragma("GCC unroll 16")
+
+// acc[m][0..16 V) (+)= row m of x over k features * w; rows of w are BLOCK columns apart. `first` starts from zero.
+template <int M, int V>
+struct Sums {
+  Vec sum[M][V];
+  void read(const float* acc, int64_t stride, bool first) {
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      UNROLL
+      for (int v = 0; v < V; v++) sum[m][v] = first ? splat(0.0f) : load(acc + m * stride + v * LANES);
+    }
+  }
+  void write(float* acc, int64_t stride) const {
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      UNROLL
+      for (int v = 0; v < V; v++) store(acc + m * stride + v * LANES, sum[m][v]);
+    }
+  }
+  void add_product(int m, const Vec (&w)[V], Vec value) {
+    UNROLL
+    for (int v = 0; v < V; v++) sum[m][v] = fma(w[v], value, sum[m][v]);
+  }
+};
+
+template <int V, typename T>
+inline void prefetch_strip(const T* row) {  // 16 columns of one fp32 or of a pair of bf16 are a cache line
+  prefetch((const char*)row + PREFETCH_BYTES);
+  if (V == 2) prefetch((const char*)row + PREFETCH_BYTES + 64);
+}
+
+template <int M, int V>
+void multiply_strip(const float* w, const float* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+  Sums<M, V> sums;
+  sums.read(acc, acc_stride, first);
+  for (int64_t i = 0; i < k; i++, w += BLOCK) {
+    Vec weight[V];
+    UNROLL
+    for (int v = 0; v < V; v++) weight[v] = load(w + v * LANES);
+    prefetch_strip<V>(w);
+    UNROLL
+    for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[i * M + m]));
+  }
+  sums.write(acc, acc_stride);
+}
+
+#if defined(SKIPFAST_BF16_DOT)
+template <int M, int V>
+void multiply_strip(const bf16* w, const uint32_t* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+  Sums<M, V> sums;
+  sums.read(acc, acc_stride, first);
+  for (int64_t i = 0; i < k; i += 2, w += 2 * BLOCK) {
+    __m512bh weight[V];
+    UNROLL
+    for (int v = 0; v < V; v++) weight[v] = (__m512bh)_mm512_loadu_si512(w + v * 2 * LANES);
+    prefetch_strip<V>(w);
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      __m512bh value = (__m512bh)_mm512_set1_epi32(int(x[i / 2 * M + m]));
+      UNROLL
+      for (int v = 0; v < V; v++) sums.sum[m][v].v = _mm512_dpbf16_ps(sums.sum[m][v].v, weight[v], value);
+    }
+  }
+  sums.write(acc, acc_stride);
+}
+#else
+template <int M, int V>
+void multiply_strip(const bf16* w, const float* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+  Sums<M, V> sums;
+  sums.read(acc, acc_stride, first);
+  for (int64_t i = 0; i < k; i += 2, w += 2 * BLOCK) {
+    Vec weight[V];
+    UNROLL
+    for (int v = 0; v < V; v++) weight[v] = load_first_of_pairs(w + v * 2 * LANES);
+    prefetch_strip<V>(w);
+    UNROLL
+    for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[i * M + m]));
+    UNROLL
+    for (int v = 0; v < V; v++) weight[v] = load_second_of_pairs(w + v * 2 * LANES);
+    UNROLL
+    for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[(i + 1) * M + m]));
+  }
+  sums.write(acc, acc_stride);
+}
+#endif
+
+// A tile too high for the registers with 32 columns goes over 4 KiB of weight by 16 columns and then by the other 16:
+// either pass fetches its own half of the next 4 KiB, so memory never waits for arithmetic.
+template <typename T, int M>
+void multiply_tile(const T* w, const Word<T>* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+  if constexpr (M <= WIDE_TILE) {
+    multiply_strip<M, 2>(w, x, k, acc, acc_stride, first);
+  } else {
+    constexpr int64_t step = 4096 / (BLOCK * int64_t(sizeof(T)));
+    constexpr int64_t half = 64 / sizeof(T);  // elements in a cache line: 16 columns, of pairs in bf16
+    for (int64_t i = 0; i < k; i += step)
+      for (int64_t side = 0; side < 2; side++)
+        multiply_strip<M, 1>(w + i * BLOCK + side * half, x + i * M / PER_WORD<T>, std::min(step, k - i),
+                             acc + side * LANES, acc_stride, first && i == 0);
+  }
+}
+
+template <typename T>
+using Tile = void (*)(const T*, const Word<T>*, int64_t, float*, int64_t, bool);
+template <typename T, size_t... M>
+constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
+  return {multiply_tile<T, int(M) + 1>...};
+}
+// The micro-kernel for a number of rows in 1..MAX_TILE.
+template <typename T>
+inline Tile<T> tile_of(int64_t rows) {
+  static constexpr auto table = tile_table<T>(std::make_index_sequence<MAX_TILE>{});
+  return table[rows - 1];
+}
+// Rows per tile so that tiles are of nearly equal height: 13 rows are 7 + 6, not 12 + 1.
+inline int64_t even_tile(int64_t rows, int64_t limit) {
+  int64_t tiles = (rows + limit - 1) / limit;
+  return (rows + tiles - 1) / tiles;
+}
+
+constexpr int64_t GROUP = 4;            // column blocks that share a pass over x when there are many rows
+constexpr int64_t PANEL_TILES = 8;      // row tiles whose partial sums are held at once
+constexpr int64_t CHUNK_BYTES = 1024;   // of k per pass: 4 blocks of weight stay in the second-level cache
+constexpr int64_t LINEAR_BYTES_PER_THREAD = 256 << 10;
+
+template <typename T>
+inline void store_block(const float* acc, T* y, int64_t columns) {
+  if (columns >= BLOCK) return store(y, load(acc)), store(y + LANES, load(acc + LANES));
+  store(y, load(acc), int(std::min<int64_t>(columns, LANES)));
+  if (columns > LANES) store(y + LANES, load(acc + LANES), int(columns - LANES));
+}
+
+template <typename T>
+struct Linear {
+  const T *x, *w;
+  T* y;
+  int64_t rows, k, n;
+  int64_t tile;          // rows per tile
+  const Word<T>* words;  // x, tile after tile, each interleaved
+
+  int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
+
+  // Few rows: one tile, the weight block streams past once.
+  void few_rows(int64_t block) const {
+    float acc[MAX_TILE * BLOCK];
+    tile_of<T>(rows)(w + block * k * BLOCK, words, k, acc, BLOCK, true);
+    for (int64_t m = 0; m < rows; m++) store_block(acc + m * BLOCK, y + m * n + block * BLOCK, n - block * BLOCK);
+  }
+
+  // Many rows: a group of blocks, k in chunks, so that weight and x are reused from the near caches. Same sums.
+  void many_rows(int64_t group) const {
+    static thread_local Scratch scratch;
+    const int64_t first_block = group * GROUP, last_block = std::min(first_block + GROUP, blocks());
+    const int64_t chunk = CHUNK_BYTES / int64_t(sizeof(T)), stride = GROUP * BLOCK;
+    const int64_t panel = tile * PANEL_TILES;
+    float* acc = scratch.get(panel * stride);
+    for (int64_t top = 0; top < rows; top += panel) {
+      const int64_t bottom = std::min(top + panel, rows);
+      for (int64_t k0 = 0; k0 < k; k0 += chunk)
+        for (int64_t r = top; r < bottom; r += tile) {
+          const int64_t height = std::min(tile, bottom - r);
+          for (int64_t b = first_block; b < last_block; b++)
+            tile_of<T>(height)(w + (b * k + k0) * BLOCK, words + (r * k + k0 * height) / PER_WORD<T>,
+                               std::min(chunk, k - k0),
+                               acc + (r - top) * stride + (b - first_block) * BLOCK, stride, k0 == 0);
+        }
+      for (int64_t r = top; r < bottom; r++)
+        for (int64_t b = first_block; b < last_block; b++)
+          store_block(acc + (r - top) * stride + (b - first_block) * BLOCK, y + r * n + b * BLOCK, n - b * BLOCK);
+    }
+  }
+
+  void interleave(int64_t threads) {
+    static thread_local Scratch scratch;
+    if constexpr (std::is_same_v<T, float> || BF16_DOT)
+      if (rows == 1 && uintptr_t(x) % 4 == 0) {  // already a tile of height one
+        words = (const Word<T>*)x;
+        return;
+      }
+    auto* to = (Word<T>*)scratch.get(rows * k / PER_WORD<T>);
+    for_each_task((rows + tile - 1) / tile, threads, [&](int64_t i) {
+      const int64_t top = i * tile, height = std::min(tile, rows - top);
+      for (int64_t m = 0; m < height; m++)
+        interleave_row(x + (top + m) * k, k, m, height, to + top * k / PER_WORD<T>);
+    });
+    words = to;
+  }
+
+  void run() {
+    if (!rows || !n) return;
+    const int64_t bytes = blocks() * BLOCK * k * int64_t(sizeof(T));
+    const bool few = rows <= MAX_TILE;
+    const int64_t threads = threads_for(few ? bytes : bytes * (rows / 4), LINEAR_BYTES_PER_THREAD);
+    tile = even_tile(rows, MAX_TILE);
+    interleave(few ? 1 : threads);
+    if (few)
+      for_each_task(blocks(), threads, [&](int64_t block) { few_rows(block); });
+    else
+      for_each_task((blocks() + GROUP - 1) / GROUP, threads, [&](int64_t group) { many_rows(group); });
+  }
+};
+
+}  // namespace skipfast

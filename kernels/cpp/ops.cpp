@@ -1,0 +1,325 @@
+// CPU ops of skipfast: linear, norms, attention, whole layers and the exit head, whose rows do not depend on the rows
+// beside them.
+//
+// The rule that makes speculative decoding exact here: the arithmetic of one output element is one fixed sequence of
+// operations, the same for every number of rows, every number of threads and every cache length. Tiling may choose only
+// WHICH elements are computed together, never the order in which one element sums. Partial sums that travel through
+// memory stay fp32, so spilling them is exact too. The build switches floating-point contraction off: what fuses, fuses
+// by name.
+//
+// How a call gets here: kernels/linear.py etc. -> torch.ops.skipfast_cpu.* -> the functions of this file, which check
+// and dispatch -> the header of the same name, which computes. Read vec.h, threads.h, linear.h, then the others.
+// Written against torch's stable ABI (2.10), whose headers compile in seconds; threads come from torch's own pool, so
+// that torch.set_num_threads governs them and no second OpenMP runtime is loaded.
+//
+// Shapes: K in features, N out features, T rows, H query heads, G kv heads, E head dim, S cache slots.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "attention.h"
+#include "exit_head.h"
+#include "layers.h"
+#include "linear.h"
+#include "rows.h"
+
+using namespace skipfast;
+
+namespace {
+
+using torch::stable::Tensor;
+
+inline int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  aoti_torch_get_dtype(tensor.get(), &dtype);
+  return dtype;
+}
+inline bool is_bf16(const Tensor& tensor) { return dtype_of(tensor) == aoti_torch_dtype_bfloat16(); }
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(is_bf16(tensor) || dtype_of(tensor) == aoti_torch_dtype_float32(), op, ": ", name,
+                  " must be bfloat16 or float32");
+}
+inline void check_same_dtype(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype_of(first), op, ": ", name, " must have the dtype of the first argument");
+}
+inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+// A new contiguous tensor like x, with another last dimension.
+Tensor new_result(const Tensor& x, int64_t last_size) {
+  const int64_t dims = x.dim();
+  const auto old_sizes = x.sizes();
+  int64_t sizes[16], strides[16];
+  STD_TORCH_CHECK(dims <= 16, "at most 16 dimensions are supported, got ", dims);
+  for (int64_t i = dims - 1, stride = 1; i >= 0; i--) {
+    sizes[i] = i == dims - 1 ? last_size : old_sizes[i];
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  AtenTensorHandle handle;
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  const auto code = aoti_torch_empty_strided(dims, sizes, strides, dtype_of(x), cpu, 0, &handle);
+  STD_TORCH_CHECK(code == 0, "cannot allocate the result");
+  return Tensor(handle);
+}
+
+template <typename T>
+inline T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
+
+template <typename T>
+void linear_as(const Tensor& x, const Tensor& packed, const Tensor& y, int64_t rows, int64_t k, int64_t n) {
+  Linear<T>{(const T*)x.data_ptr(), (const T*)packed.data_ptr(), (T*)y.data_ptr(), rows, k, n, 1, nullptr}.run();
+}
+
+Tensor linear(Tensor x, Tensor packed, int64_t out_features) {
+  const bool pairs = is_bf16(x);
+  check_dtype("linear", "x", x);
+  check_same_dtype("linear", "packed", packed, x);
+  check_contiguous("linear", "x", x);
+  check_contiguous("linear", "packed", packed);
+  STD_TORCH_CHECK(x.dim() >= 1, "linear: x must have at least one dimension");
+  const int64_t k = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(packed.dim() == (pairs ? 4 : 3) && packed.size(2) == BLOCK && (!pairs || packed.size(3) == 2),
+                  "linear: packed must be [N/32, K/2, 32, 2] (bfloat16) or [N/32, K, 32] (float32); see linear.pack");
+  const int64_t packed_k = packed.size(1) * (pairs ? 2 : 1), padded = packed.size(0) * BLOCK;
+  STD_TORCH_CHECK(packed_k == k, "linear: x has ", k, " features, the weight takes ", packed_k);
+  STD_TORCH_CHECK(out_features <= padded && out_features > padded - BLOCK, "linear: out_features must be in ",
+                  padded - BLOCK + 1, "..", padded, " for this weight, got ", out_features);
+  Tensor y = new_result(x, out_features);
+  const int64_t rows = k ? x.numel() / k : 0;
+  if (pairs) linear_as<bf16>(x, packed, y, rows, k, out_features);
+  else linear_as<float>(x, packed, y, rows, k, out_features);
+  return y;
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  check_dtype("rms_norm", "x", x);
+  check_same_dtype("rms_norm", "weight", weight, x);
+  check_contiguous("rms_norm", "x", x);
+  check_contiguous("rms_norm", "weight", weight);
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1, "rms_norm: x must be [..., D] and weight [D]");
+  const int64_t d = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(weight.size(0) == d, "rms_norm: x has ", d, " features, the weight ", weight.size(0));
+  Tensor y = new_result(x, d);
+  if (!x.numel()) return y;
+  const int64_t rows = x.numel() / d;
+  if (is_bf16(x)) rms_norm_rows(data<bf16>(x), data<bf16>(weight), data<bf16>(y), rows, d, float(eps));
+  else rms_norm_rows(data<float>(x), data<float>(weight), data<float>(y), rows, d, float(eps));
+  return y;
+}
+
+Tensor swiglu(Tensor gate_up) {
+  check_dtype("swiglu", "gate_up", gate_up);
+  check_contiguous("swiglu", "gate_up", gate_up);
+  STD_TORCH_CHECK(gate_up.dim() >= 1 && gate_up.size(gate_up.dim() - 1) % 2 == 0,
+                  "swiglu: gate_up must be [..., 2F], gate first");
+  const int64_t f = gate_up.size(gate_up.dim() - 1) / 2;
+  Tensor y = new_result(gate_up, f);
+  if (!y.numel()) return y;
+  const int64_t rows = y.numel() / f;
+  if (is_bf16(gate_up)) swiglu_rows(data<bf16>(gate_up), data<bf16>(y), rows, f);
+  else swiglu_rows(data<float>(gate_up), data<float>(y), rows, f);
+  return y;
+}
+
+void check_positions(const char* op, const Tensor& positions, int64_t slots) {
+  STD_TORCH_CHECK(dtype_of(positions) == aoti_torch_dtype_int64(), op, ": positions must be int64");
+  check_contiguous(op, "positions", positions);
+  for (int64_t t = 0; t < positions.numel(); t++)
+    STD_TORCH_CHECK(data<int64_t>(positions)[t] >= 0 && data<int64_t>(positions)[t] < slots, op,
+                    ": positions must be in 0..", slots - 1, ", got ", data<int64_t>(positions)[t]);
+}
+
+template <typename T>
+void attention_as(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
+                  const Tensor& positions, const Tensor& y) {
+  Attention<T> op{};
+  op.q = data<T>(q), op.k = data<T>(k), op.v = data<T>(v);
+  op.k_cache = data<T>(k_cache), op.v_cache = data<T>(v_cache), op.out = data<T>(y);
+  op.positions = data<int64_t>(positions);
+  op.q_stride = q.stride(0), op.k_stride = k.stride(0), op.v_stride = v.stride(0);
+  op.rows = q.size(0), op.heads = q.size(1), op.groups = k.size(1), op.e = q.size(2), op.slots = v_cache.size(1);
+  op.run();
+}
+
+// k_cache [G, S/32, E/2, 32, 2] (bfloat16) or [G, S/32, E, 32] (float32), v_cache [G, S, E].
+void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
+  const bool pairs = is_bf16(v_cache);
+  check_same_dtype(op, "k_cache", k_cache, v_cache);
+  check_contiguous(op, "k_cache", k_cache), check_contiguous(op, "v_cache", v_cache);
+  STD_TORCH_CHECK(v_cache.dim() == 3 && k_cache.dim() == (pairs ? 5 : 4) && k_cache.size(0) == v_cache.size(0) &&
+                      k_cache.size(1) * BLOCK == v_cache.size(1) &&
+                      k_cache.size(2) * (pairs ? 2 : 1) == v_cache.size(2) && k_cache.size(3) == BLOCK,
+                  op, ": the caches must be [G, S/32, E/2, 32, 2] (bfloat16) or [G, S/32, E, 32] (float32), and "
+                  "[G, S, E]; see attention.new_cache");
+}
+
+Tensor attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions) {
+  check_dtype("attention", "q", q);
+  check_same_dtype("attention", "k", k, q), check_same_dtype("attention", "v", v, q);
+  check_same_dtype("attention", "v_cache", v_cache, q);
+  check_caches("attention", k_cache, v_cache);
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3,
+                  "attention: q must be [T, H, E], k and v [T, G, E]");
+  const int64_t rows = q.size(0), heads = q.size(1), e = q.size(2), groups = k.size(1), slots = v_cache.size(1);
+  STD_TORCH_CHECK(groups > 0 && heads % groups == 0, "attention: ", heads, " query heads cannot share ", groups,
+                  " kv heads");
+  for (const Tensor* one : {&k, &v})
+    STD_TORCH_CHECK(one->size(0) == rows && one->size(1) == groups && one->size(2) == e,
+                    "attention: k and v must be [", rows, ", ", groups, ", ", e, "] like q");
+  STD_TORCH_CHECK(v_cache.size(0) == groups && v_cache.size(2) == e, "attention: the caches must be of ", groups,
+                  " kv heads of ", e);
+  for (const Tensor* one : {&q, &k, &v})
+    STD_TORCH_CHECK(rows == 0 || e == 0 || (one->stride(2) == 1 && (one->size(1) == 1 || one->stride(1) == e)),
+                    "attention: heads and features of q, k and v must be contiguous within a row");
+  STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == rows, "attention: positions must be [", rows, "]");
+  check_positions("attention", positions, slots);
+  Tensor y = new_result(q, e);
+  if (!y.numel()) return y;
+  if (is_bf16(q)) attention_as<bf16>(q, k, v, k_cache, v_cache, positions, y);
+  else attention_as<float>(q, k, v, k_cache, v_cache, positions, y);
+  return y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// exit_head
+// ---------------------------------------------------------------------------------------------------------------------
+Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[4], stride = 1;
+  for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; i--) strides[i] = stride, stride *= sizes.begin()[i];
+  AtenTensorHandle handle;
+  const auto code = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(code == 0, "cannot allocate the result");
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, int64_t n_vocab, double eps,
+                                     bool want_stats) {
+  const bool pairs = is_bf16(hidden);
+  check_dtype("exit_head", "hidden", hidden);
+  for (const Tensor* one : {&norm, &packed}) check_same_dtype("exit_head", "every weight", *one, hidden);
+  for (const Tensor* one : {&hidden, &norm, &packed}) check_contiguous("exit_head", "every tensor", *one);
+  STD_TORCH_CHECK(hidden.dim() == 2 && packed.dim() == (pairs ? 4 : 3) && packed.size(2) == BLOCK,
+                  "exit_head: hidden must be [T, D], the weight packed");
+  const int64_t rows = hidden.size(0), d = hidden.size(1);
+  STD_TORCH_CHECK(packed.size(1) * (pairs ? 2 : 1) == d && norm.numel() == d, "exit_head: hidden has ", d,
+                  " features, the weight ", packed.size(1) * (pairs ? 2 : 1), ", the norm ", norm.numel());
+  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= packed.size(0) * BLOCK, "exit_head: n_vocab must be in 1..",
+                  packed.size(0) * BLOCK, ", got ", n_vocab);
+  Tensor tokens = new_tensor({rows}, aoti_torch_dtype_int64());
+  Tensor stats = new_tensor({want_stats ? rows : 0, 4}, aoti_torch_dtype_float32());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    static thread_local Scratch scratch;
+    T* normed = (T*)scratch.get(rows * d);
+    rms_norm_rows(data<T>(hidden), data<T>(norm), normed, rows, d, float(eps));
+    ExitHead<T>{{normed, data<T>(packed), nullptr, rows, d, n_vocab, 1, nullptr}, want_stats, nullptr}.run(
+        data<int64_t>(tokens), data<float>(stats));
+  };
+  if (rows && pairs) run(bf16{});
+  else if (rows) run(0.0f);
+  return {tokens, stats};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// layers
+// ---------------------------------------------------------------------------------------------------------------------
+inline int64_t packed_columns(const Tensor& packed) { return packed.size(0) * BLOCK; }
+inline int64_t packed_features(const Tensor& packed) { return packed.size(1) * (packed.dim() == 4 ? 2 : 1); }
+
+// Check the tensors of every layer (kernels.layers.TENSORS each, one after the other) and write down where they are.
+Tensor layer_table(std::vector<Tensor> tensors, Tensor cos, Tensor sin, int64_t heads, double eps) {
+  constexpr int64_t each = LayerTable::TENSORS;
+  const int64_t n_layer = int64_t(tensors.size()) / each;
+  STD_TORCH_CHECK(n_layer > 0 && n_layer * each == int64_t(tensors.size()), "layer_table: ", each, " tensors a layer");
+  const Tensor &first_norm = tensors[0], &first_v = tensors[7];
+  check_dtype("layer_table", "every tensor", first_norm);
+  STD_TORCH_CHECK(first_v.dim() == 3, "layer_table: v_cache must be [G, S, E]");
+  const int64_t d = first_norm.numel(), f = packed_features(tensors[5]), groups = first_v.size(0);
+  const int64_t slots = first_v.size(1), e = first_v.size(2);
+  for (const Tensor* one : {&cos, &sin}) {
+    check_contiguous("layer_table", "cos and sin", *one);
+    STD_TORCH_CHECK(dtype_of(*one) == aoti_torch_dtype_float32() && one->numel() == slots * e,
+                    "layer_table: cos and sin must be float32 [S, 1, E]");
+  }
+  auto takes = [](const Tensor& w, int64_t features, int64_t columns) {
+    return packed_features(w) == features && columns <= packed_columns(w) && columns > packed_columns(w) - BLOCK;
+  };
+  Tensor result = new_tensor({LayerTable::words(n_layer)}, aoti_torch_dtype_int64());
+  auto* table = reinterpret_cast<LayerTable*>(data<int64_t>(result));
+  *table = {is_bf16(first_norm), n_layer, d, f, heads, groups, e, slots, eps, data<float>(cos), data<float>(sin)};
+  auto* pointers = reinterpret_cast<void**>(table + 1);
+  for (int64_t i = 0; i < n_layer; i++) {
+    const Tensor* t = &tensors[i * each];
+    for (int64_t j = 0; j < each; j++) {
+      check_contiguous("layer_table", "every tensor", t[j]);
+      check_same_dtype("layer_table", "every tensor", t[j], first_norm);
+      pointers[i * each + j] = t[j].data_ptr();
+    }
+    check_caches("layer_table", t[6], t[7]);
+    STD_TORCH_CHECK(groups > 0 && e % 2 == 0 && heads % groups == 0 && t[0].numel() == d && t[3].numel() == d &&
+                        takes(t[1], d, (heads + 2 * groups) * e) && takes(t[2], heads * e, d) &&
+                        takes(t[4], d, 2 * f) && takes(t[5], f, d) && t[7].size(0) == groups &&
+                        t[7].size(1) == slots && t[7].size(2) == e,
+                    "layer_table: layer ", i, " does not fit ", d, " features and ", heads, " heads of ", e);
+  }
+  return result;
+}
+
+constexpr int64_t TEAM_BYTES = 256 << 10;  // of weights per thread that is worth waking
+
+Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t start, int64_t stop,
+              std::vector<int64_t> skips) {
+  STD_TORCH_CHECK(dtype_of(table_tensor) == aoti_torch_dtype_int64() && table_tensor.numel() > LayerTable::words(0),
+                  "layers: the table must come from layer_table");
+  const auto& table = *reinterpret_cast<const LayerTable*>(data<int64_t>(table_tensor));
+  check_contiguous("layers", "hidden", hidden);
+  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == table.d && is_bf16(hidden) == bool(table.bf16) &&
+                      (is_bf16(hidden) || dtype_of(hidden) == aoti_torch_dtype_float32()),
+                  "layers: hidden must be [T, ", table.d, "] in the dtype of the weights");
+  const int64_t rows = hidden.size(0), d = table.d;
+  STD_TORCH_CHECK(0 <= position && position + rows <= table.slots, "layers: positions must be in 0..", table.slots - 1,
+                  ", got ", position, "..", position + rows - 1);
+  STD_TORCH_CHECK(0 <= start && start <= stop && stop <= table.n_layer, "layers: start and stop must be in 0..",
+                  table.n_layer, ", got ", start, " and ", stop);
+  Tensor out = new_result(hidden, d);
+  auto skipped = [&](int64_t sublayer) { return std::find(skips.begin(), skips.end(), sublayer) != skips.end(); };
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    std::memcpy(out.data_ptr(), hidden.data_ptr(), rows * d * sizeof(T));
+    const int64_t bytes = (stop - start) * d * (4 * d + 3 * table.f) * int64_t(sizeof(T));
+    with_team(threads_for(bytes, TEAM_BYTES), [&] {
+      LayerRun<T>{table, data<T>(out), rows, position}.run(start, stop, skipped);
+    });
+  };
+  if (rows && table.bf16) run(bf16{});
+  else if (rows) run(0.0f);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
+  m.def("linear(Tensor x, Tensor packed, int out_features) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> Tensor");
+  m.def("exit_head(Tensor hidden, Tensor norm, Tensor packed, int n_vocab, float eps, bool want_stats) "
+        "-> (Tensor, Tensor)");
+  m.def("layer_table(Tensor[] tensors, Tensor cos, Tensor sin, int heads, float eps) -> Tensor");
+  m.def("layers(Tensor hidden, Tensor table, int position, int start, int stop, int[] skips) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("exit_head", TORCH_BOX(&exit_head));
+  m.impl("layer_table", TORCH_BOX(&layer_table));
+  m.impl("layers", TORCH_BOX(&layers));
+}
