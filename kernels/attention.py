@@ -8,28 +8,28 @@ import torch
 import torch.nn.functional as F
 
 from kernels import cpu
-from kernels.linear import BLOCK
+from kernels.linear import BLOCK, STRIP
 
 
 def new_cache(groups: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return zeroed key and value caches for `attention`, slots rounded up to a multiple of 32.
 
-    Values are [G, S, E]. Keys are [G, S, E] for the reference; for the C++ op [G, S/32, E/2, 32, 2] in bf16 and
-    [G, S/32, E, 32] in fp32.
+    Values are [G, S, E]. Keys are [G, S, E] for the reference; for the C++ op [G, S/16, E/2, 16, 2] in bf16 and
+    [G, S/16, E, 16] in fp32.
     """
     slots = -(-slots // BLOCK) * BLOCK
     v_cache = torch.zeros(groups, slots, head_dim, dtype=dtype, device=device)
     if not cpu.supports(v_cache) or (dtype == torch.bfloat16 and head_dim % 2):
         return torch.zeros_like(v_cache), v_cache
-    pairs = (head_dim // 2, BLOCK, 2) if dtype == torch.bfloat16 else (head_dim, BLOCK)
-    return torch.zeros(groups, slots // BLOCK, *pairs, dtype=dtype), v_cache
+    pairs = (head_dim // 2, STRIP, 2) if dtype == torch.bfloat16 else (head_dim, STRIP)
+    return torch.zeros(groups, slots // STRIP, *pairs, dtype=dtype), v_cache
 
 
 def plain_keys(k_cache: torch.Tensor) -> torch.Tensor:
     """Return the keys [G, S, E] of a cache in any of the layouts of `new_cache`, to look at."""
     if k_cache.dim() == 5:
-        k_cache = k_cache.transpose(3, 4).flatten(2, 3)  # [G, S/32, E, 32]
+        k_cache = k_cache.transpose(3, 4).flatten(2, 3)  # [G, S/16, E, 16]
     return k_cache if k_cache.dim() == 3 else k_cache.transpose(2, 3).flatten(1, 2)
 
 

@@ -1,7 +1,7 @@
 """Linear layer for a few rows: every weight byte is read once, whatever the number of rows.
 
-A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed by `pack()` into column blocks of 32 for the C++ op
-of `cpp/linear.h`: bf16 [N/32, K/2, 32, 2], fp32 [N/32, K, 32]. The packed op gives each row the same bits at every row
+A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed by `pack()` into strips of 16 columns for the C++ op
+of `cpp/linear.h`: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]. The packed op gives each row the same bits at every row
 count and every thread count, so a verified draft token sees the same logits as a token decoded alone.
 """
 import torch
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from kernels import cpu
 
-BLOCK = 32  # output features per packed block; cpp/linear.h has the same constant
+STRIP = 16  # output features that lie together; cpp/linear.h has the same constants
+BLOCK = 32  # packed weights hold a multiple of these
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -42,10 +43,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     if n % BLOCK:
         weight = F.pad(weight, (0, 0, 0, -n % BLOCK))
     if weight.dtype == torch.bfloat16:  # pairs along K, as the bf16 dot-product instruction reads them
-        return weight.view(-1, BLOCK, k // 2, 2).permute(0, 2, 1, 3).contiguous()
-    return weight.view(-1, BLOCK, k).permute(0, 2, 1).contiguous()
+        return weight.view(-1, STRIP, k // 2, 2).permute(0, 2, 1, 3).contiguous()
+    return weight.view(-1, STRIP, k).permute(0, 2, 1).contiguous()
 
 
 def unpack_rows(packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return rows `ids` of a packed weight, [len(ids), K]: the embedding lookup when the LM head is tied and packed."""
-    return packed[ids // BLOCK, :, ids % BLOCK].flatten(1)
+    return packed[ids // STRIP, :, ids % STRIP].flatten(1)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kernels import cpu
-from kernels.attention import attention, attention_reference
+from kernels.attention import attention, attention_reference, new_cache, plain_keys
+from kernels.exit_head import Exit, exit_head, exit_stats_reference
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.swiglu import swiglu, swiglu_reference
@@ -110,19 +111,19 @@ def test_swiglu_stays_finite_at_extreme_gates():
 
 def attention_inputs(dtype, heads, groups, e, rows, start, slots):
     q, k, v = (torch.randn(rows, n, e).to(dtype) for n in (heads, groups, groups))
-    k_cache, v_cache = (torch.randn(groups, slots, e).to(dtype) for _ in range(2))
+    k_cache, v_cache = (cache.normal_() for cache in new_cache(groups, slots, e, dtype))
     return 2 * q, k, v, k_cache, v_cache, torch.arange(start, start + rows)
 
 
 @DTYPES
-@pytest.mark.parametrize("heads, groups, e", [(4, 4, 8), (6, 1, 48), (8, 2, 64), (4, 2, 128), (2, 1, 7)])
+@pytest.mark.parametrize("heads, groups, e", [(4, 4, 8), (6, 1, 48), (8, 2, 64), (4, 2, 128), (2, 1, 14)])
 @pytest.mark.parametrize("rows, start", [(1, 0), (3, 62), (17, 500), (70, 0), (70, 490)])
 def test_attention_matches_fp64(dtype, heads, groups, e, rows, start):
     q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, rows, start, start + rows + 5)
-    k64, v64 = k_cache.double(), v_cache.double()
+    k64, v64 = plain_keys(k_cache).double(), v_cache.double()
     reference = attention_reference(q.double(), k.double(), v.double(), k64, v64, positions)
     assert error(attention(q, k, v, k_cache, v_cache, positions), reference) < TOLERANCE[dtype]
-    assert torch.equal(k_cache.double(), k64) and torch.equal(v_cache.double(), v64)
+    assert torch.equal(plain_keys(k_cache).double(), k64) and torch.equal(v_cache.double(), v64)
 
 
 @DTYPES
@@ -133,9 +134,9 @@ def test_attention_rows_do_not_see_row_count_threads_or_cache_length(dtype, head
     inputs = attention_inputs(dtype, heads, groups, e, rows, start, 1600)
     q, k, v, k_cache, v_cache, positions = inputs
     whole = attention(q, k, v, k_cache.clone(), v_cache.clone(), positions)
-    for threads, step, slots in ((1, 1, 1600), (2, 1, 1066), (2, 2, 1111), (1, 5, 1600), (2, 9, 1600), (2, 17, 1200)):
+    for threads, step, slots in ((1, 1, 1600), (2, 1, 1088), (2, 2, 1120), (1, 5, 1600), (2, 9, 1600), (2, 17, 1216)):
         torch.set_num_threads(threads)
-        caches = [cache[:, :slots].clone() for cache in (k_cache, v_cache)]
+        caches = k_cache[:, : slots // 16].clone(), v_cache[:, :slots].clone()
         parts = [attention(q[i:i + step], k[i:i + step], v[i:i + step], *caches, positions[i:i + step])
                  for i in range(0, rows, step)]
         assert torch.equal(torch.cat(parts), whole), f"{threads} threads, {step} rows, {slots} slots"
@@ -144,13 +145,45 @@ def test_attention_rows_do_not_see_row_count_threads_or_cache_length(dtype, head
 @DTYPES
 def test_attention_never_reads_unused_slots_and_takes_slices_of_a_fused_projection(dtype):
     heads, groups, e, start = 4, 2, 16, 70
-    q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, 3, start, 200)
+    q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, 3, start, 224)
     clean = attention(q, k, v, k_cache.clone(), v_cache.clone(), positions)
-    k_cache[:, start:], v_cache[:, start:] = float("nan"), float("nan")
+    v_cache[:, start:] = float("nan")
+    unused = torch.arange(224) >= start
+    k_cache.masked_fill_(unused.view(14, 1, 16, *[1] * (k_cache.dim() == 5)), float("nan"))
     fused = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
     parts = fused.split([heads * e, groups * e, groups * e], dim=1)
     q, k, v = (part.view(3, -1, e) for part in parts)
     assert torch.equal(attention(q, k, v, k_cache, v_cache, positions), clean)
+
+
+@DTYPES
+@pytest.mark.parametrize("n_vocab, v, d", [(2, 2, 8), (33, 33, 16), (1000, 1000, 48), (700, 1000, 48), (5000, 5000, 66)])
+def test_exit_head_matches_fp64_and_its_token_is_the_argmax_of_the_logits(dtype, n_vocab, v, d):
+    hidden, norm, weight = torch.randn(16, d).to(dtype), torch.rand(d).to(dtype), torch.randn(v, d).to(dtype)
+    packed = pack(weight)
+    stats = exit_head(hidden, norm, packed, n_vocab, 1e-5)
+    logits = linear(rms_norm(hidden, norm, 1e-5), packed, v)[:, :n_vocab]  # trimmed: the first n_vocab columns
+    assert torch.equal(stats.tokens, logits.float().argmax(-1))
+    reference = exit_stats_reference(logits.double())
+    for name in ("top1", "margin", "entropy", "logsumexp"):
+        assert torch.allclose(getattr(stats, name).double(), getattr(reference, name), atol=2e-6, rtol=2e-6), name
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for rows in ROW_COUNTS[:10]:
+            part = exit_head(hidden[:rows], norm, packed, n_vocab, 1e-5)
+            assert all(torch.equal(one, whole[:rows]) for one, whole in zip(part, stats, strict=True)), rows
+    assert torch.equal(exit_head(hidden, norm, packed, n_vocab, 1e-5, want_stats=False), stats.tokens)
+
+
+@DTYPES
+def test_exit_head_gives_ties_to_the_lowest_token_and_survives_extreme_logits(dtype):
+    weight, norm = torch.zeros(600, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    weight[[70, 300, 599]] = 1e4
+    stats = exit_head(torch.ones(1, 8, dtype=dtype), norm, pack(weight), 600, 1e-5)
+    assert stats.tokens.tolist() == [70] and stats.margin.item() == 0
+    assert abs(stats.top1.item() - 1 / 3) < 1e-6 and abs(stats.entropy.item() - 1.0986123) < 1e-5
+    plain = Exit(torch.ones(1, 8, dtype=dtype), norm, weight, 600, 1e-5, rows=1)
+    assert plain.tokens() == [70] and abs(plain.stats().top1.item() - 1 / 3) < 1e-3
 
 
 def test_wrong_arguments_raise_a_clear_error():
@@ -164,8 +197,8 @@ def test_wrong_arguments_raise_a_clear_error():
     with pytest.raises(RuntimeError, match="features"):
         rms_norm(x, torch.ones(8), 1e-5)
     q, k, v, k_cache, v_cache, positions = attention_inputs(torch.float32, 4, 2, 8, 3, 5, 10)
-    for wrong in (positions + 3, positions - 6):
-        with pytest.raises(RuntimeError, match=r"positions must be in 0\.\.9"):
+    for wrong in (positions + 25, positions - 6):
+        with pytest.raises(RuntimeError, match=r"positions must be in 0\.\.31"):
             attention(q, k, v, k_cache, v_cache, wrong)
 
 
@@ -190,7 +223,7 @@ def test_compiled_equals_eager_bit_for_bit_and_the_caches_are_not_cloned(dtype):
     from torch._inductor.utils import run_and_get_code  # test only
     weights = [torch.rand(64).to(dtype)] + [pack(torch.randn(128, 64).to(dtype) / 8) for _ in range(2)]
     x, positions = torch.randn(3, 64).to(dtype), torch.tensor([4, 5, 6])
-    caches = [torch.zeros(2, 32, 16, dtype=dtype) for _ in range(2)]
+    caches = new_cache(2, 32, 16, dtype)
     compiled_caches = [cache.clone() for cache in caches]
     with torch.no_grad():
         expected = block(x, *weights, *caches, positions)
@@ -198,7 +231,8 @@ def test_compiled_equals_eager_bit_for_bit_and_the_caches_are_not_cloned(dtype):
         result, code = run_and_get_code(compiled, x, *weights, *compiled_caches, positions)
     assert torch.equal(result, expected)
     assert all(torch.equal(one, other) for one, other in zip(compiled_caches, caches, strict=True))
-    assert "empty_strided_cpu((2, 32, 16)" not in "".join(code), "Inductor allocates a copy of a cache"
+    for shape in ("(2, 32, 16)", "(2, 2, 8, 16, 2)", "(2, 2, 16, 16)"):
+        assert f"empty_strided_cpu({shape}" not in "".join(code), "Inductor allocates a copy of a cache"
 
 
 WITHOUT_CPP = """
@@ -241,17 +275,16 @@ def test_a_failed_build_is_one_line(tmp_path):
 OTHER_INSTRUCTIONS = """
 import torch
 from kernels import cpu
-from kernels.attention import attention
+from kernels.attention import attention, new_cache
 from kernels.linear import linear, pack
 assert cpu.load() is None, cpu.load()
 for dtype in (torch.bfloat16, torch.float32):
     x, weight = torch.randn(70, 130).to(dtype), torch.randn(100, 130).to(dtype)
-    whole, cache = linear(x, pack(weight), 100), torch.randn(2, 600, 24).to(dtype)
+    whole, caches = linear(x, pack(weight), 100), [cache.normal_() for cache in new_cache(2, 600, 24, dtype)]
     assert (whole - x.double() @ weight.double().T).abs().max() < (0.2 if dtype == torch.bfloat16 else 1e-3)
     assert all(torch.equal(linear(x[:n], pack(weight), 100), whole[:n]) for n in range(1, 70))
     q, k, positions = torch.randn(70, 4, 24).to(dtype), torch.randn(70, 2, 24).to(dtype), torch.arange(500, 570)
-    whole = attention(q, k, k, cache.clone(), cache.clone(), positions)
-    caches = cache.clone(), cache.clone()
+    whole = attention(q, k, k, *(cache.clone() for cache in caches), positions)
     rows = [attention(q[i:i + 1], k[i:i + 1], k[i:i + 1], *caches, positions[i:i + 1]) for i in range(70)]
     assert torch.equal(torch.cat(rows), whole)
 """

@@ -9,8 +9,8 @@ namespace skipfast {
 // online from chunk to chunk; segments are then merged in order. Both cuts are part of the arithmetic of every row, so
 // computing segments on several threads (long contexts, few rows) gives the same bits as computing them one by one.
 //
-// The key cache has the layout of a packed linear weight whose columns are the slots, [G, S/32, E/2, 32, 2] in bf16 and
-// [G, S/32, E, 32] in fp32, so that scores are the product of the queries with a weight: no transposing while decoding.
+// The key cache has the layout of a packed linear weight whose columns are the slots, [G, S/16, E/2, 16, 2] in bf16 and
+// [G, S/16, E, 16] in fp32, so that scores are the product of the queries with a weight: no transposing while decoding.
 constexpr int64_t CHUNK = 64;
 constexpr int64_t SEGMENT = 512;
 constexpr int64_t MAX_QUERIES = 32;               // queries (row, head) of one kv head that share a task
@@ -75,16 +75,16 @@ struct Attention {
   int64_t e_vec() const { return (e + LANES - 1) / LANES * LANES; }
   int64_t state_size() const { return e_vec() + LANES; }  // unnormalised output, then maximum, then sum
 
-  const T* key_block(int64_t g, int64_t slot) const { return k_cache + (g * slots + slot / BLOCK * BLOCK) * e; }
+  const T* key_strip(int64_t g, int64_t slot) const { return k_cache + (g * slots + slot / STRIP * STRIP) * e; }
   const T* values(int64_t g, int64_t slot) const { return v_cache + (g * slots + slot) * e; }
 
   void write_cache(int64_t g) const {
     for (int64_t t = 0; t < rows; t++) {
       const int64_t slot = positions[t];
       const T *key = k + t * k_stride + g * e, *value = v + t * v_stride + g * e;
-      auto* column = (uint32_t*)key_block(g, slot) + slot % BLOCK;  // a 32-bit word: one fp32 or a pair of bf16
+      auto* column = (uint32_t*)key_strip(g, slot) + slot % STRIP;  // a 32-bit word: one fp32 or a pair of bf16
       for (int64_t word = 0; word < e * int64_t(sizeof(T)) / 4; word++)
-        std::memcpy(column + word * BLOCK, (const char*)key + 4 * word, 4);
+        std::memcpy(column + word * STRIP, (const char*)key + 4 * word, 4);
       std::memcpy((T*)values(g, slot), value, e * sizeof(T));
     }
   }
@@ -156,8 +156,8 @@ struct Attention {
       for (int64_t i = 0; i < count; i += row_tile) {
         const int64_t height = std::min(row_tile, count - i);
         for (int64_t b = 0; b < used; b += BLOCK)
-          tile_of<T>(height)(key_block(g, begin + b), words + i * e / PER_WORD<T>, e, scores + i * CHUNK + b, CHUNK,
-                             true);
+          tile_of<T>(height)(key_strip(g, begin + b), e * STRIP, words + i * e / PER_WORD<T>, e,
+                             scores + i * CHUNK + b, CHUNK, true);
       }
       for (int64_t i = 0; i < count; i += VALUE_QUERIES) {
         const int64_t some = std::min<int64_t>(VALUE_QUERIES, count - i);

@@ -74,8 +74,8 @@ struct ExitHead {
     for (int64_t b = first; b < last; b++)
       for (int64_t r = 0; r < linear.rows; r += linear.tile) {
         const int64_t height = std::min(linear.tile, linear.rows - r);
-        tile_of<T>(height)(linear.w + b * linear.k * BLOCK, linear.words + r * linear.k / PER_WORD<T>, linear.k, acc,
-                           BLOCK, true);
+        tile_of<T>(height)(linear.w + b * linear.k * BLOCK, linear.k * STRIP,
+                           linear.words + r * linear.k / PER_WORD<T>, linear.k, acc, BLOCK, true);
         for (int64_t m = 0; m < height; m++) {  // rounded as the plain head rounds, so that both choose one token
           T rounded[BLOCK];
           store(rounded, load(acc + m * BLOCK)), store(rounded + LANES, load(acc + m * BLOCK + LANES));

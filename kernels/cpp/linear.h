@@ -8,14 +8,19 @@
 
 namespace skipfast {
 
-constexpr int BLOCK = 32;           // columns per packed block, as in kernels/linear.py
+constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels/linear.py: a cache line for every k
+constexpr int BLOCK = 32;  // columns computed together: two strips
 constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
 
 // Rows per tile, and rows up to which a tile takes all 32 columns at once: bound by accumulators in registers.
 #if defined(SKIPFAST_AVX512)
-constexpr int MAX_TILE = 12, WIDE_TILE = 12;  // 24 of 32 registers
+constexpr int MAX_TILE = 12;  // 24 of 32 registers
+template <typename T>
+constexpr int WIDE_TILE = MAX_TILE;
 #else
-constexpr int MAX_TILE = 6, WIDE_TILE = 3;    // 12 of 16
+constexpr int MAX_TILE = 6;  // 12 of 16
+template <typename T>
+constexpr int WIDE_TILE = std::is_same_v<T, float> ? 3 : 2;  // bf16 needs registers to widen in
 #endif
 
 // What the micro-kernel reads for x: pairs of bf16 where the dot-product instruction exists, else fp32. A tile of M
@@ -45,7 +50,7 @@ inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, W
 // Loops over the rows of a tile must be unrolled early, else the accumulators live in memory (a factor of two).
 #define UNROLL _Pragma("GCC unroll 16")
 
-// acc[m][0..16 V) (+)= row m of x over k features * w; rows of w are BLOCK columns apart. `first` starts from zero.
+// The sums of M rows and V strips.
 template <int M, int V>
 struct Sums {
   Vec sum[M][V];
@@ -69,37 +74,35 @@ struct Sums {
   }
 };
 
-template <int V, typename T>
-inline void prefetch_strip(const T* row) {  // 16 columns of one fp32 or of a pair of bf16 are a cache line
-  prefetch((const char*)row + PREFETCH_BYTES);
-  if (V == 2) prefetch((const char*)row + PREFETCH_BYTES + 64);
-}
+inline void prefetch_ahead(const void* p) { prefetch((const char*)p + PREFETCH_BYTES); }
 
+// acc[m][0..16 V) (+)= row m of x over k features * w, V strips that lie `apart` elements apart. `first` starts from
+// zero. k is even for bf16.
 template <int M, int V>
-void multiply_strip(const float* w, const float* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+void multiply_strips(const float* w, int64_t apart, const float* x, int64_t k, float* acc, int64_t stride, bool first) {
   Sums<M, V> sums;
-  sums.read(acc, acc_stride, first);
-  for (int64_t i = 0; i < k; i++, w += BLOCK) {
+  sums.read(acc, stride, first);
+  for (int64_t i = 0; i < k; i++, w += STRIP) {
     Vec weight[V];
     UNROLL
-    for (int v = 0; v < V; v++) weight[v] = load(w + v * LANES);
-    prefetch_strip<V>(w);
+    for (int v = 0; v < V; v++) weight[v] = load(w + v * apart), prefetch_ahead(w + v * apart);
     UNROLL
     for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[i * M + m]));
   }
-  sums.write(acc, acc_stride);
+  sums.write(acc, stride);
 }
 
 #if defined(SKIPFAST_BF16_DOT)
 template <int M, int V>
-void multiply_strip(const bf16* w, const uint32_t* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+void multiply_strips(const bf16* w, int64_t apart, const uint32_t* x, int64_t k, float* acc, int64_t stride,
+                     bool first) {
   Sums<M, V> sums;
-  sums.read(acc, acc_stride, first);
-  for (int64_t i = 0; i < k; i += 2, w += 2 * BLOCK) {
+  sums.read(acc, stride, first);
+  for (int64_t i = 0; i < k; i += 2, w += 2 * STRIP) {
     __m512bh weight[V];
     UNROLL
-    for (int v = 0; v < V; v++) weight[v] = (__m512bh)_mm512_loadu_si512(w + v * 2 * LANES);
-    prefetch_strip<V>(w);
+    for (int v = 0; v < V; v++)
+      weight[v] = (__m512bh)_mm512_loadu_si512(w + v * apart), prefetch_ahead(w + v * apart);
     UNROLL
     for (int m = 0; m < M; m++) {
       __m512bh value = (__m512bh)_mm512_set1_epi32(int(x[i / 2 * M + m]));
@@ -107,47 +110,41 @@ void multiply_strip(const bf16* w, const uint32_t* x, int64_t k, float* acc, int
       for (int v = 0; v < V; v++) sums.sum[m][v].v = _mm512_dpbf16_ps(sums.sum[m][v].v, weight[v], value);
     }
   }
-  sums.write(acc, acc_stride);
+  sums.write(acc, stride);
 }
 #else
 template <int M, int V>
-void multiply_strip(const bf16* w, const float* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
+void multiply_strips(const bf16* w, int64_t apart, const float* x, int64_t k, float* acc, int64_t stride, bool first) {
   Sums<M, V> sums;
-  sums.read(acc, acc_stride, first);
-  for (int64_t i = 0; i < k; i += 2, w += 2 * BLOCK) {
+  sums.read(acc, stride, first);
+  for (int64_t i = 0; i < k; i += 2, w += 2 * STRIP) {
     Vec weight[V];
     UNROLL
-    for (int v = 0; v < V; v++) weight[v] = load_first_of_pairs(w + v * 2 * LANES);
-    prefetch_strip<V>(w);
+    for (int v = 0; v < V; v++) weight[v] = load_first_of_pairs(w + v * apart), prefetch_ahead(w + v * apart);
     UNROLL
     for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[i * M + m]));
     UNROLL
-    for (int v = 0; v < V; v++) weight[v] = load_second_of_pairs(w + v * 2 * LANES);
+    for (int v = 0; v < V; v++) weight[v] = load_second_of_pairs(w + v * apart);
     UNROLL
     for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[(i + 1) * M + m]));
   }
-  sums.write(acc, acc_stride);
+  sums.write(acc, stride);
 }
 #endif
 
-// A tile too high for the registers with 32 columns goes over 4 KiB of weight by 16 columns and then by the other 16:
-// either pass fetches its own half of the next 4 KiB, so memory never waits for arithmetic.
+// acc[m][0..32) (+)= row m of x * one block, its strips one after the other where the registers do not hold both.
 template <typename T, int M>
-void multiply_tile(const T* w, const Word<T>* x, int64_t k, float* acc, int64_t acc_stride, bool first) {
-  if constexpr (M <= WIDE_TILE) {
-    multiply_strip<M, 2>(w, x, k, acc, acc_stride, first);
+void multiply_tile(const T* w, int64_t apart, const Word<T>* x, int64_t k, float* acc, int64_t stride, bool first) {
+  if constexpr (M <= WIDE_TILE<T>) {
+    multiply_strips<M, 2>(w, apart, x, k, acc, stride, first);
   } else {
-    constexpr int64_t step = 4096 / (BLOCK * int64_t(sizeof(T)));
-    constexpr int64_t half = 64 / sizeof(T);  // elements in a cache line: 16 columns, of pairs in bf16
-    for (int64_t i = 0; i < k; i += step)
-      for (int64_t side = 0; side < 2; side++)
-        multiply_strip<M, 1>(w + i * BLOCK + side * half, x + i * M / PER_WORD<T>, std::min(step, k - i),
-                             acc + side * LANES, acc_stride, first && i == 0);
+    multiply_strips<M, 1>(w, apart, x, k, acc, stride, first);
+    multiply_strips<M, 1>(w + apart, apart, x, k, acc + STRIP, stride, first);
   }
 }
 
 template <typename T>
-using Tile = void (*)(const T*, const Word<T>*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const T*, int64_t, const Word<T>*, int64_t, float*, int64_t, bool);
 template <typename T, size_t... M>
 constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
   return {multiply_tile<T, int(M) + 1>...};
@@ -189,7 +186,7 @@ struct Linear {
   // Few rows: one tile, the weight block streams past once.
   void few_rows(int64_t block) const {
     float acc[MAX_TILE * BLOCK];
-    tile_of<T>(rows)(w + block * k * BLOCK, words, k, acc, BLOCK, true);
+    tile_of<T>(rows)(w + block * k * BLOCK, k * STRIP, words, k, acc, BLOCK, true);
     for (int64_t m = 0; m < rows; m++) store_block(acc + m * BLOCK, y + m * n + block * BLOCK, n - block * BLOCK);
   }
 
@@ -206,7 +203,7 @@ struct Linear {
         for (int64_t r = top; r < bottom; r += tile) {
           const int64_t height = std::min(tile, bottom - r);
           for (int64_t b = first_block; b < last_block; b++)
-            tile_of<T>(height)(w + (b * k + k0) * BLOCK, words + (r * k + k0 * height) / PER_WORD<T>,
+            tile_of<T>(height)(w + b * k * BLOCK + k0 * STRIP, k * STRIP, words + (r * k + k0 * height) / PER_WORD<T>,
                                std::min(chunk, k - k0),
                                acc + (r - top) * stride + (b - first_block) * BLOCK, stride, k0 == 0);
         }

@@ -82,9 +82,9 @@ Tensor linear(Tensor x, Tensor packed, int64_t out_features) {
   check_contiguous("linear", "packed", packed);
   STD_TORCH_CHECK(x.dim() >= 1, "linear: x must have at least one dimension");
   const int64_t k = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(packed.dim() == (pairs ? 4 : 3) && packed.size(2) == BLOCK && (!pairs || packed.size(3) == 2),
-                  "linear: packed must be [N/32, K/2, 32, 2] (bfloat16) or [N/32, K, 32] (float32); see linear.pack");
-  const int64_t packed_k = packed.size(1) * (pairs ? 2 : 1), padded = packed.size(0) * BLOCK;
+  STD_TORCH_CHECK(packed.dim() == (pairs ? 4 : 3) && packed.size(2) == STRIP && (!pairs || packed.size(3) == 2),
+                  "linear: packed must be [N/16, K/2, 16, 2] (bfloat16) or [N/16, K, 16] (float32); see linear.pack");
+  const int64_t packed_k = packed.size(1) * (pairs ? 2 : 1), padded = packed.size(0) * STRIP;
   STD_TORCH_CHECK(packed_k == k, "linear: x has ", k, " features, the weight takes ", packed_k);
   STD_TORCH_CHECK(out_features <= padded && out_features > padded - BLOCK, "linear: out_features must be in ",
                   padded - BLOCK + 1, "..", padded, " for this weight, got ", out_features);
@@ -145,15 +145,15 @@ void attention_as(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_c
   op.run();
 }
 
-// k_cache [G, S/32, E/2, 32, 2] (bfloat16) or [G, S/32, E, 32] (float32), v_cache [G, S, E].
+// k_cache [G, S/16, E/2, 16, 2] (bfloat16) or [G, S/16, E, 16] (float32), v_cache [G, S, E].
 void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
   const bool pairs = is_bf16(v_cache);
   check_same_dtype(op, "k_cache", k_cache, v_cache);
   check_contiguous(op, "k_cache", k_cache), check_contiguous(op, "v_cache", v_cache);
   STD_TORCH_CHECK(v_cache.dim() == 3 && k_cache.dim() == (pairs ? 5 : 4) && k_cache.size(0) == v_cache.size(0) &&
-                      k_cache.size(1) * BLOCK == v_cache.size(1) &&
-                      k_cache.size(2) * (pairs ? 2 : 1) == v_cache.size(2) && k_cache.size(3) == BLOCK,
-                  op, ": the caches must be [G, S/32, E/2, 32, 2] (bfloat16) or [G, S/32, E, 32] (float32), and "
+                      k_cache.size(1) * STRIP == v_cache.size(1) && v_cache.size(1) % BLOCK == 0 &&
+                      k_cache.size(2) * (pairs ? 2 : 1) == v_cache.size(2) && k_cache.size(3) == STRIP,
+                  op, ": the caches must be [G, S/16, E/2, 16, 2] (bfloat16) or [G, S/16, E, 16] (float32), and "
                   "[G, S, E]; see attention.new_cache");
 }
 
@@ -203,13 +203,13 @@ std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, 
   check_dtype("exit_head", "hidden", hidden);
   for (const Tensor* one : {&norm, &packed}) check_same_dtype("exit_head", "every weight", *one, hidden);
   for (const Tensor* one : {&hidden, &norm, &packed}) check_contiguous("exit_head", "every tensor", *one);
-  STD_TORCH_CHECK(hidden.dim() == 2 && packed.dim() == (pairs ? 4 : 3) && packed.size(2) == BLOCK,
+  STD_TORCH_CHECK(hidden.dim() == 2 && packed.dim() == (pairs ? 4 : 3) && packed.size(2) == STRIP,
                   "exit_head: hidden must be [T, D], the weight packed");
   const int64_t rows = hidden.size(0), d = hidden.size(1);
   STD_TORCH_CHECK(packed.size(1) * (pairs ? 2 : 1) == d && norm.numel() == d, "exit_head: hidden has ", d,
                   " features, the weight ", packed.size(1) * (pairs ? 2 : 1), ", the norm ", norm.numel());
-  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= packed.size(0) * BLOCK, "exit_head: n_vocab must be in 1..",
-                  packed.size(0) * BLOCK, ", got ", n_vocab);
+  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= packed.size(0) * STRIP, "exit_head: n_vocab must be in 1..",
+                  packed.size(0) * STRIP, ", got ", n_vocab);
   Tensor tokens = new_tensor({rows}, aoti_torch_dtype_int64());
   Tensor stats = new_tensor({want_stats ? rows : 0, 4}, aoti_torch_dtype_float32());
   auto run = [&](auto zero) {
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, 
 // ---------------------------------------------------------------------------------------------------------------------
 // layers
 // ---------------------------------------------------------------------------------------------------------------------
-inline int64_t packed_columns(const Tensor& packed) { return packed.size(0) * BLOCK; }
+inline int64_t packed_columns(const Tensor& packed) { return packed.size(0) * STRIP; }
 inline int64_t packed_features(const Tensor& packed) { return packed.size(1) * (packed.dim() == 4 ? 2 : 1); }
 
 // Check the tensors of every layer (kernels.layers.TENSORS each, one after the other) and write down where they are.
