@@ -142,7 +142,7 @@ struct Attention {
   // States of queries first..last over one segment of slots, from scratch.
   void segment(int64_t g, int64_t first, int64_t last, int64_t index, float* states) const {
     static thread_local Scratch query_scratch, score_scratch;
-    const int64_t count = last - first, row_tile = even_tile(count, MAX_TILE);
+    const int64_t count = last - first, row_tile = tile_height(count, MAX_TILE);
     auto* words = (Word<T>*)query_scratch.get(count * e);
     float* scores = score_scratch.get(count * CHUNK);
     gather_queries(g, first, last, row_tile, words);

@@ -93,7 +93,7 @@ struct ExitHead {
     static thread_local Scratch scratch;
     partials = (Partial*)scratch.get(runs() * linear.rows * int64_t(sizeof(Partial) / sizeof(float)));
     const int64_t bytes = linear.blocks() * BLOCK * linear.k * int64_t(sizeof(T));
-    linear.tile = even_tile(linear.rows, MAX_TILE);
+    linear.tile = tile_height(linear.rows, MAX_TILE);
     linear.interleave(1);
     for_each_task(runs(), threads_for(bytes, LINEAR_BYTES_PER_THREAD), [&](int64_t i) { run_of_blocks(i); });
     for (int64_t r = 0; r < linear.rows; r++) {

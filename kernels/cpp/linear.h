@@ -20,7 +20,7 @@ constexpr int WIDE_TILE = MAX_TILE;
 #else
 constexpr int MAX_TILE = 6;  // 12 of 16
 template <typename T>
-constexpr int WIDE_TILE = std::is_same_v<T, float> ? 3 : 2;  // bf16 needs registers to widen in
+constexpr int WIDE_TILE = 3;
 #endif
 
 // What the micro-kernel reads for x: pairs of bf16 where the dot-product instruction exists, else fp32. A tile of M
@@ -118,15 +118,16 @@ void multiply_strips(const bf16* w, int64_t apart, const float* x, int64_t k, fl
   Sums<M, V> sums;
   sums.read(acc, stride, first);
   for (int64_t i = 0; i < k; i += 2, w += 2 * STRIP) {
-    Vec weight[V];
     UNROLL
-    for (int v = 0; v < V; v++) weight[v] = load_first_of_pairs(w + v * apart), prefetch_ahead(w + v * apart);
-    UNROLL
-    for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[i * M + m]));
-    UNROLL
-    for (int v = 0; v < V; v++) weight[v] = load_second_of_pairs(w + v * apart);
-    UNROLL
-    for (int m = 0; m < M; m++) sums.add_product(m, weight, splat(x[(i + 1) * M + m]));
+    for (int v = 0; v < V; v++) {  // strip by strip, so that few registers hold weights
+      const Vec first_weight = load_first_of_pairs(w + v * apart);
+      prefetch_ahead(w + v * apart);
+      UNROLL
+      for (int m = 0; m < M; m++) sums.sum[m][v] = fma(first_weight, splat(x[i * M + m]), sums.sum[m][v]);
+      const Vec second_weight = load_second_of_pairs(w + v * apart);
+      UNROLL
+      for (int m = 0; m < M; m++) sums.sum[m][v] = fma(second_weight, splat(x[(i + 1) * M + m]), sums.sum[m][v]);
+    }
   }
   sums.write(acc, stride);
 }
@@ -155,8 +156,10 @@ inline Tile<T> tile_of(int64_t rows) {
   static constexpr auto table = tile_table<T>(std::make_index_sequence<MAX_TILE>{});
   return table[rows - 1];
 }
-// Rows per tile so that tiles are of nearly equal height: 13 rows are 7 + 6, not 12 + 1.
-inline int64_t even_tile(int64_t rows, int64_t limit) {
+// Rows per tile. With many registers tiles of equal height are best (13 rows are 7 + 6, not 12 + 1); with few, 4 rows
+// take as long as 6, for want of independent sums, so 8 rows are 6 + 2.
+inline int64_t tile_height(int64_t rows, int64_t limit) {
+  if (limit < 12) return std::min(rows, limit);
   int64_t tiles = (rows + limit - 1) / limit;
   return (rows + tiles - 1) / tiles;
 }
@@ -234,7 +237,7 @@ struct Linear {
     const int64_t bytes = blocks() * BLOCK * k * int64_t(sizeof(T));
     const bool few = rows <= MAX_TILE;
     const int64_t threads = threads_for(few ? bytes : bytes * (rows / 4), LINEAR_BYTES_PER_THREAD);
-    tile = even_tile(rows, MAX_TILE);
+    tile = tile_height(rows, MAX_TILE);
     interleave(few ? 1 : threads);
     if (few)
       for_each_task(blocks(), threads, [&](int64_t block) { few_rows(block); });

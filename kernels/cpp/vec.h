@@ -171,18 +171,21 @@ inline Vec load_second_of_pairs(const bf16* p) { EACH(widen(p[2 * i + 1])) }
 
 #if !defined(SKIPFAST_AVX512)
 inline Vec load(const float* p, int n) {
+  if (n == LANES) return load(p);
   float full[LANES] = {};
   std::memcpy(full, p, n * sizeof(float));
   return load(full);
 }
 #endif
 inline Vec load(const bf16* p, int n) {
+  if (n == LANES) return load(p);
   bf16 full[LANES] = {};
   std::memcpy(full, p, n * sizeof(bf16));
   return load(full);
 }
 template <typename T>
 inline void store(T* p, Vec a, int n) {
+  if (n == LANES) return store(p, a);
   T full[LANES];
   store(full, a);
   std::memcpy(p, full, n * sizeof(T));
