@@ -251,7 +251,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 160  # a pipe has no width: do not squeeze columns for it
+    width = None if sys.stdout.isatty() else 200  # a pipe has no width: do not squeeze columns for it
     Console(highlight=False, emoji=False, width=width).print(table)
 
 

@@ -6,14 +6,13 @@ process) is printed before anything is timed.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import dataclasses
 import json
 import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,9 +20,12 @@ from tqdm import tqdm
 
 import cli
 from generate import GenerateConfig, Generation, check_prompt, decode, head_cost_layers, ideal_speedup
-from policies import DraftPolicy, make_policy
+from policies import DraftPolicy, Static, make_policy
 from runner import MAX_ROWS, Runner
+from scripts import peers
+from scripts.peers import Contender
 
+LENGTH_TOKENS = 32  # decoded after each of --prompt_lengths
 PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
     'def read_config(path):\n    """',
     "import os\nimport sys\n\ndef main():",
@@ -34,25 +36,6 @@ PROMPTS = (  # none ends in white space: a tokenizer may join it with what follo
     "    try:\n        import json\n    except ImportError:",
     "def parse_args(argv=None):\n    parser =",
 )
-
-
-@dataclass
-class Contender:
-    """One row: something that continues a prompt. `run(prompt)` returns (tokens, decode seconds, summary)."""
-
-    engine: str
-    policy: str
-    compiled: bool
-    run: Callable[[list[int]], tuple[list[int], float, dict]]
-    backend: str = "eager"
-    exact: bool = True
-    rates: list[float] = field(default_factory=list)  # tokens/s of each round
-    texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
-    summaries: list[dict] = field(default_factory=list)
-
-    @property
-    def is_ar(self) -> bool:
-        return self.engine == "skipfast" and self.policy == "none"
 
 
 def read_bandwidth(gib: float = 1.0, repeats: int = 5) -> float:
@@ -74,65 +57,21 @@ def peak_memory_bytes() -> int:
 def skipfast_contender(
     session: cli.Session, runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True
 ) -> Contender:
-    def run(prompt):
-        generation = Generation.collect(decode(runner, prompt, config, policy))
+    def run(prompt, count):
+        wanted = dataclasses.replace(config, max_new_tokens=count)
+        generation = Generation.collect(decode(runner, prompt, wanted, policy))
         return generation.tokens, generation.decode_s, generation.summary(session.model)
 
-    return Contender("skipfast", name, runner.compiled, run, runner.backend, exact)
-
-
-def check_peers(peers: list[str], session: cli.Session) -> None:
-    """Raise ValueError now for a peer that could not run later."""
-    if "transformers" in peers and importlib.util.find_spec("transformers") is None:
-        raise ValueError("--against transformers needs the optional package: pip install transformers")
-    if "transformers" in peers and session.source.fused:
-        raise ValueError("--against transformers needs a Hugging Face folder; this checkpoint is in our own format")
-
-
-def transformers_contender(session: cli.Session, new_tokens: int, most_threads: int) -> Contender:
-    """transformers' generate on the same folder and precision, greedy; its prefill is timed and taken off.
-
-    It runs with 1 thread or with all, whichever is faster for it.
-    """
-    import transformers  # optional: check_peers has seen that it is there
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    weight = session.model.norm.weight
-    model = transformers.AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=weight.dtype)
-    model = model.eval().to(weight.device)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-
-    def generate(ids, count):
-        start = time.perf_counter()
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, min_new_tokens=count
-        )
-        return out[0, ids.shape[1] :].tolist(), time.perf_counter() - start
-
-    @torch.inference_mode()
-    def run(prompt, count=new_tokens):
-        ours = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        ids = torch.tensor([prompt], device=weight.device)
-        _, first = generate(ids, 1)
-        tokens, whole = generate(ids, count)
-        torch.set_num_threads(ours)
-        return tokens, whole - first, {}
-
-    took = {}
-    for threads in (1, most_threads):
-        run([1, 2, 3], 4)
-        took[threads] = min(run([1, 2, 3], 8)[1] for _ in range(3))
-    threads = min(took, key=took.get)
-    return Contender("transformers", "none", False, run, exact=False)
+    return Contender("skipfast", name, runner.compiled, run, runner.backend, exact, torch.get_num_threads())
 
 
 def make_contenders(
-    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, length: int
+    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, length: int, cleanup: contextlib.ExitStack
 ) -> list[Contender]:
-    """Every row that the flags ask for; plain decoding, eager and compiled, is always among them."""
+    """Every row that the flags ask for; plain decoding, eager and compiled, is always among them.
+
+    length: positions that a prompt and its text may take. cleanup: ends what other processes the peers need.
+    """
     n_layer = session.args.n_layer
     names = [name for name in flags.policy or [f"static:{max(1, n_layer // 4)}"] if name != "none"]
     policies = {name: make_policy(name, n_layer, num_draft_tokens=flags.num_draft_tokens) for name in names}
@@ -146,6 +85,9 @@ def make_contenders(
             runners[key] = Runner(model, length, width, compile, exact, cli.notice)
         return runners[key]
 
+    counts = peers.thread_counts(flags)
+    if flags.compile and runner(1, True).rows_independent and flags.threads is None:
+        runner(1, True).choose_threads()
     found = []
     for compile in (True, False) if flags.compile else (False,):
         found.append(skipfast_contender(session, runner(1, compile), make_policy("none", n_layer), "none", config))
@@ -153,20 +95,20 @@ def make_contenders(
             unpadded = runner(1, compile, exact=False)
             plain = make_policy("none", n_layer)
             found.append(skipfast_contender(session, unpadded, plain, "none", config, exact=False))
-    most_threads = torch.get_num_threads()
-    if found[0].backend == "c++" and flags.threads is None:
-        runner(1, True).choose_threads()
     for name, policy in policies.items():
         wide = runner(1 + policy.num_draft_tokens, flags.compile)
         found.append(skipfast_contender(session, wide, policy, name, config))
-    for peer in flags.against:
-        found.append({"transformers": transformers_contender}[peer](session, flags.max_new_tokens, most_threads))
+    if "transformers" in flags.against:
+        drafting = next((policy for policy in policies.values() if isinstance(policy, Static)), None)
+        found += peers.transformers_contenders(session, drafting, counts)
+    if "llama.cpp" in flags.against:
+        found.append(cleanup.enter_context(contextlib.closing(peers.LlamaCpp(session, length, counts))).contender())
     for each in runners.values():
         each.warm_up()
     return found
 
 
-def measure(contenders: list[Contender], prompts: list[list[int]], repeats: int, seed: int) -> None:
+def measure(contenders: list[Contender], prompts: list[list[int]], new_tokens: int, repeats: int, seed: int) -> None:
     """One warm-up round, then `repeats` timed ones. Fills rates, texts and summaries of each contender.
 
     Contenders take turns prompt by prompt, so that a slow second of the machine hits all of them.
@@ -177,7 +119,7 @@ def measure(contenders: list[Contender], prompts: list[list[int]], repeats: int,
         for prompt in prompts:
             shuffled.shuffle(order)
             for contender in order:
-                results[id(contender)].append(contender.run(prompt))
+                results[id(contender)].append(contender.run(prompt, new_tokens))
         for contender in contenders:
             texts, seconds, contender.summaries = map(list, zip(*results[id(contender)], strict=True))
             contender.texts = texts
@@ -190,9 +132,11 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
     model = session.model
     fastest = max((c for c in contenders if c.is_ar), key=lambda c: statistics.median(c.rates))
     reference = next(c for c in contenders if c.is_ar and c.exact).texts
+    own = {c.engine: c.texts for c in reversed(contenders) if c.policy == "none" and (c.exact or c.engine != "skipfast")}
+    plain = {c.engine: c for c in contenders if c.policy == "none" and c.engine != "skipfast"}
     rows = []
     for c in contenders:
-        totals = {key: sum(s[key] for s in c.summaries) for key in ("drafted", "accepted", "rounds")} if c.summaries[
+        totals = {key: sum(s[key] for s in c.summaries) for key in ("drafted", "accepted", "rounds")} if "rounds" in c.summaries[
             0] else {}  # fmt: skip
         drafted, rounds = totals.get("drafted", 0), totals.get("rounds", 0)
         acceptance = totals["accepted"] / drafted if drafted else None
@@ -206,6 +150,7 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
             "quantize": "none",
             "compiled": c.compiled,
             "backend": c.backend,
+            "threads": c.threads,
             "exact_width": c.exact,
             "tokens_per_s": rate,
             "tokens_per_s_rounds": c.rates,
@@ -218,9 +163,19 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
                 acceptance, drafted / rounds, exit_layer, model.args.n_layer, head_cost_layers(model),
             ) if drafted else 1.0,
             "share_of_bandwidth": streamed_bytes(c, session, drafted, rounds, exit_layer, emitted) * rate / bandwidth,
+            "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
+                         for name, peer in plain.items()},
             "identical": c.texts == reference,
+            "differs_from_own_plain": sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True)),
+            "prompts": len(c.texts),
         })  # fmt: skip
     return rows
+
+
+def full_pass_bytes(session: cli.Session) -> int:
+    """Weight bytes that one pass through all layers and the LM head reads."""
+    model = session.model
+    return model.args.n_layer * sum(p.nbytes for p in model.layers[0].parameters()) + model.lm_head.weight.nbytes
 
 
 def streamed_bytes(c: Contender, session: cli.Session, drafted: int, rounds: int, exit_layer, emitted: int) -> float:
@@ -228,7 +183,7 @@ def streamed_bytes(c: Contender, session: cli.Session, drafted: int, rounds: int
     model = session.model
     layer = sum(p.nbytes for p in model.layers[0].parameters())
     head = model.lm_head.weight.nbytes
-    full = model.args.n_layer * layer + head
+    full = full_pass_bytes(session)
     if not drafted:
         return full
     return (drafted * (exit_layer * layer + head) + rounds * full) / emitted
@@ -254,20 +209,66 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
     return prompts
 
 
+def measure_lengths(contenders: list[Contender], lengths: list[int], repeats: int, session: cli.Session) -> list[dict]:
+    """Prefill and decode LENGTH_TOKENS tokens after prompts of these lengths, engines in turns -> a row each.
+
+    `floor` is what the bytes of weights and KV cache alone would make of a token's time, relative to the first length.
+    """
+    if not lengths:
+        return []
+    vocab, args = session.args.vocab_size, session.args
+    prompts = {length: [(7919 * i + 3) % (vocab - 3) + 3 for i in range(length)] for length in lengths}
+    weights = full_pass_bytes(session)
+    kv = 2 * args.n_layer * args.n_kv_head * args.head_dim * session.model.norm.weight.element_size()
+    took = {(c.engine, length): [] for c in contenders for length in lengths}
+    for turn in tqdm(range(repeats + 1), desc="lengths", leave=False):
+        for length, prompt in prompts.items():
+            for c in contenders:
+                _, seconds, summary = c.run(prompt, LENGTH_TOKENS)
+                if turn:
+                    took[c.engine, length].append((summary["prefill_s"], seconds / (LENGTH_TOKENS - 1)))
+    rows = []
+    for c in contenders:
+        first = statistics.median(seconds for _, seconds in took[c.engine, lengths[0]])
+        for length in lengths:
+            prefill, token = (statistics.median(times) for times in zip(*took[c.engine, length], strict=True))
+            rows.append({
+                "engine": c.engine, "prompt_tokens": length, "prefill_s": prefill,
+                "prefill_tokens_per_s": length / prefill, "ms_per_token": 1e3 * token, "over_first": token / first,
+                "floor": (weights + kv * length) / (weights + kv * lengths[0]),
+            })  # fmt: skip
+    return rows
+
+
+def print_lengths(rows: list[dict]) -> None:
+    form = cli.shown
+    body = [
+        [row["engine"], str(row["prompt_tokens"]), form(row["prefill_tokens_per_s"], ".0f"), form(row["ms_per_token"], ".2f"),
+         form(row["over_first"], ".2f") + "×", form(row["floor"], ".2f") + "×"]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("engine", "prompt tokens", "prefill tokens/s", "ms a token", "over the first length", "by bytes alone")
+    cli.print_table("plain decoding by length of prompt", columns, body)
+
+
 def print_rows(rows: list[dict], title: str) -> None:
     form = cli.shown
+    compared = list(rows[0]["ratio_to"])
     body = [
         [
             row["engine"], row["policy"] + ("" if row["exact_width"] or row["engine"] != "skipfast" else " (inexact)"),
-            "yes" if row["compiled"] else "no", form(row["tokens_per_s"]),
-            form(row["speedup_over_fastest_ar"], ".2f") + "×", form(row["acceptance_rate"], ".2f"),
+            row["backend"], str(row["threads"]), form(row["tokens_per_s"]),
+            f"{min(row['tokens_per_s_rounds']):.0f}–{max(row['tokens_per_s_rounds']):.0f}",
+            form(row["speedup_over_fastest_ar"], ".2f") + "×",
+            *(form(row["ratio_to"][name], ".2f") + "×" for name in compared), form(row["acceptance_rate"], ".2f"),
             form(row["tokens_per_round"], ".2f"), form(row["ideal_speedup"], ".2f") + "×",
-            form(100 * row["share_of_bandwidth"], ".0f") + " %", "yes" if row["identical"] else "no",
+            form(100 * row["share_of_bandwidth"], ".0f") + " %", f"{row['differs_from_own_plain']} of {row['prompts']}",
         ]
         for row in rows
     ]  # fmt: skip
-    columns = ("engine", "policy", "compiled", "tokens/s", "over fastest AR", "acceptance", "tokens/round", "ideal",
-               "bandwidth", "identical")  # fmt: skip
+    columns = ("engine", "policy", "backend", "threads", "tokens/s", "min–max", "× fastest AR",
+               *(f"× {name}" for name in compared), "accepted", "tokens/round", "ideal", "of bandwidth",
+               "texts differ")  # fmt: skip
     cli.print_table(title, columns, body)
 
 
@@ -282,7 +283,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", metavar="FILE", help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`)")
     parser.add_argument("--num_prompts", type=int, metavar="N", help="only the first N")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--against", default=[], type=lambda text: text.split(","), help="transformers")
+    parser.add_argument("--against", default=[], type=lambda text: text.split(","), metavar="ENGINE,…",
+                        help="other engines to measure: " + ", ".join(peers.NEEDS))
+    parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")], metavar="N,…",
+                        help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json")
     flags = parser.parse_args(argv)
@@ -293,8 +297,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"num_prompts must be 1 or more, got {flags.num_prompts}")
     if flags.repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {flags.repeats}")
-    if unknown := set(flags.against) - {"transformers"}:
-        raise ValueError(f"--against knows transformers, got {', '.join(sorted(unknown))}")
+    if unknown := set(flags.against) - set(peers.NEEDS):
+        raise ValueError(f"--against knows {', '.join(peers.NEEDS)}, got {', '.join(sorted(unknown))}")
+    if min(flags.prompt_lengths, default=1) < 1:
+        raise ValueError(f"prompt_lengths must be 1 or more, got {min(flags.prompt_lengths)}")
     return flags
 
 
@@ -304,32 +310,45 @@ def main() -> None:
         cli.make_folder(flags.output_dir)
     cli.check_writable(flags.json)
     session = cli.open_session(flags)
-    check_peers(flags.against, session)
+    skipped = peers.missing(flags.against)
+    for peer, reason in skipped.items():
+        cli.notice(f"{peer} skipped: {reason}")
+    flags.against = [peer for peer in flags.against if peer not in skipped]
     prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     for prompt in prompts:
         check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
+    longest = max(map(len, prompts)) + flags.max_new_tokens
+    if flags.prompt_lengths and max(flags.prompt_lengths) + LENGTH_TOKENS > session.args.max_seq_len:
+        raise ValueError(f"prompt_lengths must be at most {session.args.max_seq_len - LENGTH_TOKENS} for this checkpoint, "
+                         f"got {max(flags.prompt_lengths)}")  # fmt: skip
+    longest = max([longest, *(length + LENGTH_TOKENS for length in flags.prompt_lengths)])
     before = peak_memory_bytes()
     session.load()
     after = peak_memory_bytes()
-    contenders = make_contenders(session, flags, config, max(map(len, prompts)) + flags.max_new_tokens)
-    model = session.model
-    layer = sum(p.nbytes for p in model.layers[0].parameters())
-    full = model.args.n_layer * layer + model.lm_head.weight.nbytes
-    bandwidth = read_bandwidth()
-    ceiling = bandwidth / full
-    print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {ceiling:.0f} tokens/s from memory")
-    measure(contenders, prompts, flags.repeats, flags.seed)
+    with contextlib.ExitStack() as cleanup:
+        contenders = make_contenders(session, flags, config, longest, cleanup)
+        full, bandwidth = full_pass_bytes(session), read_bandwidth()
+        print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
+              "from memory")  # fmt: skip
+        measure(contenders, prompts, flags.max_new_tokens, flags.repeats, flags.seed)
+        plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: the fastest
+        lengths = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, session)
     rows = result_rows(contenders, session, bandwidth)
     print_rows(rows, f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
-                     f"median of {flags.repeats}, {torch.get_num_threads()} threads")  # fmt: skip
-    cache_bytes = 2 * model.args.n_layer * model.layers[0].attention.k_cache.nbytes
+                     f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
+    for peer, reason in skipped.items():
+        print(f"{peer} skipped: {reason}")
+    if lengths:
+        print_lengths(lengths)
     result = {
         "rows": rows,
+        "lengths": lengths,
+        "skipped": skipped,
         "bandwidth_bytes_per_s": bandwidth,
         "weight_bytes_per_pass": full,
         "weight_bytes": session.weight_bytes,
-        "cache_bytes": cache_bytes,
+        "cache_bytes": 2 * session.args.n_layer * session.model.layers[0].attention.v_cache.nbytes,
         "peak_memory_bytes": {"before_loading": before, "after_loading": after},
         "config": vars(flags),
         **cli.environment(),

@@ -13,6 +13,7 @@ import torch
 import cli
 import generate
 from kernels import cpu
+from kernels.exit_head import Exit
 from scripts import benchmark
 
 COLUMNS = {
@@ -113,29 +114,38 @@ def test_a_policy_that_changes_one_token_is_not_called_identical(bench, monkeypa
     run, rounds = generate.verify, []
 
     def sometimes_wrong(runner, draft, token, position):
-        logits = run(runner, draft, token, position)
-        if draft.tokens and not rounds:  # a single round of a single text
+        exit = run(runner, draft, token, position)
+        if draft.tokens and not rounds:
             rounds.append(position)
-            logits = logits.roll(1, -1)
-        if draft.tokens and rounds and position == rounds[0]:
-            return run(runner, draft, token, position).roll(1, -1)
-        return logits
+        if draft.tokens and position == rounds[0]:  # a single round of a text
+            return Exit.of_logits(exit.logits().roll(1, -1))
+        return exit
 
     monkeypatch.setattr(generate, "verify", sometimes_wrong)
     result, out, _ = bench("--policy", "static:1", *sampling)
     assert row_of(result, "static:1")["identical"] is False
     assert row_of(result, "none")["identical"] is True
     [line] = [line for line in out.splitlines() if "static:1" in line]
-    assert line.rstrip(" │").endswith("no")
+    assert not line.rstrip(" │").endswith("0 of 2")
+    assert row_of(result, "static:1")["differs_from_own_plain"] > 0
 
 
-def test_transformers_is_a_row_with_the_same_greedy_tokens(bench):
-    result, _, _ = bench("--against", "transformers", "--num_prompts", 1)
-    [peer] = [row for row in result["rows"] if row["engine"] == "transformers"]
+def test_transformers_is_a_row_with_the_same_greedy_tokens_and_one_that_drafts(bench):
+    result, out, _ = bench("--against", "transformers", "--num_prompts", 1, "--policy", "static:1")
+    peer, drafting = [row for row in result["rows"] if row["engine"] == "transformers"]
     assert set(peer) >= COLUMNS and peer["policy"] == "none" and peer["tokens_per_s"] > 0
     assert peer["acceptance_rate"] is None and peer["tokens_per_round"] is None and peer["ideal_speedup"] == 1
-    assert peer["identical"] is True
-    assert row_of(result, "none")["tokens_per_s"] > 0
+    assert peer["identical"] is True and peer["differs_from_own_plain"] == 0
+    assert drafting["policy"] == "static:1,num_draft_tokens=3" and drafting["identical"] is True
+    assert row_of(result, "none")["ratio_to"].keys() == {"transformers"} and "× transformers" in out
+
+
+def test_lengths_of_prompts_are_rows_with_prefill_and_cost_of_a_token(bench):
+    result, out, _ = bench("--prompt_lengths", "8,24", "--num_prompts", 1)
+    assert [row["prompt_tokens"] for row in result["lengths"]] == [8, 24]
+    for row in result["lengths"]:
+        assert row["prefill_tokens_per_s"] > 0 and row["ms_per_token"] > 0 and row["floor"] >= 1
+    assert result["lengths"][0]["over_first"] == 1 and "prefill tokens/s" in out
 
 
 def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch):
@@ -162,7 +172,9 @@ def test_an_output_directory_gets_the_same_json(bench, tmp_path):
 
 MISTAKES = {
     "repeats": (("--repeats", 0), ["repeats must be 1 or more", "got 0"]),
-    "peer": (("--against", "vllm"), ["--against", "transformers", "vllm"]),
+    "peer": (("--against", "vllm"), ["--against", "transformers", "llama.cpp", "vllm"]),
+    "length": (("--prompt_lengths", "5,999999"), ["prompt_lengths", "999999"]),
+    "no length": (("--prompt_lengths", "0"), ["prompt_lengths", "1 or more"]),
     "exit layer": (("--policy", "static:9"), ["exit_layer must be in 1..3", "got 9"]),
     "policy": (("--policy", "magic"), ["policy must be one of", "magic"]),
     "drafts": (("--num_draft_tokens", 99), ["num_draft_tokens must be in 0..15", "got 99"]),
