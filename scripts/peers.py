@@ -7,6 +7,7 @@ its own, and two in one process ruin each other's speed, so it runs in a process
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -214,8 +215,11 @@ class LlamaCpp:
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
             )
             self.ask()
-            took = {count: min(self.ask(list(range(3, 11)), 9, count)["decode_s"] for _ in range(3)) for count in counts}
-            self.threads = min(took, key=took.get)
+            took = {count: [] for count in counts}
+            for _ in range(5):  # in turns: a slow second of the machine must not decide
+                for count in counts:
+                    took[count].append(self.ask(list(range(3, 11)), 17, count)["decode_s"])
+            self.threads = min(took, key=lambda count: statistics.median(took[count]))
         except BaseException:
             self.close()
             raise

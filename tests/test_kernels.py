@@ -14,6 +14,7 @@ import torch
 from kernels import cpu
 from kernels.attention import attention, attention_reference, new_cache, plain_keys
 from kernels.exit_head import Exit, exit_head, exit_stats_reference
+from kernels.layers import PackedLayers
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.swiglu import swiglu, swiglu_reference
@@ -200,6 +201,27 @@ def test_wrong_arguments_raise_a_clear_error():
     for wrong in (positions + 25, positions - 6):
         with pytest.raises(RuntimeError, match=r"positions must be in 0\.\.31"):
             attention(q, k, v, k_cache, v_cache, wrong)
+
+
+def test_layers_that_do_not_fit_and_positions_that_do_not_exist_raise_a_clear_error():
+    def layer(d=64, f=96, slots=32):
+        weights = [torch.ones(d), torch.randn(128, d), torch.randn(d, 64), torch.ones(d), torch.randn(2 * f, d),
+                   torch.randn(d, f)]  # fmt: skip
+        return tuple(pack(w) if w.dim() == 2 else w for w in weights) + new_cache(2, slots, 16, torch.float32)
+
+    cos = torch.ones(32, 1, 16)
+    layers, hidden = PackedLayers([layer(), layer()], cos, cos, 4, 1e-5), torch.randn(3, 64)
+    assert layers.run(hidden, 29, 0, 2).shape == (3, 64)
+    assert torch.equal(layers.run(hidden, 0, 0, 2, skip_attention=(0, 1), skip_mlp=(0, 1)), hidden)
+    for wrong in ((hidden, 30, 0, 2), (hidden, -1, 0, 2), (hidden, 0, 0, 3), (hidden[:, :32].contiguous(), 0, 0, 2),
+                  (hidden.bfloat16(), 0, 0, 2)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="layers: "):
+            layers.run(*wrong)
+    for other in (layer(d=32), layer(slots=64), layer()[:7] + (torch.zeros(2, 32, 8),)):
+        with pytest.raises(RuntimeError, match="layer_table: "):
+            PackedLayers([layer(), other], cos, cos, 4, 1e-5)
+    with pytest.raises(RuntimeError, match="n_vocab must be in 1..64"):
+        exit_head(hidden, torch.ones(64), pack(torch.randn(50, 64)), 65, 1e-5)
 
 
 def test_references_are_used_and_differentiable_where_gradients_are_needed():
