@@ -74,7 +74,8 @@ def _built_library(progress: Callable[[str], None] | None) -> Path:
     except (OSError, subprocess.SubprocessError) as error:
         return _fail(f"compiler {compiler[0]} does not run: {error}")
     key = hashlib.sha256("\0".join(
-        [*(path.read_text() for path in sorted(SOURCES.iterdir())), " ".join(command), version, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
+        [*(path.read_text() for path in sorted(SOURCES.iterdir())),
+         " ".join(command), version, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
     name = f"cpu_ops-{key}.so"
     for folder in (_user_folder, _private_folder):  # the second only where the first is not writable
         try:

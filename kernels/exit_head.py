@@ -46,7 +46,8 @@ class Exit:
 
     def __init__(self, hidden: Tensor, norm: Tensor, weight: Tensor, n_vocab: int, eps: float, rows: int):
         """hidden: [>= rows, D], those behind `rows` being padding. norm: [D]. weight: LM head, plain or packed."""
-        self.hidden, self.norm, self.weight, self.n_vocab, self.eps, self.rows = hidden, norm, weight, n_vocab, eps, rows
+        self.hidden, self.norm, self.weight, self.n_vocab, self.eps = hidden, norm, weight, n_vocab, eps
+        self.rows = rows
         self._logits: Tensor | None = None
 
     @classmethod

@@ -132,13 +132,14 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
     model = session.model
     fastest = max((c for c in contenders if c.is_ar), key=lambda c: statistics.median(c.rates))
     reference = next(c for c in contenders if c.is_ar and c.exact).texts
-    own = {c.engine: c.texts for c in reversed(contenders) if c.policy == "none" and (c.exact or c.engine != "skipfast")}
+    own = {c.engine: c.texts for c in contenders if c.policy == "none" and c.engine != "skipfast"}
+    own["skipfast"] = reference
     plain = {c.engine: c for c in contenders if c.policy == "none" and c.engine != "skipfast"}
     rows = []
     for c in contenders:
-        totals = {key: sum(s[key] for s in c.summaries) for key in ("drafted", "accepted", "rounds")} if "rounds" in c.summaries[
-            0] else {}  # fmt: skip
-        drafted, rounds = totals.get("drafted", 0), totals.get("rounds", 0)
+        counted = [summary for summary in c.summaries if "rounds" in summary]  # other engines do not tell
+        totals = {key: sum(s[key] for s in counted) for key in ("drafted", "accepted", "rounds")}
+        drafted, rounds = totals["drafted"], totals["rounds"]
         acceptance = totals["accepted"] / drafted if drafted else None
         exit_layer = statistics.mean(s["mean_exit_layer"] for s in c.summaries) if drafted else None
         emitted = sum(len(text) - 1 for text in c.texts)
@@ -243,7 +244,8 @@ def measure_lengths(contenders: list[Contender], lengths: list[int], repeats: in
 def print_lengths(rows: list[dict]) -> None:
     form = cli.shown
     body = [
-        [row["engine"], str(row["prompt_tokens"]), form(row["prefill_tokens_per_s"], ".0f"), form(row["ms_per_token"], ".2f"),
+        [row["engine"], str(row["prompt_tokens"]), form(row["prefill_tokens_per_s"], ".0f"),
+         form(row["ms_per_token"], ".2f"),
          form(row["over_first"], ".2f") + "×", form(row["floor"], ".2f") + "×"]
         for row in rows
     ]  # fmt: skip
@@ -285,8 +287,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--against", default=[], type=lambda text: text.split(","), metavar="ENGINE,…",
                         help="other engines to measure: " + ", ".join(peers.NEEDS))
-    parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")], metavar="N,…",
-                        help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
+    parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")],
+                        metavar="N,…", help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json")
     flags = parser.parse_args(argv)
@@ -320,7 +322,8 @@ def main() -> None:
         check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
     longest = max(map(len, prompts)) + flags.max_new_tokens
     if flags.prompt_lengths and max(flags.prompt_lengths) + LENGTH_TOKENS > session.args.max_seq_len:
-        raise ValueError(f"prompt_lengths must be at most {session.args.max_seq_len - LENGTH_TOKENS} for this checkpoint, "
+        most = session.args.max_seq_len - LENGTH_TOKENS
+        raise ValueError(f"prompt_lengths must be at most {most} for this checkpoint, "
                          f"got {max(flags.prompt_lengths)}")  # fmt: skip
     longest = max([longest, *(length + LENGTH_TOKENS for length in flags.prompt_lengths)])
     before = peak_memory_bytes()

@@ -1,8 +1,8 @@
 """Other engines on the same checkpoint, precision and prompts, for `scripts.benchmark --against`.
 
-Each peer is optional. transformers runs in this process and shares torch's threads; llama.cpp brings an OpenMP runtime of
-its own, and two in one process ruin each other's speed, so it runs in a process of its own that sleeps between turns:
-`python -m scripts.peers GGUF THREADS N_CTX KV` answers JSON lines on stdin with JSON lines on stdout.
+Each peer is optional. transformers runs in this process and shares torch's threads; llama.cpp brings an OpenMP runtime
+of its own, and two in one process ruin each other's speed, so it runs in a process of its own that sleeps between
+turns: `python -m scripts.peers GGUF N_CTX FP32_CACHE` answers JSON lines on stdin with JSON lines on stdout.
 """
 
 import importlib.util

@@ -158,7 +158,7 @@ def test_attention_never_reads_unused_slots_and_takes_slices_of_a_fused_projecti
 
 
 @DTYPES
-@pytest.mark.parametrize("n_vocab, v, d", [(2, 2, 8), (33, 33, 16), (1000, 1000, 48), (700, 1000, 48), (5000, 5000, 66)])
+@pytest.mark.parametrize("n_vocab, v, d", [(2, 2, 8), (33, 33, 16), (700, 1000, 48), (5000, 5000, 66)])
 def test_exit_head_matches_fp64_and_its_token_is_the_argmax_of_the_logits(dtype, n_vocab, v, d):
     hidden, norm, weight = torch.randn(16, d).to(dtype), torch.rand(d).to(dtype), torch.randn(v, d).to(dtype)
     packed = pack(weight)
