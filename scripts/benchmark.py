@@ -288,7 +288,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", default=[], type=lambda text: text.split(","), metavar="ENGINE,…",
                         help="other engines to measure: " + ", ".join(peers.NEEDS))
     parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")],
-                        metavar="N,…", help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
+                        metavar="N,…",
+                        help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json")
     flags = parser.parse_args(argv)
