@@ -104,7 +104,7 @@ class Runner:
         self._warm = True
         self.compile_s += time.perf_counter() - start
 
-    def choose_threads(self, repeats: int = 15, budget_s: float = 1.0) -> int:
+    def choose_threads(self, repeats: int = 15, budget_s: float = 0.5) -> int:
         """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
 
         More threads must be a tenth faster to be taken: small models gain little, and on a busy machine threads that
