@@ -21,6 +21,7 @@ import checkpoint
 import cli
 import generate
 from kernels import cpu
+from kernels.exit_head import Exit
 from policies import Round
 from runner import Runner
 from tokenizer import load_tokenizer
@@ -286,8 +287,8 @@ def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypat
 def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
     monkeypatch.setattr(generate, "COMPARE_REPEATS", 1)
     run = generate.verify
-    monkeypatch.setattr(generate, "verify", lambda runner, draft, *where: run(runner, draft, *where) * (
-        -1 if draft.tokens else 1))  # fmt: skip
+    monkeypatch.setattr(generate, "verify", lambda runner, draft, *where: Exit.of_logits(
+        run(runner, draft, *where).logits() * (-1 if draft.tokens else 1)))  # fmt: skip
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare")
     assert result["comparison"]["identical"] is False
     assert re.search(r"identical tokens.*NO", out)

@@ -49,7 +49,7 @@ def assert_same_as_transformers(hf_model, folder, pack):
     model, vocab_size = loaded.model, loaded.args.vocab_size
     assert is_packed(model.lm_head.weight) == pack
     text = torch.randint(vocab_size, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: the runner below writes into this cache
         model.setup_cache(PROMPT_TOKENS + NEW_TOKENS)
         logits = model(text, torch.arange(PROMPT_TOKENS))
         for position in range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS):
