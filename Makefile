@@ -10,7 +10,7 @@ lint:
 	ruff check .
 
 benchmark:
-	python -m scripts.benchmark --against transformers
+	python -m scripts.benchmark --against transformers,llama.cpp
 
 ci:
 	bash .ci/run

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention, new_cache
+from kernels.exit_head import exit_logits
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -303,7 +304,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass only the rows you need."""
-        return self.lm_head(self.norm(hidden)).float()
+        return exit_logits(hidden, self.norm.weight, self.lm_head.weight, self.args.vocab_size, self.args.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids [T] at `positions` [T] -> logits [T, V], through every layer."""

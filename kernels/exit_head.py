@@ -23,6 +23,11 @@ class ExitStats(NamedTuple):
     logsumexp: Tensor
 
 
+def exit_logits(hidden: Tensor, norm: Tensor, weight: Tensor, n_vocab: int, eps: float) -> Tensor:
+    """Final norm and LM head (plain or packed): hidden [..., D] -> fp32 logits [..., n_vocab]."""
+    return linear(rms_norm(hidden, norm, eps), weight, n_vocab).float()
+
+
 def exit_stats_reference(logits: Tensor) -> ExitStats:
     """The statistics of fp32 logits [T, V], V >= 2."""
     log_probs = logits.log_softmax(-1)
@@ -60,16 +65,17 @@ class Exit:
     def logits(self) -> Tensor:
         """fp32 [T, V]."""
         if self._logits is None:
-            self._logits = linear(rms_norm(self.hidden, self.norm, self.eps), self.weight, self.n_vocab).float()
+            self._logits = exit_logits(self.hidden, self.norm, self.weight, self.n_vocab, self.eps)
         return self._logits[: self.rows]
 
     def tokens(self) -> list[int]:
         """The argmax of each row; ties go to the lowest id."""
         if self._logits is None and is_packed(self.weight):
-            return exit_head(self.hidden, self.norm, self.weight, self.n_vocab, self.eps, False).tolist()
+            rows = self.hidden[: self.rows]  # rows of the fused head do not depend on one another: no padding
+            return exit_head(rows, self.norm, self.weight, self.n_vocab, self.eps, False).tolist()
         return self.logits().argmax(-1).tolist()
 
     def stats(self) -> ExitStats:
         if self._logits is None and is_packed(self.weight):
-            return exit_head(self.hidden, self.norm, self.weight, self.n_vocab, self.eps)
+            return exit_head(self.hidden[: self.rows], self.norm, self.weight, self.n_vocab, self.eps)
         return exit_stats_reference(self.logits())

@@ -1,4 +1,4 @@
-"""Measure decoding speed: policies against our own fastest plain decoding, and against transformers, in one process.
+"""Measure decoding speed: policies against our own fastest plain decoding, and against other engines, in turns.
 
 Every round runs every row on every prompt, row after row in a new order for each prompt; a row's tokens/s is the median
 over rounds, a speedup the median of the ratios inside a round. The ceiling (memory bandwidth, measured in the same
@@ -139,6 +139,7 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
     for c in contenders:
         counted = [summary for summary in c.summaries if "rounds" in summary]  # other engines do not tell
         totals = {key: sum(s[key] for s in counted) for key in ("drafted", "accepted", "rounds")}
+        unknown = c.policy != "none" and not counted  # what a drafting peer read, and what it could have gained
         drafted, rounds = totals["drafted"], totals["rounds"]
         acceptance = totals["accepted"] / drafted if drafted else None
         exit_layer = statistics.mean(s["mean_exit_layer"] for s in c.summaries) if drafted else None
@@ -162,8 +163,9 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
             "mean_exit_layer": exit_layer,
             "ideal_speedup": ideal_speedup(
                 acceptance, drafted / rounds, exit_layer, model.args.n_layer, head_cost_layers(model),
-            ) if drafted else 1.0,
-            "share_of_bandwidth": streamed_bytes(c, session, drafted, rounds, exit_layer, emitted) * rate / bandwidth,
+            ) if drafted else None if unknown else 1.0,
+            "share_of_bandwidth": None if unknown else
+                streamed_bytes(c, session, drafted, rounds, exit_layer, emitted) * rate / bandwidth,
             "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
                          for name, peer in plain.items()},
             "identical": c.texts == reference,
@@ -263,8 +265,8 @@ def print_rows(rows: list[dict], title: str) -> None:
             f"{min(row['tokens_per_s_rounds']):.0f}–{max(row['tokens_per_s_rounds']):.0f}",
             form(row["speedup_over_fastest_ar"], ".2f") + "×",
             *(form(row["ratio_to"][name], ".2f") + "×" for name in compared), form(row["acceptance_rate"], ".2f"),
-            form(row["tokens_per_round"], ".2f"), form(row["ideal_speedup"], ".2f") + "×",
-            form(100 * row["share_of_bandwidth"], ".0f") + " %", f"{row['differs_from_own_plain']} of {row['prompts']}",
+            form(row["tokens_per_round"], ".2f"), form(row["ideal_speedup"], ".2f"),
+            form(row["share_of_bandwidth"], ".0%"), f"{row['differs_from_own_plain']} of {row['prompts']}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -277,7 +279,7 @@ def print_rows(rows: list[dict], title: str) -> None:
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark", description=__doc__.split("\n")[0],
-        epilog="example: python -m scripts.benchmark --policy static:3 --policy static:4 --against transformers",
+        epilog="example: python -m scripts.benchmark --policy static:3 --against transformers,llama.cpp",
     )  # fmt: skip
     cli.add_model_flags(parser)
     cli.add_decode_flags(parser)
@@ -313,7 +315,7 @@ def main() -> None:
         cli.make_folder(flags.output_dir)
     cli.check_writable(flags.json)
     session = cli.open_session(flags)
-    skipped = peers.missing(flags.against)
+    skipped = peers.missing(flags.against, flags.device)
     for peer, reason in skipped.items():
         cli.notice(f"{peer} skipped: {reason}")
     flags.against = [peer for peer in flags.against if peer not in skipped]
@@ -336,7 +338,7 @@ def main() -> None:
         print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
               "from memory")  # fmt: skip
         measure(contenders, prompts, flags.max_new_tokens, flags.repeats, flags.seed)
-        plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: the fastest
+        plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: compiled, exact
         lengths = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, session)
     rows = result_rows(contenders, session, bandwidth)
     print_rows(rows, f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from model import rope_table
 ROOT = Path(__file__).parent.parent
 NEEDS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}
 INSTALL = {"transformers": "pip install transformers", "llama.cpp": "pip install llama-cpp-python gguf"}
-LLAMA_CPP_TIMEOUT_S = 600  # for one answer
 
 
 @dataclass
@@ -51,10 +50,13 @@ class Contender:
         return self.engine == "skipfast" and self.policy == "none"
 
 
-def missing(peers: list[str]) -> dict[str, str]:
-    """Of the peers asked for, those whose packages are not installed -> what to install."""
+def missing(peers: list[str], device: str) -> dict[str, str]:
+    """Of the peers asked for, those that cannot run -> why, and what to install."""
     absent = {peer: [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None] for peer in peers}
-    return {peer: f"needs {INSTALL[peer]}" for peer, names in absent.items() if names}
+    found = {peer: f"needs {INSTALL[peer]}" for peer, names in absent.items() if names}
+    if "llama.cpp" in peers and device != "cpu":
+        found["llama.cpp"] = "it is measured on the CPU only"
+    return found
 
 
 def thread_counts(flags) -> list[int]:
@@ -133,42 +135,41 @@ def transformers_contenders(session: cli.Session, drafting, counts: list[int]) -
 def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype) -> None:
     """Write the checkpoint as a GGUF file without a tokenizer (prompts are ids), tensor by tensor, in `dtype`."""
     import gguf
-    import numpy as np
 
-    args, source = session.args, session.source
+    args, scaling = session.args, dict(session.args.rope_scaling)
     kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     kind = gguf.GGMLQuantizationType[kind]
     out = gguf.GGUFWriter(str(path), "llama", use_temp_file=True)
-    out.add_context_length(args.max_seq_len)
-    out.add_embedding_length(args.dim)
-    out.add_block_count(args.n_layer)
-    out.add_feed_forward_length(args.ffn_dim)
-    out.add_head_count(args.n_head)
-    out.add_head_count_kv(args.n_kv_head)
-    out.add_key_length(args.head_dim)
-    out.add_value_length(args.head_dim)
-    out.add_layer_norm_rms_eps(args.norm_eps)
-    out.add_rope_dimension_count(args.head_dim)
-    out.add_rope_freq_base(args.rope_base)
-    out.add_vocab_size(args.vocab_size)
-    out.add_tokenizer_model("no_vocab")
-    scaling = dict(args.rope_scaling)
+    fields = {
+        "context_length": args.max_seq_len, "embedding_length": args.dim, "block_count": args.n_layer,
+        "feed_forward_length": args.ffn_dim, "head_count": args.n_head, "head_count_kv": args.n_kv_head,
+        "key_length": args.head_dim, "value_length": args.head_dim, "layer_norm_rms_eps": args.norm_eps,
+        "rope_dimension_count": args.head_dim, "rope_freq_base": args.rope_base, "vocab_size": args.vocab_size,
+        "tokenizer_model": "no_vocab",
+    }  # fmt: skip
     if args.rope_type == "linear":
-        out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        out.add_rope_scaling_factor(scaling["factor"])
-    elif args.rope_type == "llama3":
-        plain = replace(args, rope_type="default", rope_scaling=())
-        # how much slower each pair of features turns: the ratio of the angles at position 1
-        angle = [torch.atan2(sin[1, 0], cos[1, 0]) for cos, sin in (rope_table(a, 2) for a in (plain, args))]
-        out.add_tensor("rope_freqs.weight", (angle[0] / angle[1])[: args.head_dim // 2].numpy())
-
-    def add(name, tensor):
-        tensor = tensor.float()
-        array = np.ascontiguousarray(tensor.numpy())
+        fields |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": scaling["factor"]}
+    for field_name, value in fields.items():
+        getattr(out, f"add_{field_name}")(value)
+    for name, tensor in gguf_tensors(session, dtype):
+        array = tensor.float().contiguous().numpy()
         if tensor.dim() == 1:
             out.add_tensor(name, array)
         else:
             out.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def gguf_tensors(session: cli.Session, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors under llama.cpp's names, in its layout."""
+    args = session.args
+    if args.rope_type == "llama3":  # how much slower each pair of features turns: the ratio of angles at position 1
+        plain = replace(args, rope_type="default", rope_scaling=())
+        angle = [torch.atan2(sin[1, 0], cos[1, 0]) for cos, sin in (rope_table(a, 2) for a in (plain, args))]
+        yield "rope_freqs.weight", (angle[0] / angle[1])[: args.head_dim // 2]
 
     def rotary(weight):  # llama.cpp pairs neighbours where Hugging Face pairs halves
         return weight.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -179,9 +180,9 @@ def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype) -> None:
     for name in our_names(args):
         if args.tie_embeddings and name == "lm_head.weight":
             continue
-        tensor = source.read(name, dtype)
+        tensor = session.source.read(name, dtype)
         if name in whole:
-            add(whole[name] + ".weight", tensor)
+            yield whole[name] + ".weight", tensor
             continue
         _, layer, key = name.removesuffix(".weight").split(".", 2)
         if key == "attention.wqkv":
@@ -192,11 +193,7 @@ def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype) -> None:
         else:
             found = {part[key]: tensor}
         for theirs, one in found.items():
-            add(f"blk.{layer}.{theirs}.weight", one)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+            yield f"blk.{layer}.{theirs}.weight", one
 
 
 class LlamaCpp:

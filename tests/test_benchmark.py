@@ -14,7 +14,7 @@ import cli
 import generate
 from kernels import cpu
 from kernels.exit_head import Exit
-from scripts import benchmark
+from scripts import benchmark, peers
 
 COLUMNS = {
     "engine", "policy", "precision", "quantize", "compiled", "tokens_per_s", "speedup_over_fastest_ar",
@@ -137,7 +137,16 @@ def test_transformers_is_a_row_with_the_same_greedy_tokens_and_one_that_drafts(b
     assert peer["acceptance_rate"] is None and peer["tokens_per_round"] is None and peer["ideal_speedup"] == 1
     assert peer["identical"] is True and peer["differs_from_own_plain"] == 0
     assert drafting["policy"] == "static:1,num_draft_tokens=3" and drafting["identical"] is True
+    assert drafting["share_of_bandwidth"] is None and drafting["ideal_speedup"] is None, "nobody knows what it read"
     assert row_of(result, "none")["ratio_to"].keys() == {"transformers"} and "× transformers" in out
+
+
+def test_absent_engines_are_skipped_in_plain_sight(bench, monkeypatch):
+    monkeypatch.setitem(peers.NEEDS, "llama.cpp", ("surely_not_installed",))
+    result, out, err = bench("--against", "llama.cpp", "--num_prompts", 1)
+    assert result["skipped"].keys() == {"llama.cpp"} and {row["engine"] for row in result["rows"]} == {"skipfast"}
+    for shown in (out, err):
+        assert "llama.cpp skipped: needs pip install llama-cpp-python gguf" in shown
 
 
 def test_lengths_of_prompts_are_rows_with_prefill_and_cost_of_a_token(bench):

@@ -203,6 +203,30 @@ def test_wrong_arguments_raise_a_clear_error():
             attention(q, k, v, k_cache, v_cache, wrong)
 
 
+@DTYPES
+def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
+    """Large enough that every stage of a layer is shared out, and that long contexts are split into segments."""
+    d, f, heads, groups, e, slots, n_layer = 256, 512, 8, 2, 32, 1312, 3
+    shapes = ((heads + 2 * groups) * e, d), (d, heads * e), (2 * f, d), (d, f)
+    layers = []
+    for _ in range(n_layer):
+        wqkv, wo, w13, w2 = (pack((torch.randn(shape) / shape[1] ** 0.5).to(dtype)) for shape in shapes)
+        norm = torch.ones(d, dtype=dtype)
+        layers.append((norm, wqkv, wo, norm, w13, w2, *new_cache(groups, slots, e, dtype)))
+    angles = torch.rand(slots, 1, e)
+    packed, hidden = PackedLayers(layers, angles.cos(), angles.sin(), heads, 1e-5), torch.randn(1216, d).to(dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        parts = [packed.run(hidden[:1100], 0, 0, n_layer)]  # a prefill, then calls of 1, 4 and 16 rows
+        for rows in (1, 4, 16):
+            first = 1100 + rows
+            parts.append(packed.run(hidden[first : first + rows], first, 0, 1))
+            parts.append(packed.run(parts[-1], first, 1, n_layer))
+        results.append(torch.cat(parts))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_layers_that_do_not_fit_and_positions_that_do_not_exist_raise_a_clear_error():
     def layer(d=64, f=96, slots=32):
         weights = [torch.ones(d), torch.randn(128, d), torch.randn(d, 64), torch.ones(d), torch.randn(2 * f, d),

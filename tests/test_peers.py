@@ -1,16 +1,15 @@
-"""Peers: llama.cpp gets the same model, an absent engine is skipped in plain sight, a dead one is one line."""
+"""Peers: llama.cpp gets the same model, and its end is one line. The rest of them is in test_benchmark.py."""
 
 import argparse
 import importlib.util
 
 import pytest
-import torch
 
 import cli
 from generate import GenerateConfig, Generation, decode
 from policies import make_policy
 from runner import Runner
-from scripts import benchmark, peers
+from scripts import peers
 
 needs_llama_cpp = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in peers.NEEDS["llama.cpp"]),
@@ -59,10 +58,3 @@ def test_the_end_of_the_peers_process_is_one_line(session):
             peer.run([1, 2, 3], 4)
     finally:
         peer.close()
-
-
-def test_absent_engines_are_skipped_in_plain_sight(make_hf, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "NEEDS", {"llama.cpp": ("surely_not_installed",)})
-    assert "pip install llama-cpp-python" in peers.missing(["llama.cpp"])["llama.cpp"]
-    assert benchmark.parse_flags(["--against", "llama.cpp"]).against == ["llama.cpp"]
-    assert torch.get_num_threads() in peers.thread_counts(argparse.Namespace(threads=None))

@@ -36,14 +36,13 @@ using Word = std::conditional_t<BF16_DOT && std::is_same_v<T, bf16>, uint32_t, f
 template <typename T>
 constexpr int64_t PER_WORD = BF16_DOT && std::is_same_v<T, bf16> ? 2 : 1;
 
-// Write row m of a tile of `height` rows as interleaved words; an odd last bf16 gets a zero beside it.
+// Write row m of a tile of `height` rows as interleaved words; k is even for bf16.
 template <typename T>
 inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, Word<T>* tile) {
   if constexpr (PER_WORD<T> == 1) {
     for (int64_t i = 0; i < k; i++) tile[i * height + m] = widen(row[i]);
   } else {
     for (int64_t i = 0; i < k / 2; i++) std::memcpy(tile + i * height + m, row + 2 * i, 4);
-    if (k & 1) tile[k / 2 * height + m] = row[k - 1].bits;
   }
 }
 

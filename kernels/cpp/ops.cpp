@@ -48,22 +48,24 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-// A new contiguous tensor like x, with another last dimension.
-Tensor new_result(const Tensor& x, int64_t last_size) {
-  const int64_t dims = x.dim();
-  const auto old_sizes = x.sizes();
-  int64_t sizes[16], strides[16];
-  STD_TORCH_CHECK(dims <= 16, "at most 16 dimensions are supported, got ", dims);
-  for (int64_t i = dims - 1, stride = 1; i >= 0; i--) {
-    sizes[i] = i == dims - 1 ? last_size : old_sizes[i];
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
+// A new contiguous tensor.
+Tensor new_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   AtenTensorHandle handle;
-  const int32_t cpu = aoti_torch_device_type_cpu();
-  const auto code = aoti_torch_empty_strided(dims, sizes, strides, dtype_of(x), cpu, 0, &handle);
+  const auto code = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle);
   STD_TORCH_CHECK(code == 0, "cannot allocate the result");
   return Tensor(handle);
+}
+
+// One like x, with another last dimension.
+Tensor new_result(const Tensor& x, int64_t last_size) {
+  const auto like = x.sizes();
+  std::vector<int64_t> sizes(like.begin(), like.end());
+  sizes.back() = last_size;
+  return new_tensor(sizes, dtype_of(x));
 }
 
 template <typename T>
@@ -187,16 +189,6 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, T
 // ---------------------------------------------------------------------------------------------------------------------
 // exit_head
 // ---------------------------------------------------------------------------------------------------------------------
-Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[4], stride = 1;
-  for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; i--) strides[i] = stride, stride *= sizes.begin()[i];
-  AtenTensorHandle handle;
-  const auto code = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                             aoti_torch_device_type_cpu(), 0, &handle);
-  STD_TORCH_CHECK(code == 0, "cannot allocate the result");
-  return Tensor(handle);
-}
-
 std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, int64_t n_vocab, double eps,
                                      bool want_stats) {
   const bool pairs = is_bf16(hidden);
