@@ -1,0 +1,62 @@
+"""What the Triton kernels share: the tile table, rounding under the interpreter, and their compile cases.
+
+A result must not depend on how many rows a call has, so a kernel has ONE tile shape per operation and dtype, whatever
+the number of rows: ROWS rows, unused ones masked. The table below is read by the kernels, by their tests and by the
+ahead-of-time compile check (tests/compile_ahead.py), so what is checked is what runs.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import triton
+import triton.language as tl
+
+ROWS = 16  # rows of every tile: the smallest a tensor core takes
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels were decorated
+
+
+@dataclass(frozen=True)
+class Tile:
+    """n: weight rows (or cache slots) per tile. k: features per step. warps, stages: of Triton's launch."""
+
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 4
+
+
+TILES = {
+    "linear_bf16": Tile(n=32, k=256),
+    "linear_int8": Tile(n=64, k=256),
+    "linear_int4": Tile(n=64, k=256),
+    "exit_head_bf16": Tile(n=64, k=128),
+    "exit_head_int8": Tile(n=64, k=256),
+    "attention": Tile(n=64, k=128, stages=3),
+}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel as it is launched, for compiling it without a GPU.
+
+    types: Triton type of each argument that is not a constant, such as "*bf16" or "i32"; constants: the constexprs.
+    aligned: arguments that are multiples of 16 (pointers and strides). mma: the instruction its products must use.
+    wide_copies: whether weights must arrive by 16-byte asynchronous copies.
+    """
+
+    name: str
+    kernel: Callable
+    types: dict[str, str]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    tile: Tile
+    mma: str | None = "HMMA"
+    wide_copies: bool = True
+    options: dict[str, object] = field(default_factory=dict)
+
+
+@triton.jit
+def rounded_to_bf16(x):
+    """fp32 -> the nearest bf16 value (ties to even), still fp32: the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (bits & -65536).to(tl.float32, bitcast=True)
