@@ -104,7 +104,7 @@ struct Attention {
         const int64_t head = g * per_group() + i % per_group();
         interleave_row(q + i / per_group() * q_stride + head * e, e, i - top, height, to);
       }
-      to += height * e / PER_WORD<T>;
+      to += height * interleaved_features<T>(e) / PER_WORD<T>;
     }
   }
 
@@ -142,8 +142,8 @@ struct Attention {
   // States of queries first..last over one segment of slots, from scratch.
   void segment(int64_t g, int64_t first, int64_t last, int64_t index, float* states) const {
     static thread_local Scratch query_scratch, score_scratch;
-    const int64_t count = last - first, row_tile = tile_height(count, MAX_TILE);
-    auto* words = (Word<T>*)query_scratch.get(count * e);
+    const int64_t count = last - first, row_tile = tile_height(count, tile_limit<T>());
+    auto* words = (Word<T>*)query_scratch.get(count * interleaved_features<T>(e));
     float* scores = score_scratch.get(count * CHUNK);
     gather_queries(g, first, last, row_tile, words);
     for (int64_t i = 0; i < count; i++) {
@@ -156,7 +156,7 @@ struct Attention {
       for (int64_t i = 0; i < count; i += row_tile) {
         const int64_t height = std::min(row_tile, count - i);
         for (int64_t b = 0; b < used; b += BLOCK)
-          tile_of<T>(height)(key_strip(g, begin + b), e * STRIP, words + i * e / PER_WORD<T>, e,
+          tile_of<T>(height)(key_strip(g, begin + b), e * STRIP, words + i * interleaved_features<T>(e) / PER_WORD<T>, e,
                              scores + i * CHUNK + b, CHUNK, true);
       }
       for (int64_t i = 0; i < count; i += VALUE_QUERIES) {
@@ -237,6 +237,7 @@ struct Attention {
 
   void run() {
     if (!rows) return;
+    TileScope scope;
     queries = rows * per_group();
     const int64_t most = longest(0, queries), segments = (most + SEGMENT - 1) / SEGMENT;
     const int64_t threads = threads_for(rows * heads * most * e, ATTENTION_MACS_PER_THREAD);

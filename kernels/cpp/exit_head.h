@@ -75,7 +75,7 @@ struct ExitHead {
       for (int64_t r = 0; r < linear.rows; r += linear.tile) {
         const int64_t height = std::min(linear.tile, linear.rows - r);
         tile_of<T>(height)(linear.w + b * linear.k * BLOCK, linear.k * STRIP,
-                           linear.words + r * linear.k / PER_WORD<T>, linear.k, acc, BLOCK, true);
+                           linear.words_at(r, height), linear.k, acc, BLOCK, true);
         for (int64_t m = 0; m < height; m++) {  // rounded as the plain head rounds, so that both choose one token
           T rounded[BLOCK];
           store(rounded, load(acc + m * BLOCK)), store(rounded + LANES, load(acc + m * BLOCK + LANES));
@@ -91,9 +91,10 @@ struct ExitHead {
   // tokens [rows], stats [rows, 4] = top-1 probability, its lead over the second, entropy in nats, logsumexp.
   void run(int64_t* tokens, float* stats) {
     static thread_local Scratch scratch;
+    TileScope scope;
     partials = (Partial*)scratch.get(runs() * linear.rows * int64_t(sizeof(Partial) / sizeof(float)));
     const int64_t bytes = linear.blocks() * BLOCK * linear.k * int64_t(sizeof(T));
-    linear.tile = tile_height(linear.rows, MAX_TILE);
+    linear.tile = tile_height(linear.rows, tile_limit<T>());
     linear.interleave(1);
     for_each_task(runs(), threads_for(bytes, LINEAR_BYTES_PER_THREAD), [&](int64_t i) { run_of_blocks(i); });
     for (int64_t r = 0; r < linear.rows; r++) {

@@ -3,6 +3,7 @@
 #include <array>
 #include <utility>
 
+#include "amx.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -12,19 +13,7 @@ constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels
 constexpr int BLOCK = 32;  // columns computed together: two strips
 constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
 
-// Rows per tile, and rows up to which a tile takes all 32 columns at once: bound by accumulators in registers.
-#if defined(SKIPFAST_AVX512)
-constexpr int MAX_TILE = 12;  // 24 of 32 registers
-template <typename T>
-constexpr int WIDE_TILE = MAX_TILE;
-#else
-constexpr int MAX_TILE = 6;  // 12 of 16
-template <typename T>
-constexpr int WIDE_TILE = 3;
-#endif
-
-// What the micro-kernel reads for x: pairs of bf16 where the dot-product instruction exists, else fp32. A tile of M
-// rows lies interleaved, word i of all rows side by side: rows a power of two apart would fight for cache sets.
+// What the micro-kernel reads for x: pairs of bf16 where an instruction multiplies them, else fp32.
 #if defined(SKIPFAST_AVX512) && defined(__AVX512BF16__)
 #define SKIPFAST_BF16_DOT
 constexpr bool BF16_DOT = true;
@@ -36,11 +25,41 @@ using Word = std::conditional_t<BF16_DOT && std::is_same_v<T, bf16>, uint32_t, f
 template <typename T>
 constexpr int64_t PER_WORD = BF16_DOT && std::is_same_v<T, bf16> ? 2 : 1;
 
-// Write row m of a tile of `height` rows as interleaved words; k is even for bf16.
+// Rows per tile, and rows up to which a tile takes all 32 columns at once: bound by accumulators in registers.
+constexpr int AMX_TILE = 16, AMX_FEATURES = 32;
+#if defined(SKIPFAST_AVX512)
+constexpr int VECTOR_TILE = 12;  // 24 of 32 registers
+template <typename T>
+constexpr int WIDE_TILE = VECTOR_TILE;
+#else
+constexpr int VECTOR_TILE = 6;  // 12 of 16
+template <typename T>
+constexpr int WIDE_TILE = 3;
+#endif
+constexpr int MAX_TILE = AMX_TILE;  // of any micro-kernel: what buffers must hold
+template <typename T>
+inline bool use_amx() { return std::is_same_v<T, bf16> && have_amx(); }
+template <typename T>
+inline int64_t tile_limit() { return use_amx<T>() ? AMX_TILE : VECTOR_TILE; }
+
+// A tile of x lies interleaved. For vectors, word i of all rows side by side: rows a power of two apart would fight for
+// cache sets. For AMX, 32 features of all rows side by side, and k is rounded up with zeros.
+template <typename T>
+inline int64_t interleaved_features(int64_t k) {
+  return use_amx<T>() ? (k + AMX_FEATURES - 1) / AMX_FEATURES * AMX_FEATURES : k;
+}
+// Write row m of a tile of `height` rows; k is even for bf16.
 template <typename T>
 inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, Word<T>* tile) {
   if constexpr (PER_WORD<T> == 1) {
     for (int64_t i = 0; i < k; i++) tile[i * height + m] = widen(row[i]);
+  } else if (use_amx<T>()) {
+    for (int64_t i = 0; i < k; i += AMX_FEATURES) {
+      T* to = (T*)tile + i * height + m * AMX_FEATURES;
+      const int64_t n = std::min<int64_t>(AMX_FEATURES, k - i);
+      std::memcpy(to, row + i, n * sizeof(T));
+      std::memset(to + n, 0, (AMX_FEATURES - n) * sizeof(T));
+    }
   } else {
     for (int64_t i = 0; i < k / 2; i++) std::memcpy(tile + i * height + m, row + 2 * i, 4);
   }
@@ -143,16 +162,65 @@ void multiply_tile(const T* w, int64_t apart, const Word<T>* x, int64_t k, float
   }
 }
 
+#if defined(SKIPFAST_AMX)
+template <int M>
+void multiply_amx(const bf16* w, int64_t apart, const uint32_t* x, int64_t k, float* acc, int64_t stride, bool first) {
+  auto memory_barrier = [] { __asm__ volatile("" ::: "memory"); };  // the compiler does not see what tiles load and store
+  TileScope::shape(M);
+  memory_barrier();
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, acc, stride * 4);
+    _tile_loadd(1, acc + LANES, stride * 4);
+  }
+  auto step = [&](const bf16* strip0, const bf16* strip1) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, strip0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, strip1, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  };
+  int64_t i = 0;
+  for (; i + AMX_FEATURES <= k; i += AMX_FEATURES, w += AMX_FEATURES * STRIP, x += M * AMX_FEATURES / 2) {
+    UNROLL
+    for (int line = 0; line < AMX_FEATURES / 2; line++)
+      prefetch_ahead(w + line * 2 * STRIP), prefetch_ahead(w + apart + line * 2 * STRIP);
+    step(w, w + apart);
+  }
+  if (i < k) {
+    alignas(64) bf16 strips[2][AMX_FEATURES * STRIP] = {};
+    for (int v = 0; v < 2; v++) std::memcpy(strips[v], w + v * apart, (k - i) * STRIP * sizeof(bf16));
+    memory_barrier();
+    step(strips[0], strips[1]);
+  }
+  _tile_stored(0, acc, stride * 4);
+  _tile_stored(1, acc + LANES, stride * 4);
+  memory_barrier();
+}
+template <size_t... M>
+constexpr auto amx_table(std::index_sequence<M...>) {
+  return std::array{multiply_amx<int(M) + 1>...};
+}
+#endif
+
 template <typename T>
 using Tile = void (*)(const T*, int64_t, const Word<T>*, int64_t, float*, int64_t, bool);
 template <typename T, size_t... M>
 constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
   return {multiply_tile<T, int(M) + 1>...};
 }
-// The micro-kernel for a number of rows in 1..MAX_TILE.
+// The micro-kernel for a number of rows in 1..tile_limit.
 template <typename T>
 inline Tile<T> tile_of(int64_t rows) {
-  static constexpr auto table = tile_table<T>(std::make_index_sequence<MAX_TILE>{});
+#if defined(SKIPFAST_AMX)
+  if constexpr (std::is_same_v<T, bf16>) {
+    static constexpr auto amx = amx_table(std::make_index_sequence<AMX_TILE>{});
+    if (have_amx()) return amx[rows - 1];
+  }
+#endif
+  static constexpr auto table = tile_table<T>(std::make_index_sequence<VECTOR_TILE>{});
   return table[rows - 1];
 }
 // Rows per tile. With many registers tiles of equal height are best (13 rows are 7 + 6, not 12 + 1); with few, 4 rows
@@ -184,6 +252,10 @@ struct Linear {
   const Word<T>* words;  // x, tile after tile, each interleaved
 
   int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
+  // The tile of `height` rows that starts at row r, from feature k0 on.
+  const Word<T>* words_at(int64_t r, int64_t height, int64_t k0 = 0) const {
+    return words + (r * interleaved_features<T>(k) + k0 * height) / PER_WORD<T>;
+  }
 
   // Few rows: one tile, the weight block streams past once.
   void few_rows(int64_t block) const {
@@ -205,7 +277,7 @@ struct Linear {
         for (int64_t r = top; r < bottom; r += tile) {
           const int64_t height = std::min(tile, bottom - r);
           for (int64_t b = first_block; b < last_block; b++)
-            tile_of<T>(height)(w + b * k * BLOCK + k0 * STRIP, k * STRIP, words + (r * k + k0 * height) / PER_WORD<T>,
+            tile_of<T>(height)(w + b * k * BLOCK + k0 * STRIP, k * STRIP, words_at(r, height, k0),
                                std::min(chunk, k - k0),
                                acc + (r - top) * stride + (b - first_block) * BLOCK, stride, k0 == 0);
         }
@@ -218,25 +290,25 @@ struct Linear {
   void interleave(int64_t threads) {
     static thread_local Scratch scratch;
     if constexpr (std::is_same_v<T, float> || BF16_DOT)
-      if (rows == 1 && uintptr_t(x) % 4 == 0) {  // already a tile of height one
+      if (rows == 1 && uintptr_t(x) % 4 == 0 && interleaved_features<T>(k) == k) {  // already a tile of height one
         words = (const Word<T>*)x;
         return;
       }
-    auto* to = (Word<T>*)scratch.get(rows * k / PER_WORD<T>);
+    words = (Word<T>*)scratch.get(rows * interleaved_features<T>(k) / PER_WORD<T>);
     for_each_task((rows + tile - 1) / tile, threads, [&](int64_t i) {
       const int64_t top = i * tile, height = std::min(tile, rows - top);
       for (int64_t m = 0; m < height; m++)
-        interleave_row(x + (top + m) * k, k, m, height, to + top * k / PER_WORD<T>);
+        interleave_row(x + (top + m) * k, k, m, height, const_cast<Word<T>*>(words_at(top, height)));
     });
-    words = to;
   }
 
   void run() {
     if (!rows || !n) return;
     const int64_t bytes = blocks() * BLOCK * k * int64_t(sizeof(T));
-    const bool few = rows <= MAX_TILE;
+    TileScope scope;
+    const bool few = rows <= tile_limit<T>();
     const int64_t threads = threads_for(few ? bytes : bytes * (rows / 4), LINEAR_BYTES_PER_THREAD);
-    tile = tile_height(rows, MAX_TILE);
+    tile = tile_height(rows, tile_limit<T>());
     interleave(few ? 1 : threads);
     if (few)
       for_each_task(blocks(), threads, [&](int64_t block) { few_rows(block); });

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <thread>
 
+#include "amx.h"
 #include "vec.h"
 
 namespace skipfast {
@@ -46,6 +47,7 @@ class Team {
     wait_until([&] { return done_.load(std::memory_order_acquire) == count; });
   }
   void help() {
+    TileScope scope;
     auto over = [&] { return over_.load(std::memory_order_acquire); };
     while (!over()) wait_until([&] { return work() || over(); });
   }
@@ -85,6 +87,7 @@ inline void with_team(int64_t size, const F& program) {
       explicit Leader(Team& team) : team(team) { Team::current = &team; }
       ~Leader() { Team::current = nullptr, team.end(); }
     } leader(team);
+    TileScope scope;
     program();
   });
 }
