@@ -75,9 +75,14 @@ def decode(
         start = time.perf_counter()
         position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
         plan = policy.start_round(RoundContext(tokens, remaining))
-        draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
-        target_rows = verify(runner, draft, tokens[-1], position)
-        accepted, target = sampler.verify(draft.tokens, target_rows, position + 1)
+        played = runner.play(plan, config.sampling, tokens[-1], position, remaining - 1)
+        if played:
+            draft = whole_draft(plan, played[0], config.eos_ids)
+            rows = Exit.of_tokens(played[1])
+        else:
+            draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
+            rows = verify(runner, draft, tokens[-1], position)
+        accepted, target = sampler.verify(draft.tokens, rows, position + 1)
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
         step = Round(
@@ -115,6 +120,12 @@ def draft_tokens(
         first_skip = runner.n_layer if plan.first_skip is None else plan.first_skip
         draft.resume_layer = min(first_skip, *draft.exit_layers)
     return draft
+
+
+def whole_draft(plan: DraftPlan, tokens: list[int], eos_ids: Sequence[int]) -> Draft:
+    """The Draft of a round that the runner played in one call, without what it drafted after an end of text."""
+    tokens, _ = until_end(tokens, eos_ids, None)
+    return Draft(tokens, [plan.exits[0]] * len(tokens) if tokens else [], resume_layer=plan.exits[0] if tokens else 0)
 
 
 def verify(runner: Runner, draft: Draft, token: int, position: int) -> Exit:

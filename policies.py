@@ -32,6 +32,11 @@ class DraftPlan:
     proposed: tuple[int, ...] = ()
 
     @property
+    def is_static(self) -> bool:
+        """Whether nothing has to be decided while drafting: one exit at most, every sublayer runs, nothing proposed."""
+        return len(self.exits) <= 1 and not (self.proposed or self.skip_attention or self.skip_mlp)
+
+    @property
     def first_skip(self) -> int | None:
         """The first layer with a sublayer left out: hidden states above it are not the full model's. None: no skip."""
         return min(self.skip_attention | self.skip_mlp, default=None)

@@ -27,6 +27,8 @@ from kernels.exit_head import Exit
 from kernels.layers import PackedLayers
 from kernels.linear import is_packed
 from model import Linear, Transformer
+from policies import DraftPlan
+from sampling import SamplingConfig
 
 PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
 MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
@@ -66,6 +68,7 @@ class Runner:
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
         self._norm, self._head = model.norm.weight, model.lm_head.weight  # module attributes cost microseconds
+        self._ends = (model.embedding.weight, self._norm, self._head, model.args.vocab_size)
         self.backend = "eager"
         if compile and self.rows_independent:
             self.backend = "c++"
@@ -107,7 +110,7 @@ class Runner:
     def choose_threads(self, repeats: int = 15, budget_s: float = 0.5) -> int:
         """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
 
-        More threads must be a tenth faster to be taken: small models gain little, and on a busy machine threads that
+        More threads must be a twentieth faster to be taken: small models gain little, and on a busy machine threads that
         wait for each other can be many times slower than one. The bits of the "c++" backend do not depend on it.
         """
         counts, most = [1], torch.get_num_threads()
@@ -127,7 +130,7 @@ class Runner:
                 taken.append(time.perf_counter() - start)
         best = 1
         for count in counts[1:]:
-            if statistics.median(times[count]) < 0.9 * statistics.median(times[best]):
+            if statistics.median(times[count]) < 0.95 * statistics.median(times[best]):
                 best = count
         torch.set_num_threads(best)
         return best
@@ -180,6 +183,20 @@ class Runner:
         if not self._warm:
             return nullcontext()
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
+
+    def play(
+        self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int
+    ) -> tuple[list[int], list[int]] | None:  # fmt: skip
+        """Play a whole round in one call, where one is ready for `plan`: drafted tokens, the model's own after each row.
+
+        Between the calls of a round Python costs as much as a small model's layers. None: play it call by call.
+        """
+        if not self._layers or not plan.is_static or sampling.temperature > 0:
+            return None
+        drafts = min(plan.num_draft_tokens, limit)
+        exit_layer = plan.exits[0] if plan.exits else 0
+        tokens = self._layers.static_round(self._ends, token, position, exit_layer, drafts)
+        return tokens[:drafts], tokens[drafts:]
 
     def exit(self, hidden: Tensor) -> Exit:
         """What the final norm and LM head say about hidden [T, D], T <= max_rows."""

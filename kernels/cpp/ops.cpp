@@ -22,6 +22,7 @@
 #include "exit_head.h"
 #include "layers.h"
 #include "linear.h"
+#include "round.h"
 #include "rows.h"
 
 using namespace skipfast;
@@ -206,11 +207,8 @@ std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, 
   Tensor stats = new_tensor({want_stats ? rows : 0, 4}, aoti_torch_dtype_float32());
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    static thread_local Scratch scratch;
-    T* normed = (T*)scratch.get(rows * d);
-    rms_norm_rows(data<T>(hidden), data<T>(norm), normed, rows, d, float(eps));
-    ExitHead<T>{{normed, data<T>(packed), nullptr, rows, d, n_vocab, 1, nullptr}, want_stats, nullptr}.run(
-        data<int64_t>(tokens), data<float>(stats));
+    exit_rows(data<T>(hidden), data<T>(norm), data<T>(packed), rows, d, n_vocab, float(eps), data<int64_t>(tokens),
+              want_stats ? data<float>(stats) : nullptr);
   };
   if (rows && pairs) run(bf16{});
   else if (rows) run(0.0f);
@@ -264,11 +262,19 @@ Tensor layer_table(std::vector<Tensor> tensors, Tensor cos, Tensor sin, int64_t 
 
 constexpr int64_t TEAM_BYTES = 256 << 10;  // of weights per thread that is worth waking
 
+const LayerTable& table_of(const char* op, const Tensor& tensor) {
+  STD_TORCH_CHECK(dtype_of(tensor) == aoti_torch_dtype_int64() && tensor.numel() > LayerTable::words(0), op,
+                  ": the table must come from layer_table");
+  return *reinterpret_cast<const LayerTable*>(data<int64_t>(tensor));
+}
+template <typename T>
+int64_t bytes_of_layers(const LayerTable& table, int64_t layers) {
+  return layers * table.d * (4 * table.d + 3 * table.f) * int64_t(sizeof(T));
+}
+
 Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t start, int64_t stop,
               std::vector<int64_t> skips) {
-  STD_TORCH_CHECK(dtype_of(table_tensor) == aoti_torch_dtype_int64() && table_tensor.numel() > LayerTable::words(0),
-                  "layers: the table must come from layer_table");
-  const auto& table = *reinterpret_cast<const LayerTable*>(data<int64_t>(table_tensor));
+  const LayerTable& table = table_of("layers", table_tensor);
   check_contiguous("layers", "hidden", hidden);
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == table.d && is_bf16(hidden) == bool(table.bf16) &&
                       (is_bf16(hidden) || dtype_of(hidden) == aoti_torch_dtype_float32()),
@@ -283,14 +289,48 @@ Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t star
   auto run = [&](auto zero) {
     using T = decltype(zero);
     std::memcpy(out.data_ptr(), hidden.data_ptr(), rows * d * sizeof(T));
-    const int64_t bytes = (stop - start) * d * (4 * d + 3 * table.f) * int64_t(sizeof(T));
-    with_team(threads_for(bytes, TEAM_BYTES), [&] {
+    with_team(threads_for(bytes_of_layers<T>(table, stop - start), TEAM_BYTES), [&] {
       LayerRun<T>{table, data<T>(out), rows, position}.run(start, stop, skipped);
     });
   };
   if (rows && table.bf16) run(bf16{});
   else if (rows) run(0.0f);
   return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// static_round
+// ---------------------------------------------------------------------------------------------------------------------
+Tensor static_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor head, int64_t n_vocab, int64_t token,
+                    int64_t position, int64_t exit_layer, int64_t drafts) {
+  const LayerTable& table = table_of("static_round", table_tensor);
+  for (const Tensor* one : {&embedding, &norm, &head}) {
+    check_contiguous("static_round", "every weight", *one);
+    STD_TORCH_CHECK(is_bf16(*one) == bool(table.bf16), "static_round: every weight must have the layers' dtype");
+  }
+  const bool packed = embedding.dim() > 2;
+  STD_TORCH_CHECK(packed_features(head) == table.d && norm.numel() == table.d && n_vocab <= packed_columns(head) &&
+                      (packed ? packed_features(embedding) : embedding.size(1)) == table.d &&
+                      (packed ? packed_columns(embedding) : embedding.size(0)) >= n_vocab,
+                  "static_round: embedding, norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
+  STD_TORCH_CHECK(0 <= token && token < n_vocab, "static_round: token must be in 0..", n_vocab - 1, ", got ", token);
+  STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots, "static_round: positions must be in 0..",
+                  table.slots - 1, ", got ", position, "..", position + drafts);
+  STD_TORCH_CHECK(0 <= exit_layer && exit_layer <= table.n_layer, "static_round: exit_layer must be in 0..", table.n_layer,
+                  ", got ", exit_layer);
+  Tensor tokens = new_tensor({2 * drafts + 1}, aoti_torch_dtype_int64());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    static thread_local Scratch scratch;
+    T* hidden = (T*)scratch.get((drafts + 1) * table.d);
+    with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES), [&] {
+      StaticRound<T>{table, data<T>(embedding), data<T>(norm), data<T>(head), packed, n_vocab, exit_layer, hidden}.run(
+          token, position, drafts, data<int64_t>(tokens), data<int64_t>(tokens) + drafts);
+    });
+  };
+  if (table.bf16) run(bf16{});
+  else run(0.0f);
+  return tokens;
 }
 
 }  // namespace
@@ -304,6 +344,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
         "-> (Tensor, Tensor)");
   m.def("layer_table(Tensor[] tensors, Tensor cos, Tensor sin, int heads, float eps) -> Tensor");
   m.def("layers(Tensor hidden, Tensor table, int position, int start, int stop, int[] skips) -> Tensor");
+  m.def("static_round(Tensor table, Tensor embedding, Tensor norm, Tensor head, int n_vocab, int token, int position, "
+        "int exit_layer, int drafts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
@@ -314,4 +356,5 @@ STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
   m.impl("exit_head", TORCH_BOX(&exit_head));
   m.impl("layer_table", TORCH_BOX(&layer_table));
   m.impl("layers", TORCH_BOX(&layers));
+  m.impl("static_round", TORCH_BOX(&static_round));
 }

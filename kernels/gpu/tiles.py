@@ -25,9 +25,9 @@ class Tile:
 
 
 TILES = {
-    "linear_bf16": Tile(n=32, k=256),
-    "linear_int8": Tile(n=64, k=256),
-    "linear_int4": Tile(n=64, k=256),
+    "linear_bf16": Tile(n=64, k=128, stages=3),
+    "linear_int8": Tile(n=128, k=128, stages=3),
+    "linear_int4": Tile(n=128, k=128),
     "exit_head_bf16": Tile(n=64, k=128),
     "exit_head_int8": Tile(n=64, k=256),
     "attention": Tile(n=64, k=128, stages=3),
