@@ -110,8 +110,8 @@ class Runner:
     def choose_threads(self, repeats: int = 15, budget_s: float = 0.5) -> int:
         """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
 
-        More threads must be a twentieth faster to be taken: small models gain little, and on a busy machine threads that
-        wait for each other can be many times slower than one. The bits of the "c++" backend do not depend on it.
+        More threads must be a twentieth faster to be taken: on a busy machine threads that wait for each other can be
+        many times slower than one. The bits of the "c++" backend do not depend on it.
         """
         counts, most = [1], torch.get_num_threads()
         while counts[-1] < most:
@@ -187,9 +187,9 @@ class Runner:
     def play(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int
     ) -> tuple[list[int], list[int]] | None:  # fmt: skip
-        """Play a whole round in one call, where one is ready for `plan`: drafted tokens, the model's own after each row.
+        """Play a whole round in one call -> drafted tokens, and the model's own after each row. None: not possible.
 
-        Between the calls of a round Python costs as much as a small model's layers. None: play it call by call.
+        Between the calls of a round Python takes as long as a small model's layers do.
         """
         if not self._layers or not plan.is_static or sampling.temperature > 0:
             return None

@@ -37,4 +37,5 @@ class PackedLayers:
         ends: embedding [V, D] (plain or packed), final norm [D], packed LM head, V. Returns the drafted tokens, then
         the full model's choice after each of the drafts + 1 rows: the bits of the same round call by call.
         """
-        return torch.ops.skipfast_cpu.static_round.default(self.table, *ends, token, position, exit_layer, drafts).tolist()
+        play = torch.ops.skipfast_cpu.static_round.default
+        return play(self.table, *ends, token, position, exit_layer, drafts).tolist()

@@ -96,7 +96,8 @@ def check(job: tuple[str, int, int]) -> tuple[str, bool]:
     try:
         found = resources(case, target)
     except Exception as error:  # whatever Triton or ptxas raises is a failed gate of this case, not the end of the run
-        return f"{title}  FAILED: does not compile: {type(error).__name__}: {str(error).strip()[:300]}", False
+        reason = str(error).strip().splitlines() or [""]
+        return f"{title}  FAILED: does not compile: {type(error).__name__}: {reason[-1]}", False
     copies = " + ".join(f"{count} x {width}" for width, count in sorted(found.copies().items(), reverse=True)) or "no"
     failed = failures(case, target, found)
     numbers = (f"registers {found.registers:3}  stack {found.stack:2}  shared {found.shared / 1024:5.1f} KB  "

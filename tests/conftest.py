@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are 20 times as slow on a busy machine
+os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels are interpreted; compiling them has its own process
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

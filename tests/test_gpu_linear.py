@@ -81,8 +81,8 @@ def assert_close(result: Tensor, exact: Tensor):
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("m, n, k", [(1, 1, 16), (2, 63, 128), (3, 130, 384), (5, 200, 272), (7, 129, 96), (8, 256, 256),
-                                     (15, 77, 400), (16, 300, 144)])
+@pytest.mark.parametrize("m, n, k", [
+    (1, 1, 16), (2, 63, 128), (3, 130, 384), (5, 200, 272), (7, 129, 96), (8, 256, 256), (15, 77, 400), (16, 300, 144)])
 def test_results_are_the_rounded_exact_sums(kind, m, n, k):
     k = width(kind, k)
     weight, scale, exact = make_weight(kind, n, k)

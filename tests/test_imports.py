@@ -16,7 +16,7 @@ ALLOWED = {
     "sampling": {"kernels"},
     "policies": set(),
     "tokenizer": set(),
-    "runner": {"kernels", "model"},
+    "runner": {"kernels", "model", "policies", "sampling"},
     "checkpoint": {"kernels", "model"},
     "cli": {"checkpoint", "kernels", "model", "policies", "sampling", "tokenizer"},
     "generate": {"cli", "kernels", "model", "policies", "runner", "sampling"},
@@ -87,6 +87,8 @@ def test_only_optional_packages_are_imported_inside_functions_and_they_only_ther
         if depth:
             assert package in OPTIONAL, f"{name}:{line} imports {package} inside a function"
         else:
+            if package == "triton" and name.startswith("kernels/gpu/"):
+                continue  # these files are themselves imported only where a tensor lies on a GPU
             assert package not in OPTIONAL, f"{name}:{line} cannot be loaded without the optional {package}"
             known = package in MODULES or package in REQUIRED or package in sys.stdlib_module_names
             assert known, f"{name}:{line} needs {package}, which requirements.txt does not have"

@@ -184,9 +184,6 @@ void multiply_amx(const bf16* w, int64_t apart, const uint32_t* x, int64_t k, fl
   };
   int64_t i = 0;
   for (; i + AMX_FEATURES <= k; i += AMX_FEATURES, w += AMX_FEATURES * STRIP, x += M * AMX_FEATURES / 2) {
-    UNROLL
-    for (int line = 0; line < AMX_FEATURES / 2; line++)
-      prefetch_ahead(w + line * 2 * STRIP), prefetch_ahead(w + apart + line * 2 * STRIP);
     step(w, w + apart);
   }
   if (i < k) {
