@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import checkpoint
-from kernels import cpu
+from kernels import cpu, gpu
 from model import ModelArgs, Transformer
 from policies import Round
 from sampling import VERIFICATIONS, SamplingConfig
@@ -100,6 +100,8 @@ class Session:
         start = time.perf_counter()
         if self.flags.device == "cpu" and (reason := cpu.load(notice)):
             notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
+        if self.flags.device == "cuda" and (reason := gpu.load()):
+            notice(f"{reason}: using torch's own operators, which are slower")
         self.compile_s = time.perf_counter() - start
         dtype = PRECISIONS[self.flags.precision] if self.flags.precision else None
         loaded = checkpoint.load(self.source, dtype, self.flags.device, progress=LoadBar())

@@ -20,7 +20,7 @@ from kernels.exit_head import Exit
 from model import Transformer
 from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
 from runner import Runner, check_num_draft_tokens
-from sampling import SamplingConfig, make_sampler
+from sampling import SamplingConfig, accept, make_sampler
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 COMPARE_REPEATS = 9
@@ -78,11 +78,11 @@ def decode(
         played = runner.play(plan, config.sampling, tokens[-1], position, remaining - 1)
         if played:
             draft = whole_draft(plan, played[0], config.eos_ids)
-            rows = Exit.of_tokens(played[1])
+            accepted, target = accept(draft.tokens, played[1])
         else:
             draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
             rows = verify(runner, draft, tokens[-1], position)
-        accepted, target = sampler.verify(draft.tokens, rows, position + 1)
+            accepted, target = sampler.verify(draft.tokens, rows, position + 1)
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
         step = Round(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention, new_cache
-from kernels.exit_head import exit_logits
+from kernels.exit_head import Head
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -161,12 +161,13 @@ class Linear(nn.Module):
         super().__init__()
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_buffer("scale", None)  # of a quantised weight, see quantize.py
 
     def pack_weight(self) -> None:
         self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.out_features)
+        return linear(x, self.weight, self.out_features, self.scale)
 
 
 class RMSNorm(nn.Module):
@@ -304,7 +305,12 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass only the rows you need."""
-        return exit_logits(hidden, self.norm.weight, self.lm_head.weight, self.args.vocab_size, self.args.norm_eps)
+        return self.ends().logits(hidden)
+
+    def ends(self) -> Head:
+        """The final norm and the LM head as the exit kernels take them."""
+        norm, head = self.norm, self.lm_head
+        return Head(norm.weight, norm.eps, head.weight, head.scale, self.args.vocab_size)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids [T] at `positions` [T] -> logits [T, V], through every layer."""

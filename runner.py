@@ -9,8 +9,8 @@ is run by one of three backends:
 Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
   * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows, so
     calls are made with as many rows as there are.
-  * Without them bits depend on the row count, so every decoding call is padded to one `width`; padding rows write their
-    K/V into scratch slots behind the cache. And all layers run through one compiled block, whatever the exit, skip set
+  * Without them bits depend on the row count, so every decoding call is padded to one `width`; padding rows have the
+    position -1. And all layers run through one compiled block, whatever the exit, skip set
     or policy: two differently cut graphs would keep different intermediates in fp32.
 """
 
@@ -28,7 +28,7 @@ from kernels.layers import PackedLayers
 from kernels.linear import is_packed
 from model import Linear, Transformer
 from policies import DraftPlan
-from sampling import SamplingConfig
+from sampling import SamplingConfig, accept
 
 PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
 MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
@@ -51,6 +51,104 @@ def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
     return layer(hidden, cos, sin, positions, run_attention, run_mlp)
 
 
+class DeviceRound:
+    """A whole round of a static plan as a program on device tensors: drafts, verification and acceptance.
+
+    On a GPU the program is captured once as a CUDA graph and replayed. Token and position stay on the device from round
+    to round, so the next round is started before the host has read this one: a round that nobody wants, after the end
+    of a text, costs its time and nothing else. On a CPU the same program runs as it stands.
+    """
+
+    def __init__(self, runner: "Runner", plan: DraftPlan, sampled: bool):
+        self.runner, self.drafts, self.sampled = runner, plan.num_draft_tokens, sampled
+        self.resume_layer = plan.exits[0] if self.drafts else 0
+        device = runner.positions.device
+        self.on_gpu = device.type == "cuda"
+        self.token, self.position, self.seed = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self.temperature = torch.ones(1, device=device)
+        self.result = torch.zeros(2 * self.drafts + 1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(self.drafts + 1, device=device)
+        self.ahead: tuple | None = None  # that state, and where to read, of a round started before it was asked for
+        self.graph, self.turn = None, 0
+
+    def program(self) -> None:
+        """One round. Nothing in it waits for the device."""
+        runner, token, states, drafted = self.runner, self.token, [], []
+        for i in range(self.drafts + 1):
+            positions = self.position + self.offsets[i : i + 1]
+            states.append(runner._run_blocks(runner.model.embed(token), positions, 0, self.resume_layer))
+            if i < self.drafts:
+                token = self.choose(states[-1], positions)
+                drafted.append(token)
+        positions = self.position + self.offsets
+        hidden = runner._run_blocks(torch.cat(states), positions, self.resume_layer, runner.n_layer)
+        chosen = self.choose(hidden, positions)
+        drafts = torch.cat(drafted) if drafted else chosen[:0]
+        accepted = (drafts == chosen[:-1]).long().cumprod(0).sum(0, keepdim=True)
+        self.result.copy_(torch.cat((drafts, chosen)))
+        self.token.copy_(chosen[accepted])
+        self.position += accepted + 1
+
+    def choose(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The token after each row, int64 [T]."""
+        exit = self.runner.exit(hidden)
+        return exit.samples(positions + 1, self.seed, self.temperature) if self.sampled else exit.token_ids()
+
+    def capture(self) -> None:
+        """Make the graph of the program, and two places for what it found: one is written while one is read."""
+        self.outputs = [torch.zeros_like(self.result, device="cpu").pin_memory() for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)]
+        state = [tensor.clone() for tensor in (self.token, self.position)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels compile and allocate what a capture must not
+            for _ in range(2):
+                self.program()
+                self.position.copy_(state[1])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.runner.graph_pool()):
+            self.program()
+        self.token.copy_(state[0])
+        self.position.copy_(state[1])
+
+    def start(self) -> int:
+        """Start a round from the token and position on the device; return which output will hold it."""
+        self.graph.replay()
+        self.turn = 1 - self.turn
+        self.outputs[self.turn].copy_(self.result, non_blocking=True)
+        self.events[self.turn].record()
+        return self.turn
+
+    def play(self, token: int, position: int, sampling: SamplingConfig) -> tuple[list[int], list[int]]:
+        """The round after `token`, which stands at `position` -> (drafted [K], the model's choices [K + 1])."""
+        wanted = (token, position, sampling.seed, sampling.temperature)
+        started, self.ahead = (self.ahead[1] if self.ahead and self.ahead[0] == wanted else None), None
+        if started is None:
+            self.token.fill_(token)
+            self.position.fill_(position)
+            if self.sampled:
+                self.seed.fill_(sampling.seed)
+                self.temperature.fill_(sampling.temperature)
+        if not self.on_gpu:
+            self.program()
+            tokens = self.result.tolist()
+            return tokens[: self.drafts], tokens[self.drafts :]
+        if self.graph is None:
+            self.capture()
+        if started is None:
+            started = self.start()
+        room = position + 2 * (self.drafts + 1) <= len(self.runner.positions)
+        following = self.start() if room else None
+        self.events[started].synchronize()
+        tokens = self.outputs[started].tolist()
+        drafted, chosen = tokens[: self.drafts], tokens[self.drafts :]
+        if following is not None:
+            accepted, target = accept(drafted, chosen)
+            self.ahead = (target, position + accepted + 1, *wanted[2:]), following
+        return drafted, chosen
+
+
 class Runner:
     """Runs a model for decoding with at most `max_rows` rows per call, `cache_length` tokens of prompt and text.
 
@@ -67,8 +165,7 @@ class Runner:
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
-        self._norm, self._head = model.norm.weight, model.lm_head.weight  # module attributes cost microseconds
-        self._ends = (model.embedding.weight, self._norm, self._head, model.args.vocab_size)
+        self._ends = model.ends()  # module attributes cost microseconds
         self.backend = "eager"
         if compile and self.rows_independent:
             self.backend = "c++"
@@ -83,11 +180,19 @@ class Runner:
         if model.cache_length < slots:
             model.setup_cache(slots)  # else: share the cache that another runner of this model uses
         self.positions = torch.arange(slots, device=model.cos.device)
+        self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
+        self._rounds: dict[tuple[DraftPlan, bool], DeviceRound] = {}
         self.compile_s = 0.0
         self._layers: PackedLayers | None = None  # for the "c++" backend
-        self._compiled_block, self._warm = None, False
+        self._compiled_block, self._warm, self._graph_pool = None, False, None
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+
+    def graph_pool(self):
+        """One memory pool for the captured rounds of this runner: only one of them runs at a time."""
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        return self._graph_pool
 
     @property
     def compiled(self) -> bool:
@@ -137,6 +242,8 @@ class Runner:
 
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
+        for each in self._rounds.values():
+            each.ahead = None  # it continues another text
         if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
             args, model = self.model.args, self.model
             tensors = [layer.tensors() for layer in model.layers]
@@ -164,13 +271,17 @@ class Runner:
         """Layers start..stop-1 on hidden [T, D], T <= max_rows, whose first row is at `position`."""
         if self._layers:
             return self._layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
+        positions = self.positions[position : position + len(hidden)]
+        return self._run_blocks(hidden, positions, start, stop, skip_attention, skip_mlp)
+
+    def _run_blocks(
+        self, hidden: Tensor, positions: Tensor, start: int, stop: int,
+        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+    ) -> Tensor:  # fmt: skip
+        """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
         rows, hidden = hidden.shape[0], self._pad(hidden)
-        end = position + rows
-        positions, cos, sin = (t[position:end] for t in (self.positions, self.model.cos, self.model.sin))
-        if hidden.shape[0] > rows:
-            scratch = self.positions[self.cache_length : self.cache_length + hidden.shape[0] - rows]
-            positions = torch.cat((positions, scratch))
-            cos, sin = self.model.cos[positions], self.model.sin[positions]
+        positions = torch.cat((positions, self._padding[: len(hidden) - rows]))
+        cos, sin = self.model.cos[positions], self.model.sin[positions]
         run = self._compiled_block or _run_block
         with self._no_recompiling():
             for index in range(start, stop):
@@ -187,21 +298,31 @@ class Runner:
     def play(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int
     ) -> tuple[list[int], list[int]] | None:  # fmt: skip
-        """Play a whole round in one call -> drafted tokens, and the model's own after each row. None: not possible.
+        """Play a round in one call -> up to `limit` drafts, and the model's own choice after each row. None: cannot.
 
         Between the calls of a round Python takes as long as a small model's layers do.
         """
-        if not self._layers or not plan.is_static or sampling.temperature > 0:
+        if not plan.is_static:
             return None
-        drafts = min(plan.num_draft_tokens, limit)
-        exit_layer = plan.exits[0] if plan.exits else 0
-        tokens = self._layers.static_round(self._ends, token, position, exit_layer, drafts)
-        return tokens[:drafts], tokens[drafts:]
+        if self._layers:
+            if sampling.temperature > 0:
+                return None
+            exit_layer, drafts = plan.exits[0] if plan.exits else 0, min(plan.num_draft_tokens, limit)
+            tokens = self._layers.static_round(
+                self.model.embedding.weight, self._ends, token, position, exit_layer, drafts
+            )
+            return tokens[:drafts], tokens[drafts:]
+        if sampling.temperature > 0 and not (sampling.is_plain and self.exit(self._ends.norm[None]).can_sample()):
+            return None
+        key = plan, sampling.temperature > 0
+        if key not in self._rounds:
+            self._rounds[key] = DeviceRound(self, plan, sampled=sampling.temperature > 0)
+        drafted, chosen = self._rounds[key].play(token, position, sampling)
+        return drafted[:limit], chosen[: limit + 1]
 
     def exit(self, hidden: Tensor) -> Exit:
         """What the final norm and LM head say about hidden [T, D], T <= max_rows."""
-        norm, head = self._norm, self._head
-        return Exit(self._pad(hidden), norm, head, self.model.args.vocab_size, self.model.args.norm_eps, len(hidden))
+        return Exit(self._pad(hidden), self._ends, len(hidden))
 
     def _pad(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]

@@ -9,7 +9,7 @@ All arithmetic is fp32 and runs row by row: the last bits of a vectorised logari
 lies in a larger tensor, and a row must not notice how many rows it is computed with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,11 @@ class SamplingConfig:
             raise ValueError(f"seed must be in 0..2**63-1, got {self.seed}")
         if self.verification not in VERIFICATIONS:
             raise ValueError(f"verification must be one of {', '.join(VERIFICATIONS)}, got {self.verification!r}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a coupled choice needs nothing but logits, temperature and noise."""
+        return self.top_k is None and self.top_p is None and self.verification == "coupled"
 
 
 def mix32(x: Tensor | int) -> Tensor | int:
@@ -103,26 +108,39 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.float32).index_copy_(0, ids, scores.softmax(-1))
 
 
+def accept(drafted: Sequence[int], chosen: Iterable[int]) -> tuple[int, int]:
+    """Compare K drafts with the target's K+1 choices -> (accepted, next token): all up to the first that differs."""
+    for accepted, (token, target) in enumerate(zip([*drafted, None], chosen, strict=False)):
+        if token != target:
+            return accepted, target
+    raise AssertionError("unreachable: the row after the last draft never matches")
+
+
 class CoupledSampler:
     """Accept a drafted token iff the target chooses the same one at that position. Greedy decoding is temperature 0."""
 
     def __init__(self, config: SamplingConfig):
         self.config = config
 
+    def _choices(self, exit: Exit, position: int) -> Iterable[int]:
+        """The token of each row, the first being for `position`."""
+        config = self.config
+        if config.temperature == 0:
+            return exit.tokens()
+        if config.is_plain and exit.can_sample():
+            device = exit.hidden.device
+            positions = torch.arange(position, position + exit.rows, device=device)
+            seed, temperature = (torch.tensor([x], device=device) for x in (config.seed, config.temperature))
+            return exit.samples(positions, seed, temperature).tolist()
+        return (choose(row, position + i, config) for i, row in enumerate(exit.logits()))
+
     def draft(self, exit: Exit, position: int) -> int:
         """The draft's token for `position` from its one row."""
-        return exit.tokens()[0] if self.config.temperature == 0 else choose(exit.logits()[0], position, self.config)
+        return next(iter(self._choices(exit, position)))
 
     def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
         """Judge `drafted` (K ids for position, position+1, …) by the target's K+1 rows -> (accepted, next token)."""
-        if self.config.temperature == 0:
-            chosen = exit.tokens()
-        else:
-            chosen = (choose(row, position + i, self.config) for i, row in enumerate(exit.logits()))
-        for accepted, (token, target) in enumerate(zip([*drafted, None], chosen, strict=False)):
-            if token != target:
-                return accepted, target
-        raise AssertionError("unreachable: the row after the last draft never matches")
+        return accept(drafted, self._choices(exit, position))
 
 
 class RejectionSampler:

@@ -7,7 +7,7 @@ key cache is laid out like a packed linear weight with one column per slot: scor
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu
+from kernels import cpu, gpu
 from kernels.linear import BLOCK, STRIP
 
 
@@ -35,10 +35,14 @@ def plain_keys(k_cache: torch.Tensor) -> torch.Tensor:
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                         positions: torch.Tensor) -> torch.Tensor:
-    """Return attention [T, H, E] over the whole static cache under a mask; unused slots must hold finite numbers."""
-    k_cache.index_copy_(1, positions, k.transpose(0, 1))
-    v_cache.index_copy_(1, positions, v.transpose(0, 1))
-    mask = torch.arange(k_cache.shape[1], device=q.device) <= positions[:, None]  # [T, S]
+    """Return attention [T, H, E] over the whole static cache under a mask; unused slots must hold finite numbers.
+
+    Padding rows write to the last slot, which must be free, and attend to the first: finite, and nobody's business.
+    """
+    slots = torch.where(positions < 0, k_cache.shape[1] - 1, positions)
+    k_cache.index_copy_(1, slots, k.transpose(0, 1))
+    v_cache.index_copy_(1, slots, v.transpose(0, 1))
+    mask = torch.arange(k_cache.shape[1], device=q.device) <= positions.clamp(min=0)[:, None]  # [T, S]
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k_cache[None], v_cache[None], attn_mask=mask,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)  # [T, H, E]
@@ -48,10 +52,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.
               positions: torch.Tensor) -> torch.Tensor:
     """Write k, v [T, G, E] into the caches of `new_cache` at positions [T] (int64) and attend with q [T, H, E].
 
-    Query head h uses kv head h // (H / G); scale 1/sqrt(E); softmax in fp32. The caches are changed in place. Rows that
-    share a position (padding) all write there, the last one wins. Returns [T, H, E]. The C++ op takes row strides as
-    they are, so slices of a fused qkv projection need no copy; it has no gradient.
+    Query head h uses kv head h // (H / G); scale 1/sqrt(E); softmax in fp32. The caches are changed in place. Position
+    -1 marks a padding row, which writes nothing that counts and whose result means nothing. Returns [T, H, E]. Slices
+    of a fused qkv projection need no copy. The kernels have no gradient.
     """
     if k_cache.dim() > 3:
         return torch.ops.skipfast_cpu.attention.default(q, k, v, k_cache, v_cache, positions)
+    if gpu.supports(q[..., 0]):  # [T, H]: as many rows as there are positions
+        return torch.ops.skipfast.decode_attention.default(q, k, v, k_cache, v_cache, positions)
     return attention_reference(q, k, v, k_cache, v_cache, positions)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import gpu
 from kernels.linear import is_packed, linear
 from kernels.rms_norm import rms_norm
 
@@ -23,9 +24,18 @@ class ExitStats(NamedTuple):
     logsumexp: Tensor
 
 
-def exit_logits(hidden: Tensor, norm: Tensor, weight: Tensor, n_vocab: int, eps: float) -> Tensor:
-    """Final norm and LM head (plain or packed): hidden [..., D] -> fp32 logits [..., n_vocab]."""
-    return linear(rms_norm(hidden, norm, eps), weight, n_vocab).float()
+class Head(NamedTuple):
+    """The end of a model: final norm [D] and its epsilon; LM head, plain, packed or quantised, of n_vocab tokens."""
+
+    norm: Tensor
+    eps: float
+    weight: Tensor
+    scale: Tensor | None  # of a quantised weight
+    n_vocab: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> fp32 logits [..., n_vocab]."""
+        return linear(rms_norm(hidden, self.norm, self.eps), self.weight, self.n_vocab, self.scale).float()
 
 
 def exit_stats_reference(logits: Tensor) -> ExitStats:
@@ -47,42 +57,67 @@ def exit_head(hidden: Tensor, norm: Tensor, packed: Tensor, n_vocab: int, eps: f
 
 
 class Exit:
-    """What the LM head says about T rows of hidden states. Each answer is computed when it is asked for."""
+    """What the LM head says about T rows of hidden states. Each answer is computed when it is asked for.
 
-    def __init__(self, hidden: Tensor, norm: Tensor, weight: Tensor, n_vocab: int, eps: float, rows: int):
-        """hidden: [>= rows, D], those behind `rows` being padding. norm: [D]. weight: LM head, plain or packed."""
-        self.hidden, self.norm, self.weight, self.n_vocab, self.eps = hidden, norm, weight, n_vocab, eps
-        self.rows = rows
+    Tokens and statistics come from a fused kernel where there is one; its token is the argmax of the logits.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, rows: int):
+        """hidden: [>= rows, D], those behind `rows` being padding."""
+        self.hidden, self.head, self.rows = hidden, head, rows
         self._logits: Tensor | None = None
 
     @classmethod
     def of_logits(cls, logits: Tensor) -> "Exit":
         """An exit whose logits [T, V] are known."""
-        known = cls(logits, logits, logits, logits.shape[-1], 0.0, len(logits))
+        known = cls(logits, None, len(logits))
         known._logits = logits
         return known
 
-    @classmethod
-    def of_tokens(cls, tokens: list[int]) -> "Exit":
-        """An exit of which only the argmax of each row is known."""
-        known = cls.__new__(cls)
-        known.tokens = lambda: tokens
-        return known
+    def _fused_on(self, device: str) -> bool:
+        if self._logits is not None:
+            return False
+        head = self.head
+        if device == "cpu":
+            return is_packed(head.weight)
+        return gpu.supports(self.hidden) and head.weight.dtype in (torch.bfloat16, torch.int8)
 
     def logits(self) -> Tensor:
         """fp32 [T, V]."""
         if self._logits is None:
-            self._logits = exit_logits(self.hidden, self.norm, self.weight, self.n_vocab, self.eps)
+            self._logits = self.head.logits(self.hidden)
         return self._logits[: self.rows]
 
+    def token_ids(self) -> Tensor:
+        """The argmax of each row, int64 [T], on the device; ties go to the lowest id."""
+        if self._fused_on("cpu"):
+            head, rows = self.head, self.hidden[: self.rows]  # rows do not depend on one another: no padding
+            return exit_head(rows, head.norm, head.weight, head.n_vocab, head.eps, False)
+        if self._fused_on("cuda"):
+            return self._on_gpu()[0]
+        return self.logits().argmax(-1)
+
     def tokens(self) -> list[int]:
-        """The argmax of each row; ties go to the lowest id."""
-        if self._logits is None and is_packed(self.weight):
-            rows = self.hidden[: self.rows]  # rows of the fused head do not depend on one another: no padding
-            return exit_head(rows, self.norm, self.weight, self.n_vocab, self.eps, False).tolist()
-        return self.logits().argmax(-1).tolist()
+        return self.token_ids().tolist()
 
     def stats(self) -> ExitStats:
-        if self._logits is None and is_packed(self.weight):
-            return exit_head(self.hidden[: self.rows], self.norm, self.weight, self.n_vocab, self.eps)
+        if self._fused_on("cpu"):
+            head = self.head
+            return exit_head(self.hidden[: self.rows], head.norm, head.weight, head.n_vocab, head.eps)
+        if self._fused_on("cuda"):
+            tokens, stats, _ = self._on_gpu()
+            return ExitStats(tokens, *stats.unbind(-1))
         return exit_stats_reference(self.logits())
+
+    def can_sample(self) -> bool:
+        """Whether `samples` is there: the Gumbel-coupled choice of `sampling.choose` without its logits."""
+        return self._fused_on("cuda")
+
+    def samples(self, positions: Tensor, seed: Tensor, temperature: Tensor) -> Tensor:
+        """The choice for each row's position, int64 [T]. positions int64 [T]; seed int64 [1]; temperature fp32 [1]."""
+        return self._on_gpu(positions, seed, temperature)[2]
+
+    def _on_gpu(self, *draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        head = self.head
+        rows = rms_norm(self.hidden, head.norm, head.eps)[: self.rows]
+        return torch.ops.skipfast.exit_head_rows.default(rows, head.weight, head.scale, head.n_vocab, 0, *draw)

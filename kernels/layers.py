@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from kernels.exit_head import Head
+
 TENSORS = ("attention_norm", "wqkv", "wo", "mlp_norm", "w13", "w2", "k_cache", "v_cache")  # of a layer, in this order
 
 
@@ -30,12 +32,13 @@ class PackedLayers:
         skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
         return torch.ops.skipfast_cpu.layers.default(hidden, self.table, position, start, stop, skips)
 
-    def static_round(self, ends: tuple[Tensor, Tensor, Tensor, int], token: int, position: int, exit_layer: int,
-                     drafts: int) -> list[int]:
+    def static_round(self, embedding: Tensor, head: Head, token: int, position: int, exit_layer: int, drafts: int
+                     ) -> list[int]:
         """Play a whole greedy round: draft `drafts` tokens after `token` with exit_layer layers, verify them all.
 
-        ends: embedding [V, D] (plain or packed), final norm [D], packed LM head, V. Returns the drafted tokens, then
-        the full model's choice after each of the drafts + 1 rows: the bits of the same round call by call.
+        embedding: [V, D], plain or packed. head: its weight packed. Returns the drafted tokens, then the full model's
+        choice after each of the drafts + 1 rows: the bits of the same round call by call.
         """
         play = torch.ops.skipfast_cpu.static_round.default
+        ends = embedding, head.norm, head.weight, head.n_vocab
         return play(self.table, *ends, token, position, exit_layer, drafts).tolist()

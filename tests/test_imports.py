@@ -15,6 +15,7 @@ ALLOWED = {
     "model": {"kernels"},
     "sampling": {"kernels"},
     "policies": set(),
+    "quantize": {"model"},
     "tokenizer": set(),
     "runner": {"kernels", "model", "policies", "sampling"},
     "checkpoint": {"kernels", "model"},
@@ -27,7 +28,7 @@ ALLOWED = {
 OPTIONAL = {"gguf", "huggingface_hub", "jinja2", "llama_cpp", "matplotlib", "numpy", "tiktoken", "tokenizers",
             "transformers", "triton"}  # fmt: skip
 REQUIRED = {"rich", "safetensors", "sentencepiece", "torch", "tqdm"}
-MAY_COMPILE = ("runner.py", "scripts/train.py", "tests/")
+MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/train.py", "tests/")
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

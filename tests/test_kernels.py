@@ -13,7 +13,7 @@ import torch
 
 from kernels import cpu
 from kernels.attention import attention, attention_reference, new_cache, plain_keys
-from kernels.exit_head import Exit, exit_head, exit_stats_reference
+from kernels.exit_head import Exit, Head, exit_head, exit_stats_reference
 from kernels.layers import PackedLayers
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.rms_norm import rms_norm, rms_norm_reference
@@ -144,6 +144,18 @@ def test_attention_rows_do_not_see_row_count_threads_or_cache_length(dtype, head
 
 
 @DTYPES
+def test_padding_rows_write_nothing_and_change_no_other_row(dtype):
+    q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, 4, 2, 16, 3, 70, 224)
+    caches = [k_cache.clone(), v_cache.clone()]
+    expected = attention(q, k, v, k_cache, v_cache, positions)
+    rows = torch.tensor([2, 0, 2, 1, 2, 2])  # rows 0, 2, 4 are padding
+    padded = torch.tensor([-1, positions[0], -1, positions[1], -1, positions[2]])
+    found = attention(q[rows], k[rows], v[rows], *caches, padded)
+    assert torch.equal(found[1::2], expected) and not found[::2].any()
+    assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
+
+
+@DTYPES
 def test_attention_never_reads_unused_slots_and_takes_slices_of_a_fused_projection(dtype):
     heads, groups, e, start = 4, 2, 16, 70
     q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, 3, start, 224)
@@ -183,7 +195,7 @@ def test_exit_head_gives_ties_to_the_lowest_token_and_survives_extreme_logits(dt
     stats = exit_head(torch.ones(1, 8, dtype=dtype), norm, pack(weight), 600, 1e-5)
     assert stats.tokens.tolist() == [70] and stats.margin.item() == 0
     assert abs(stats.top1.item() - 1 / 3) < 1e-6 and abs(stats.entropy.item() - 1.0986123) < 1e-5
-    plain = Exit(torch.ones(1, 8, dtype=dtype), norm, weight, 600, 1e-5, rows=1)
+    plain = Exit(torch.ones(1, 8, dtype=dtype), Head(norm, 1e-5, weight, None, 600), rows=1)
     assert plain.tokens() == [70] and abs(plain.stats().top1.item() - 1 / 3) < 1e-3
 
 
@@ -198,7 +210,7 @@ def test_wrong_arguments_raise_a_clear_error():
     with pytest.raises(RuntimeError, match="features"):
         rms_norm(x, torch.ones(8), 1e-5)
     q, k, v, k_cache, v_cache, positions = attention_inputs(torch.float32, 4, 2, 8, 3, 5, 10)
-    for wrong in (positions + 25, positions - 6):
+    for wrong in (positions + 25, positions - 7):
         with pytest.raises(RuntimeError, match=r"positions must be in 0\.\.31"):
             attention(q, k, v, k_cache, v_cache, wrong)
 

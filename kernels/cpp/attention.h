@@ -81,6 +81,7 @@ struct Attention {
   void write_cache(int64_t g) const {
     for (int64_t t = 0; t < rows; t++) {
       const int64_t slot = positions[t];
+      if (slot < 0) continue;  // a padding row
       const T *key = k + t * k_stride + g * e, *value = v + t * v_stride + g * e;
       auto* column = (uint32_t*)key_strip(g, slot) + slot % STRIP;  // a 32-bit word: one fp32 or a pair of bf16
       for (int64_t word = 0; word < e * int64_t(sizeof(T)) / 4; word++)
@@ -89,7 +90,7 @@ struct Attention {
     }
   }
 
-  int64_t context(int64_t query) const { return positions[query / per_group()] + 1; }
+  int64_t context(int64_t query) const { return positions[query / per_group()] + 1; }  // 0 of a padding row
   int64_t longest(int64_t first, int64_t last) const {
     int64_t most = 0;
     for (int64_t i = first; i < last; i++) most = std::max(most, context(i));
@@ -191,7 +192,7 @@ struct Attention {
 
   void finish(int64_t g, int64_t query, const float* state) const {
     T* to = out + ((query / per_group()) * heads + g * per_group() + query % per_group()) * e;
-    const Vec sum = splat(state[e_vec() + 1]);
+    const Vec sum = splat(context(query) ? state[e_vec() + 1] : 1.0f);
     for (int64_t d = 0; d < e; d += LANES) {
       Vec value = div(load(state + d), sum);
       if (d + LANES <= e) store(to + d, value); else store(to + d, value, int(e - d));

@@ -132,8 +132,8 @@ void check_positions(const char* op, const Tensor& positions, int64_t slots) {
   STD_TORCH_CHECK(dtype_of(positions) == aoti_torch_dtype_int64(), op, ": positions must be int64");
   check_contiguous(op, "positions", positions);
   for (int64_t t = 0; t < positions.numel(); t++)
-    STD_TORCH_CHECK(data<int64_t>(positions)[t] >= 0 && data<int64_t>(positions)[t] < slots, op,
-                    ": positions must be in 0..", slots - 1, ", got ", data<int64_t>(positions)[t]);
+    STD_TORCH_CHECK(data<int64_t>(positions)[t] >= -1 && data<int64_t>(positions)[t] < slots, op,
+                    ": positions must be in 0..", slots - 1, ", or -1 for padding, got ", data<int64_t>(positions)[t]);
 }
 
 template <typename T>

@@ -1,5 +1,30 @@
 """The Triton kernels, one file per operation, behind the public functions of the files one folder up.
 
-`tiles.py` holds what they share: one table of tile constants, and how kernels are compiled without a GPU.
-Nothing here is imported unless a tensor lies on a GPU or a test asks for it: Triton is optional.
+`tiles.py` holds what they share: one table of tile constants, and how kernels are compiled without a GPU. The kernel
+files need Triton, which is optional: they are imported by `load()`, when a model goes to a GPU, or by their tests.
 """
+import importlib
+
+import torch
+
+ROWS = 16  # rows of every tile: the smallest a tensor core takes, and the most a decoding call has
+MODULES = ("linear", "exit_head", "attention")
+
+_loaded = False
+
+
+def load() -> str | None:
+    """Register the ops `torch.ops.skipfast.*`; return None, or in one line why they cannot be had."""
+    global _loaded
+    try:
+        for name in MODULES:
+            importlib.import_module(f"kernels.gpu.{name}")
+    except ImportError as error:
+        return f"the GPU kernels need Triton ({error})"
+    _loaded = True
+    return None
+
+
+def supports(rows: torch.Tensor) -> bool:
+    """Return whether the kernels take these rows [..., D] of hidden states: 1 to 16 of them, bf16, on a GPU."""
+    return _loaded and rows.is_cuda and rows.dtype == torch.bfloat16 and 0 < rows.shape[:-1].numel() <= ROWS

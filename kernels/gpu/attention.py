@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import INTERPRETED, ROWS, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu import ROWS
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 
 SEGMENT = 128  # slots: small, so that short contexts spread over the multiprocessors too
 PROGRAMS = 528  # about, of a long cache: 4 per multiprocessor of an H100; those without a live segment cost little

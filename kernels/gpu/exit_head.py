@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import INTERPRETED, ROWS, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu import ROWS
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 from kernels.linear import linear_reference
 
 PROGRAMS_PER_SM = 2  # that fit together with the shared memory of the tiles in the table

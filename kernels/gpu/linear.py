@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import INTERPRETED, ROWS, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu import ROWS
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.linear import dequantise_int4, dequantise_int8
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group
 FORMATS = {torch.bfloat16: "linear_bf16", torch.int8: "linear_int8", torch.uint8: "linear_int4"}
@@ -301,23 +303,6 @@ def check(x: Tensor, weight: Tensor, scale: Tensor | None) -> int | None:
 
 
 # ---- operators and their references in pure torch ----
-
-
-def dequantise_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return weight * scale, fp32 [N, K], of an int8 weight [N, K] and the fp32 scale [N] of its rows."""
-    return weight.float() * scale[:, None]
-
-
-def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return value * scale, fp32 [N, K], of packed uint8 [N, K/2] and scale bf16 [N, K/group].
-
-    Byte j of a group's group/2 bytes holds element j in its low and element j + group/2 in its high nibble, each as
-    value + 8 for a value in -8..7.
-    """
-    n, groups = scale.shape
-    packed = packed.view(n, groups, -1)
-    values = torch.cat((packed & 15, packed >> 4), -1).float() - 8
-    return (values * scale.float()[..., None]).view(n, -1)
 
 
 @torch.library.custom_op("skipfast::linear_bf16", mutates_args=(), device_types="cuda")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import triton
 import triton.language as tl
 
-ROWS = 16  # rows of every tile: the smallest a tensor core takes
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels were decorated
 
 
