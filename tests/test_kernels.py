@@ -348,7 +348,11 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.mark.skipif("avx2" not in cpu._cpu_flags(), reason="needs an x86 machine with AVX2")
-def test_rows_stand_alone_with_avx2_instructions_too():
-    result = run_python(OTHER_INSTRUCTIONS, SKIPFAST_MARCH="haswell")
+@pytest.mark.parametrize("needs, march", [
+    ("avx2", "haswell"), ("avx512bw", "skylake-avx512"), ("amx_bf16", "native -mno-amx-tile -mno-amx-bf16"),
+], ids=["avx2", "avx512", "without_amx"])
+def test_rows_stand_alone_with_older_instructions_too(needs, march):
+    if needs not in cpu._cpu_flags():
+        pytest.skip(f"this processor has no {needs}")
+    result = run_python(OTHER_INSTRUCTIONS, SKIPFAST_MARCH=march)
     assert result.returncode == 0, result.stderr
