@@ -286,6 +286,7 @@ def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypat
 
 def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
     monkeypatch.setattr(generate, "COMPARE_REPEATS", 1)
+    monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
     run = generate.verify
     monkeypatch.setattr(generate, "verify", lambda runner, draft, *where: Exit.of_logits(
         run(runner, draft, *where).logits() * (-1 if draft.tokens else 1)))  # fmt: skip

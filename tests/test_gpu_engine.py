@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_exactness import Chaos, random_model, tokens_of
 
-from kernels import gpu
+from kernels import cpu, gpu
 from kernels.linear import dequantised
 from policies import make_policy
 from quantize import quantise, quantise_int4, quantise_int8
@@ -43,6 +43,7 @@ def gpu_kernels(monkeypatch):
 
     for op, launch, _ in ops:
         op.register_kernel("cpu", counted(launch))
+    monkeypatch.setattr(cpu, "supports", lambda tensor: False)
     monkeypatch.setattr(gpu, "supports", lambda rows: rows.dtype == torch.bfloat16 and rows.shape[:-1].numel() <= 16)
     yield calls
     for op, _, reference in ops:
