@@ -28,6 +28,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=[
 @pytest.fixture(scope="module", autouse=True)
 def cpp_ops():
     reason = cpu.load()
+    assert not reason or "build failed" not in reason, reason  # a compiler that is there must not be skipped over
     if reason:
         pytest.skip(f"C++ ops unavailable: {reason}")
 
