@@ -34,7 +34,8 @@ class DraftPlan:
     @property
     def is_static(self) -> bool:
         """Whether nothing has to be decided while drafting: one exit at most, every sublayer runs, nothing proposed."""
-        return len(self.exits) <= 1 and not (self.proposed or self.skip_attention or self.skip_mlp)
+        one_exit = len(self.exits) == 1 or not self.num_draft_tokens
+        return one_exit and not (self.proposed or self.skip_attention or self.skip_mlp)
 
     @property
     def first_skip(self) -> int | None:

@@ -7,6 +7,7 @@ A quantised linear stays a `model.Linear`: its `weight` becomes int8 or packed u
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import is_packed
 from model import Linear, Transformer
 
 MODES = ("int8", "int4")
@@ -47,6 +48,8 @@ def quantise(model: Transformer, mode: str, group: int = 32, lm_head: bool = Tru
             continue
         if module.scale is not None:
             raise ValueError("the model is quantised already")
+        if is_packed(module.weight):
+            raise ValueError("the weights are packed for the CPU kernels: quantise before packing")
         weight = module.weight.data
         low, scale = quantise_int8(weight) if mode == "int8" else quantise_int4(weight, group)
         module.weight = nn.Parameter(low, requires_grad=False)  # a tied embedding keeps the old tensor

@@ -182,6 +182,7 @@ class Runner:
         self.positions = torch.arange(slots, device=model.cos.device)
         self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
         self._rounds: dict[tuple[DraftPlan, bool], DeviceRound] = {}
+        self._captured_cos = model.cos  # made anew with every cache
         self.compile_s = 0.0
         self._layers: PackedLayers | None = None  # for the "c++" backend
         self._compiled_block, self._warm, self._graph_pool = None, False, None
@@ -244,6 +245,8 @@ class Runner:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
         for each in self._rounds.values():
             each.ahead = None  # it continues another text
+        if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
+            self._rounds, self._graph_pool, self._captured_cos = {}, None, self.model.cos
         if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
             args, model = self.model.args, self.model
             tensors = [layer.tensors() for layer in model.layers]

@@ -130,7 +130,8 @@ class CoupledSampler:
         if config.is_plain and exit.can_sample():
             device = exit.hidden.device
             positions = torch.arange(position, position + exit.rows, device=device)
-            seed, temperature = (torch.tensor([x], device=device) for x in (config.seed, config.temperature))
+            seed = torch.tensor([config.seed], device=device)
+            temperature = torch.tensor([config.temperature], dtype=torch.float32, device=device)
             return exit.samples(positions, seed, temperature).tolist()
         return (choose(row, position + i, config) for i, row in enumerate(exit.logits()))
 

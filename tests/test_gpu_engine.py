@@ -151,6 +151,17 @@ def test_quantised_weights_are_within_half_a_level_of_the_originals(k):
         assert (error <= 1.05 * level).all() and error.mean() < 0.3 * level.mean()
 
 
+def test_a_cache_that_another_runner_made_longer_is_used_from_the_next_text_on(monkeypatch):
+    model = random_model(torch.float32, pack=False)
+    monkeypatch.setattr("runner.DeviceRound", Early)
+    short = Runner(model, 40, max_rows=4)
+    expected = tokens_of(short, [1, 5, 9], "static:2", SamplingConfig(), new=12).tokens
+    captured = dict(short._rounds)
+    Runner(model, 400, max_rows=4)
+    assert tokens_of(short, [1, 5, 9], "static:2", SamplingConfig(), new=12).tokens == expected
+    assert all(short._rounds[key] is not old for key, old in captured.items()), "a graph would read the freed cache"
+
+
 def test_quantising_twice_and_groups_that_do_not_divide_are_refused():
     model = random_model(torch.bfloat16, pack=False)
     with pytest.raises(ValueError, match="one of int8, int4"):
@@ -160,3 +171,5 @@ def test_quantising_twice_and_groups_that_do_not_divide_are_refused():
     quantise(model, "int8")
     with pytest.raises(ValueError, match="quantised already"):
         quantise(model, "int8")
+    with pytest.raises(ValueError, match="before packing"):
+        quantise(random_model(torch.bfloat16, pack=True), "int4")

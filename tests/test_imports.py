@@ -15,7 +15,7 @@ ALLOWED = {
     "model": {"kernels"},
     "sampling": {"kernels"},
     "policies": set(),
-    "quantize": {"model"},
+    "quantize": {"kernels", "model"},
     "tokenizer": set(),
     "runner": {"kernels", "model", "policies", "sampling"},
     "checkpoint": {"kernels", "model"},

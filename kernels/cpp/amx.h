@@ -40,6 +40,7 @@ class TileScope {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = uint8_t(i < 6 ? wanted : 16);
+    __asm__ volatile("" ::"r"(&config) : "memory");  // GCC believes that only 8 bytes of it are read
     _tile_loadconfig(&config);
     rows = wanted;
   }

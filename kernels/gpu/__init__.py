@@ -8,6 +8,7 @@ import importlib
 import torch
 
 ROWS = 16  # rows of every tile: the smallest a tensor core takes, and the most a decoding call has
+OLDEST = (8, 0)  # compute capability: bf16 on tensor cores
 MODULES = ("linear", "exit_head", "attention")
 
 _loaded = False
@@ -16,11 +17,13 @@ _loaded = False
 def load() -> str | None:
     """Register the ops `torch.ops.skipfast.*`; return None, or in one line why they cannot be had."""
     global _loaded
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        return f"the GPU kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
     try:
         for name in MODULES:
             importlib.import_module(f"kernels.gpu.{name}")
-    except ImportError as error:
-        return f"the GPU kernels need Triton ({error})"
+    except (ImportError, AttributeError) as error:  # the latter from an old Triton
+        return f"the GPU kernels need Triton 3.6 or newer ({error})"
     _loaded = True
     return None
 
