@@ -68,7 +68,7 @@ class DeviceRound:
         self.temperature = torch.ones(1, device=device)
         self.result = torch.zeros(2 * self.drafts + 1, dtype=torch.int64, device=device)
         self.offsets = torch.arange(self.drafts + 1, device=device)
-        self.ahead: tuple | None = None  # that state, and where to read, of a round started before it was asked for
+        self.ahead: tuple | None = None  # of a round started unasked: what it starts from, and its output
         self.graph, self.turn = None, 0
 
     def program(self) -> None:

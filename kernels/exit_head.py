@@ -59,7 +59,8 @@ def exit_head(hidden: Tensor, norm: Tensor, packed: Tensor, n_vocab: int, eps: f
 class Exit:
     """What the LM head says about T rows of hidden states. Each answer is computed when it is asked for.
 
-    Tokens and statistics come from a fused kernel where there is one; its token is the argmax of the logits.
+    Tokens and statistics come from a fused kernel where there is one. On a CPU its token is the argmax of the logits;
+    on a GPU the sums may differ in the last bits, so nobody may mix the two for one decision.
     """
 
     def __init__(self, hidden: Tensor, head: Head, rows: int):

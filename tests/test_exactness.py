@@ -11,6 +11,7 @@ from kernels import cpu
 from kernels.attention import plain_keys
 from model import ModelArgs, Transformer
 from policies import DraftPlan, DraftPolicy, make_policy
+from quantize import quantise
 from runner import Runner
 from sampling import SamplingConfig
 
@@ -67,6 +68,16 @@ def test_static_drafting_changes_no_token_at_any_exit_and_draft_length(precision
             assert generation.tokens == expected, policy
             accepted += sum(step.accepted for step in generation.rounds)
     assert accepted > 0, "no draft was ever accepted: this test compared nothing"
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_drafting_with_quantised_weights_changes_no_token(mode, sampling):
+    model = quantise(random_model(torch.bfloat16, pack=False), mode)
+    expected = tokens_of(Runner(model, 80, max_rows=1), [1, 5, 9], "none", SAMPLING[sampling]).tokens
+    for policy in ("static:2", "static:1,num_draft_tokens=7", Chaos(2)):
+        found = tokens_of(Runner(model, 80, max_rows=8), [1, 5, 9], policy, SAMPLING[sampling])
+        assert found.tokens == expected, policy
 
 
 def test_drafting_with_all_layers_accepts_everything():
