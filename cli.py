@@ -23,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from kernels import cpu, gpu
 from model import ModelArgs, Transformer
-from policies import Round
+from plan import Round
 from sampling import VERIFICATIONS, SamplingConfig
 from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -248,13 +248,15 @@ class StreamedText:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table to stdout: first column left, the others right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 200  # a pipe has no width: do not squeeze columns for it
-    Console(highlight=False, emoji=False, width=width).print(table)
+    console = Console(highlight=False, emoji=False, width=width)
+    console.print(title, style="bold", markup=False)  # a title of the table would be wrapped to its width
+    console.print(table)
 
 
 def shown(value, form: str = ".1f", none: str = "–") -> str:

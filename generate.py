@@ -7,23 +7,29 @@ decoding is the policy that drafts nothing.
 
 import argparse
 import dataclasses
+import operator
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 import cli
-from kernels.exit_head import Exit
+from calibrate import SAMPLE_TEXT, calibrate
 from model import Transformer
-from policies import DraftPlan, DraftPolicy, Round, RoundContext, make_policy
+from plan import DraftPolicy, Round, RoundContext
+from policies import POLICIES, make_policy
+from rounds import Drafter, Rows, agreement
 from runner import Runner, check_num_draft_tokens
-from sampling import SamplingConfig, accept, make_sampler
+from sampling import SamplingConfig, make_sampler
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 COMPARE_REPEATS = 9
+WATCHED_TOKENS = 64  # at the end of a prompt, see DraftPolicy.see_prompt
+CALIBRATION_TOKENS = 320
+# Words of other projects -> policies. CALM's "softmax" is the difference between the two best.
+CONFIDENCE_METHODS = {name: name for name in ("confidence", "margin", "entropy", "saturation")} | {
+    "top1": "confidence", "softmax": "margin", "state": "saturation"}  # fmt: skip
 CONVERSATION_TOKENS = 4096  # cache of --interactive, unless the model's context is shorter
 
 
@@ -40,16 +46,6 @@ class GenerateConfig:
             raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
 
 
-@dataclass
-class Draft:
-    """What a round proposes. hidden[i] maps depths to the hidden state [1, D] of the row that drafted tokens[i]."""
-
-    tokens: list[int] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-    hidden: list[dict[int, Tensor]] = field(default_factory=list)
-    resume_layer: int = 0
-
-
 def decode(
     runner: Runner, prompt: Sequence[int], config: GenerateConfig, policy: DraftPolicy,
     cached: int = 0, finished: Callable[[int], bool] | None = None,
@@ -60,86 +56,80 @@ def decode(
     finished: called with each emitted token in order; True ends the text after that token.
     Raises ValueError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
     """
-    check_prompt(prompt, config, runner.model.args.vocab_size, runner.cache_length)
-    sampler = make_sampler(config.sampling)
-    policy.start_prompt(prompt)
     tokens = list(prompt)
-    start = time.perf_counter()
-    hidden = runner.prefill(tokens[cached:], cached)
-    _, first = sampler.verify((), runner.exit(hidden), len(tokens))
-    new, ended = until_end([first], config.eos_ids, finished)
-    tokens += new
-    yield Round(tuple(new), seconds=time.perf_counter() - start)
+    drafter = Drafter(runner, policy, make_sampler(config.sampling), config.eos_ids)
+    first, ended = prefill(drafter, tokens, config, cached, finished)
+    yield first
 
     while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
         start = time.perf_counter()
         position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
-        plan = policy.start_round(RoundContext(tokens, remaining))
-        played = runner.play(plan, config.sampling, tokens[-1], position, remaining - 1)
-        if played:
-            draft = whole_draft(plan, played[0], config.eos_ids)
-            accepted, target = accept(draft.tokens, played[1])
-        else:
-            draft = draft_tokens(runner, plan, policy, sampler, tokens[-1], position, remaining - 1, config.eos_ids)
-            rows = verify(runner, draft, tokens[-1], position)
-            accepted, target = sampler.verify(draft.tokens, rows, position + 1)
+        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0))
+        draft, accepted, target = drafter.round(plan, tokens[-1], position, remaining - 1)
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
         step = Round(
-            tuple(new), tuple(draft.tokens), min(accepted, len(new)), tuple(draft.exit_layers),
-            draft.resume_layer, time.perf_counter() - start,
+            tuple(new), tuple(draft.tokens), min(accepted, len(new)), tuple(draft.exit_layers), draft.resume_layer,
+            time.perf_counter() - start, draft.layer_visits, draft.head_visits + 1,
         )  # fmt: skip
         policy.end_round(step)
         yield step
 
 
-def draft_tokens(
-    runner: Runner, plan: DraftPlan, policy: DraftPolicy, sampler, token: int, position: int,
-    limit: int, eos_ids: Sequence[int],
-) -> Draft:  # fmt: skip
-    """Draft at most `limit` tokens after `token`, which stands at `position`, as `plan` and `policy` say."""
-    if plan.proposed:
-        return Draft(tokens=list(plan.proposed[:limit]))
-    draft = Draft()
-    depths = sorted({*plan.exits, plan.first_skip} - {0, None})  # where a hidden state may be wanted by verify
-    for index in range(min(plan.num_draft_tokens, limit)):
-        hidden, states, depth = runner.embed([token]), {}, 0
-        for stop in depths:
-            hidden = runner.run_layers(hidden, position + index, depth, stop, plan.skip_attention, plan.skip_mlp)
-            depth, states[stop] = stop, hidden
-            if depth == plan.exits[-1] or (depth in plan.exits and policy.should_exit(depth, hidden)):
-                break
-        token = sampler.draft(runner.exit(hidden), position + index + 1)
-        draft.tokens.append(token)
-        draft.exit_layers.append(depth)
-        draft.hidden.append(states)
-        if token in eos_ids:  # nothing after it can be emitted
-            break
-    if draft.tokens:
-        # Hidden states and K/V are the full model's only up to here, so here verification restarts, for every row.
-        first_skip = runner.n_layer if plan.first_skip is None else plan.first_skip
-        draft.resume_layer = min(first_skip, *draft.exit_layers)
-    return draft
+def early_exit(
+    runner: Runner, prompt: Sequence[int], config: GenerateConfig, policy: DraftPolicy,
+    finished: Callable[[int], bool] | None = None,
+) -> Iterator[Round]:  # fmt: skip
+    """As `decode`, but emit tokens as they are drafted, unverified: another text than the full model's, and no lossless
+    one (LayerSkip's early exit; CALM). Where a policy leaves at no candidate, a token runs through all layers. Keys and
+    values that an early exit left out are made when a later token goes deeper, by taking the waiting rows along.
 
-
-def whole_draft(plan: DraftPlan, tokens: list[int], eos_ids: Sequence[int]) -> Draft:
-    """The Draft of a round that the runner played in one call, without what it drafted after an end of text."""
-    tokens, _ = until_end(tokens, eos_ids, None)
-    return Draft(tokens, [plan.exits[0]] * len(tokens) if tokens else [], resume_layer=plan.exits[0] if tokens else 0)
-
-
-def verify(runner: Runner, draft: Draft, token: int, position: int) -> Exit:
-    """Run the round's rows (the last token and the drafts after it) through the rest of the model -> K+1 rows' exit.
-
-    Rows that drafted resume from their hidden state; the last draft was never fed in, so it starts from its embedding.
+    Raises ValueError for a policy whose drafts are not the model's own.
     """
-    rows = [token, *draft.tokens]
-    if draft.resume_layer == 0:
-        hidden = runner.embed(rows)
-    else:
-        last = runner.run_layers(runner.embed(rows[-1:]), position + len(rows) - 1, 0, draft.resume_layer)
-        hidden = torch.cat([*(states[draft.resume_layer] for states in draft.hidden), last])
-    return runner.exit(runner.run_layers(hidden, position, draft.resume_layer, runner.n_layer))
+    check_unverified(policy)
+    tokens = list(prompt)
+    drafter = Drafter(runner, policy, make_sampler(config.sampling), config.eos_ids, verified=False)
+    first, ended = prefill(drafter, tokens, config, 0, finished)
+    yield first
+
+    rows, skipped = Rows(runner, len(tokens) - 1), None
+    while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
+        start, before = time.perf_counter(), rows.layer_visits
+        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0))
+        exits = (*plan.exits, runner.n_layer) if plan.exits and plan.num_draft_tokens else ()
+        skipped = plan.skip_attention if skipped is None else skipped  # no keys and values there: a text keeps its set
+        drafts = max(1, plan.num_draft_tokens)
+        plan = dataclasses.replace(plan, exits=exits, num_draft_tokens=drafts, skip_attention=skipped)
+        draft = drafter.draft(rows, plan, tokens[-1], remaining)
+        rows.waiting.pop(runner.n_layer, None)
+        new, ended = until_end(draft.tokens, config.eos_ids, finished)
+        tokens += new
+        step = Round(
+            tuple(new), exit_layers=tuple(draft.exit_layers), seconds=time.perf_counter() - start,
+            layer_visits=rows.layer_visits - before, head_visits=draft.head_visits,
+        )  # fmt: skip
+        policy.end_round(step)
+        yield step
+
+
+def prefill(
+    drafter: Drafter, tokens: list[int], config: GenerateConfig, cached: int, finished: Callable[[int], bool] | None
+) -> tuple[Round, bool]:
+    """Run the prompt `tokens` and add the full model's token after it -> the Round, and whether the text has ended."""
+    runner, sampler = drafter.runner, drafter.sampler
+    check_prompt(tokens, config, runner.model.args.vocab_size, runner.cache_length)
+    drafter.policy.start_prompt(tokens)
+    start = time.perf_counter()
+    watched = drafter.policy.watched_depths
+    states = runner.prefill_states(tokens[cached:], cached, watched)
+    exit = runner.exit(states[runner.n_layer][-1:], sampler.draw(len(tokens)))
+    _, first = sampler.verify((), exit, len(tokens))
+    if watched:
+        ends = {depth: hidden[-WATCHED_TOKENS:] for depth, hidden in states.items()}
+        drafter.policy.see_prompt(agreement(runner, sampler, ends, len(tokens) + 1 - len(ends[runner.n_layer])))
+    new, ended = until_end([first], config.eos_ids, finished)
+    tokens += new
+    return Round(tuple(new), seconds=time.perf_counter() - start), ended
 
 
 def until_end(
@@ -151,6 +141,11 @@ def until_end(
         if stop or token in eos_ids:
             return tokens[: index + 1], True
     return tokens, False
+
+
+def check_unverified(policy: DraftPolicy) -> None:
+    if policy.verifiable_only:
+        raise ValueError(f"policy {policy} drafts what only verification can judge: it cannot run with --no_verify")
 
 
 def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
@@ -193,26 +188,33 @@ class Generation:
 
     def summary(self, model: Transformer) -> dict:
         """Every number of this generation, as it stands in JSON files."""
-        drafted = sum(len(step.drafted) for step in self.rounds)
-        accepted = sum(step.accepted for step in self.rounds)
-        exits = [depth for step in self.rounds for depth in step.exit_layers]
-        acceptance_rate = accepted / drafted if drafted else None
+        rounds, emitted = self.rounds, len(self.tokens) - 1
+        drafted = sum(len(step.drafted) for step in rounds)
+        accepted = sum(step.accepted for step in rounds)
+        exits = Counter(depth for step in rounds for depth in step.exit_layers)
+        layers = sum(step.layer_visits for step in rounds)
+        heads = sum(step.head_visits for step in rounds)
         return {
             "tokens": self.tokens,
             "drafted": drafted,
             "accepted": accepted,
-            "acceptance_rate": acceptance_rate,
-            "rounds": len(self.rounds),
-            "tokens_per_round": (len(self.tokens) - 1) / len(self.rounds) if self.rounds else None,
-            "mean_exit_layer": statistics.mean(exits) if exits else None,
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "rounds": len(rounds),
+            "tokens_per_round": emitted / len(rounds) if rounds else None,
+            "mean_exit_layer": sum(depth * count for depth, count in exits.items()) / exits.total() if exits else None,
+            "exit_layers": {str(depth): exits[depth] for depth in sorted(exits)},
+            "layer_visits_per_token": layers / emitted if rounds else None,
+            "head_visits_per_token": heads / emitted if rounds else None,
             "prefill_s": self.prefill.seconds,
             "decode_s": self.decode_s,
             "tokens_per_s": self.tokens_per_s,
-            "ideal_speedup": ideal_speedup(
-                acceptance_rate, drafted / len(self.rounds), statistics.mean(exits), model.args.n_layer,
-                head_cost_layers(model),
-            ) if exits else 1.0,
-        }  # fmt: skip
+            "ideal_speedup": ideal_speedup(emitted, layers, heads, model) if rounds else 1.0,
+        }
+
+
+def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
+    if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
+        raise ValueError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")
 
 
 def head_cost_layers(model: Transformer) -> float:
@@ -221,26 +223,58 @@ def head_cost_layers(model: Transformer) -> float:
     return model.lm_head.weight.nbytes / layer
 
 
-def ideal_speedup(acceptance_rate: float, k: float, exit_layer: float, n_layer: int, head: float) -> float:
-    """Speedup over autoregressive decoding if time were weight bytes alone: k drafts at exit_layer, then one full pass.
+def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: Transformer) -> float:
+    """Speedup over autoregressive decoding if time were weight bytes alone: `emitted` tokens for these visits.
 
-    `head` is the LM head's cost in layers. A round of (k(E + h) + L + h) layers emits acceptance·k + 1 tokens.
+    For a round of K drafts at exit layer E that emits n tokens: n·(L + h) ÷ (K·(E + h) + L + h), h = head_cost_layers.
     """
-    return (acceptance_rate * k + 1) * (n_layer + head) / (k * (exit_layer + head) + n_layer + head)
+    head, n_layer = head_cost_layers(model), model.args.n_layer
+    return emitted * (n_layer + head) / (layer_visits + head * head_visits)
+
+
+def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
+    """The policy string that --policy or a shorter flag names; auto without any, static at L/4 if nothing is verified.
+
+    Raises ValueError if several name one.
+    """
+    given = {
+        "--policy": flags.policy,
+        "--draft_exit": f"static:{flags.draft_exit}",
+        "--dynamic_early_exit_mode": flags.dynamic_early_exit_mode,
+        "--layer_skip_proportion": f"layer_skip_proportion:{flags.layer_skip_proportion}",
+        "--conf_method": CONFIDENCE_METHODS.get(flags.conf_method),
+    }
+    given = {flag: text for flag, text in given.items() if getattr(flags, flag[2:]) is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} each name a policy: give one, as in --policy static:3")
+    text = next(iter(given.values()), None)
+    if flags.conf_threshold is not None:
+        if flags.policy is not None:
+            raise ValueError(f"--conf_threshold {flags.conf_threshold} does not go with --policy: write it into the "
+                             f"policy, as in confidence:threshold={flags.conf_threshold}")  # fmt: skip
+        text = text or "confidence"
+        text += ("," if ":" in text else ":") + f"threshold={flags.conf_threshold}"
+    return text or (f"static:{max(1, n_layer // 4)}" if flags.no_verify else "auto")
 
 
 def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
-    """The policy of --policy, --draft_exit and --num_draft_tokens; without them, static drafting at L/4."""
-    if flags.policy is not None and flags.draft_exit is not None:
-        raise ValueError(f"--draft_exit {flags.draft_exit} is short for --policy static:{flags.draft_exit}: give one")
-    text = flags.policy or f"static:{max(1, n_layer // 4) if flags.draft_exit is None else flags.draft_exit}"
-    return make_policy(text, n_layer, num_draft_tokens=flags.num_draft_tokens)
+    """The policy that the flags ask for. Raises ValueError if they cannot be obeyed together."""
+    policy = make_policy(policy_text(flags, n_layer), n_layer, num_draft_tokens=flags.num_draft_tokens)
+    if flags.no_verify:
+        for flag, given in (("--interactive", flags.interactive), ("--draft_vocab", flags.draft_vocab is not None)):
+            if given:
+                raise ValueError(f"--no_verify does not go with {flag}")
+        check_unverified(policy)
+    return policy
 
 
-def compare_with_autoregressive(runner: Runner, prompt: list[int], config: GenerateConfig, policy: DraftPolicy) -> dict:
+def compare_with_autoregressive(
+    runner: Runner, prompt: list[int], config: GenerateConfig, policy: DraftPolicy, verified: bool = True
+) -> dict:
     """Time `policy` and plain decoding in turns on one prompt -> medians of tokens/s and whether all tokens agree.
 
     Where exactness needs padding, plain decoding is also timed without it: the speedup is over the faster of the two.
+    verified=False: early exit instead, and the share of its tokens that the full model would have chosen there.
     """
     plain = make_policy("none", runner.n_layer)
     contenders = {"policy": (runner, policy), "plain": (runner, plain)}
@@ -251,19 +285,35 @@ def compare_with_autoregressive(runner: Runner, prompt: list[int], config: Gener
     rates, texts = {name: [] for name in contenders}, {name: [] for name in contenders}
     for _ in range(COMPARE_REPEATS):
         for name, (chosen, how) in contenders.items():
-            generation = Generation.collect(decode(chosen, prompt, config, how))
+            decoding = decode if verified or how is plain else early_exit
+            generation = Generation.collect(decoding(chosen, prompt, config, how))
             rates[name].append(generation.tokens_per_s or 0.0)
             texts[name].append(generation.tokens)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     speculative = medians.pop("policy")
-    comparable = config.sampling.temperature == 0 or config.sampling.verification == "coupled"
+    comparable = verified and (config.sampling.temperature == 0 or config.sampling.verification == "coupled")
     return {
         "tokens_per_s": speculative,
         "autoregressive_tokens_per_s": max(medians.values()),
         "speedup": speculative / max(medians.values()) if max(medians.values()) else None,
         "repeats": COMPARE_REPEATS,
         "identical": all(t == texts["plain"][0] for t in texts["policy"] + texts["plain"]) if comparable else None,
+        "equal_to_full_model": None if verified else share_equal(runner, prompt, texts["policy"][0], config.sampling),
     }
+
+
+def share_equal(runner: Runner, prompt: Sequence[int], text: Sequence[int], sampling: SamplingConfig) -> float:
+    """The share of `text` that the full model would have chosen after the same tokens. Overwrites the cache."""
+    sampler, tokens = make_sampler(sampling), [*prompt, *text]
+    runner.prefill(prompt[:-1] or prompt)
+    equal, first = 0, len(prompt)
+    while first < len(tokens):
+        rows = tokens[first - 1 : first - 1 + min(runner.width, len(tokens) - first)]  # each chooses its successor
+        hidden = runner.run_layers(runner.embed(rows), first - 1, 0, runner.n_layer)
+        choices = sampler.choices(runner.exit(hidden, sampler.draw(first)), first)
+        equal += sum(map(operator.eq, choices, tokens[first:]))
+        first += len(rows)
+    return equal / len(text)
 
 
 def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
@@ -271,25 +321,33 @@ def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateCo
     demonstration = flags.prompt is None and flags.prompt_file is None and flags.prompt_ids is None
     prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
     check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
-    runner = make_runner(session, len(prompt) + config.max_new_tokens, policy)
+    runner = make_runner(session, len(prompt) + config.max_new_tokens, policy, config.sampling, prompt)
     output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
     if session.tokenizer and not flags.chat:
         output.write(session.tokenizer.decode(prompt), "dim")
-    stream = decode(runner, prompt, config, policy, finished=output.ends_at)
+    decoding = early_exit if flags.no_verify else decode
+    stream = decoding(runner, prompt, config, policy, finished=output.ends_at)
     generation = Generation.collect(output.show(step) for step in stream)
     text = output.close()
+    explained = policy.explain() if flags.verbose else []
     result = {"prompt_ids": prompt, "text": text if session.tokenizer else None}
     result |= generation.summary(session.model)
     if demonstration or flags.compare:
-        result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy)
-    result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": repr(policy)}}
+        result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy, not flags.no_verify)
+    if flags.draft_vocab is not None:
+        result["draft_vocab_coverage"] = sum(t < flags.draft_vocab for t in generation.tokens) / len(generation.tokens)
+    result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": str(policy)}}
     result["config"] |= {"backend": runner.backend, "precision": str(session.model.norm.weight.dtype)[6:]}
-    print_result(result, repr(policy), session.args.n_layer)
+    result["verified"] = not flags.no_verify
+    print_result(result, session.args.n_layer)
+    for line in explained:
+        print(line)
     return result | cli.environment()
 
 
-def print_result(result: dict, policy: str, n_layer: int) -> None:
+def print_result(result: dict, n_layer: int) -> None:
     """The table at the end of a run."""
+    title = result["config"]["policy"] + ("" if result["verified"] else " (unverified: not the full model's text)")
     comparison = result.get("comparison")
     shown = cli.shown
     rows = [
@@ -299,8 +357,11 @@ def print_result(result: dict, policy: str, n_layer: int) -> None:
         ["acceptance rate", shown(result["acceptance_rate"], ".2f")],
         ["tokens per round", shown(result["tokens_per_round"], ".2f")],
         ["mean exit layer", f"{shown(result['mean_exit_layer'])} of {n_layer}"],
-        ["ideal speedup for this acceptance", shown(result["ideal_speedup"], ".2f") + "×"],
+        ["layer visits per token", shown(result["layer_visits_per_token"])],
+        ["speedup by bytes alone", shown(result["ideal_speedup"], ".2f") + "×"],
     ]
+    if "draft_vocab_coverage" in result:
+        rows.append(["text within the draft's vocabulary", shown(result["draft_vocab_coverage"], ".1%")])
     if comparison:
         times = f"(median of {comparison['repeats']})"
         rows[2] = [f"tokens/s {times}", shown(comparison["tokens_per_s"])]
@@ -310,21 +371,36 @@ def print_result(result: dict, policy: str, n_layer: int) -> None:
         ]
         identical = {True: "yes", False: "NO", None: "not meant to be"}[comparison["identical"]]
         rows.append(["identical tokens", identical])
+        if comparison["equal_to_full_model"] is not None:
+            rows.append(["tokens the full model would choose", shown(comparison["equal_to_full_model"], ".1%")])
     if result["compile_s"] > 1:
         rows.append(["compiling", f"{result['compile_s']:.1f} s"])
-    cli.print_table(policy, ["", "this run"], rows)
+    cli.print_table(title, ["", "this run"], rows)
 
 
-def make_runner(session: cli.Session, length: int, policy: DraftPolicy) -> Runner:
-    """Load the weights and make a runner for `policy`, compiled if the flags want it, with progress on stderr."""
+def make_runner(
+    session: cli.Session, length: int, policy: DraftPolicy, sampling: SamplingConfig, prompt: Sequence[int]
+) -> Runner:
+    """Load the weights and make a runner for `policy`, compiled if the flags want it, with progress on stderr.
+
+    A policy that measures before it decodes does so here, on a sample text (on `prompt` if there is no tokenizer).
+    """
     check_num_draft_tokens(policy.num_draft_tokens)
-    runner = Runner(session.load(), length, 1 + policy.num_draft_tokens, session.flags.compile, notice=cli.notice)
+    flags, measures = session.flags, bool(policy.plans_to_time())
+    check_draft_vocab(flags.draft_vocab, session.args.vocab_size)
+    length = max(length, min(CALIBRATION_TOKENS, session.args.max_seq_len)) if measures else length
+    runner = Runner(
+        session.load(), length, 1 + policy.num_draft_tokens, flags.compile, notice=cli.notice,
+        draft_vocab=flags.draft_vocab,
+    )  # fmt: skip
     if runner.backend == "inductor":
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
-        runner.warm_up()
+        runner.warm_up(policy.skips_sublayers)
         cli.notice(f"compiled in {runner.compile_s:.1f} s")
     if runner.rows_independent and session.flags.threads is None:
         runner.choose_threads()
+    if measures:
+        calibrate(runner, policy, session.tokenizer.encode(SAMPLE_TEXT) if session.tokenizer else prompt, sampling)
     return runner
 
 
@@ -334,7 +410,8 @@ def run_interactive(
     """A conversation at the terminal. The cache is kept: each turn prefills only what is new."""
     if flags.chat:
         session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
-    runner = make_runner(session, min(session.args.max_seq_len, CONVERSATION_TOKENS), policy)
+    length = min(session.args.max_seq_len, CONVERSATION_TOKENS)
+    runner = make_runner(session, length, policy, config.sampling, session.tokenizer.encode(SAMPLE_TEXT))
     tokens: list[int] = []
     messages: list[dict] = []
     turns: list[dict] = []
@@ -367,7 +444,8 @@ def run_interactive(
         turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.model)})
         cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
     compile_s = session.compile_s + runner.compile_s
-    return {"turns": turns, "compile_s": compile_s, "config": vars(flags), **cli.environment()}
+    config = {**vars(flags), "policy": str(policy)}
+    return {"turns": turns, "compile_s": compile_s, "verified": True, "config": config, **cli.environment()}
 
 
 def read_line() -> str:
@@ -390,7 +468,17 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--interactive", action="store_true", help="a conversation that keeps its cache")
     cli.add_decode_flags(parser)
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
-    parser.add_argument("--policy", metavar="NAME:key=value,…", help="none: plain decoding; static:E (default: L/4)")
+    parser.add_argument("--policy", metavar="NAME:key=value,…",
+                        help="where drafts leave the model (default: auto): " + ", ".join(POLICIES))
+    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
+    parser.add_argument("--no_verify", action="store_true",
+                        help="early exit: emit drafts unverified, another text than the full model's")
+    parser.add_argument("--verbose", action="store_true", help="say what the policy chose and why")
+    alias = parser.add_argument_group("names of the LayerSkip family, for --policy")
+    alias.add_argument("--dynamic_early_exit_mode", metavar="NAME", help="the policy NAME")
+    alias.add_argument("--layer_skip_proportion", type=float, metavar="P", help="the policy layer_skip_proportion:P")
+    alias.add_argument("--conf_method", choices=list(CONFIDENCE_METHODS), help="the policy that measures confidence so")
+    alias.add_argument("--conf_threshold", type=float, metavar="T", help="its threshold")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--compare", action="store_true", help="also time plain decoding and compare the tokens")
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")

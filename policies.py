@@ -1,144 +1,448 @@
-"""Where a draft leaves the model: the one place in which exit decisions are made.
+"""Draft policies: where a draft leaves the model. The one place in which exit decisions are made.
 
-`generate.decode` asks the policy for a plan at the start of every round, drafts by it, and tells the policy what became
-of the draft. A policy never sees the model and cannot change the text: verification restarts at the first layer where
-any drafted token stopped being identical to the full model, whatever the policy did (`Draft.resume_layer`).
-
-One string is the whole setting: `static:3`, `static:exit_layer=3,num_draft_tokens=5`. Adding a policy is one class and
-one line in POLICIES.
+One string is the whole setting: `static:3`, `confidence:threshold=0.8,candidates=3-6`, and with `+` a combination:
+`prompt_lookup+static:3`. The contract is in `plan.py`; adding a policy is one class and one line in POLICIES.
 """
 
 import dataclasses
+import json
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from torch import Tensor
+from auto import Auto
+from kernels.exit_head import Exit
+from lookup import PromptLookup
+from plan import (
+    Depths,
+    DraftPlan,
+    DraftPolicy,
+    Round,
+    RoundContext,
+    Rule,
+    candidates_or_default,
+    check_exit_layer,
+    check_range,
+)
 
 
-@dataclass(frozen=True)
-class DraftPlan:
-    """How one round drafts. Hashable: compiled and captured work is keyed by it.
+class StopRule:
+    """When a draft ends early, because its last token is not sure enough.
 
-    exits: candidate exit layers, ascending (counts of layers run); a draft never goes past the last one.
-    num_draft_tokens: how many tokens to draft at most (K). 0 is plain autoregressive decoding.
-    skip_attention, skip_mlp: layers (0-based) whose sublayer the draft leaves out.
-    proposed: drafted tokens that need no model pass (n-gram continuations).
+    never; a number: its top-1 probability is below it; adaptive: the same with a threshold that follows the acceptance
+    rate (Draft & Verify, arXiv 2309.08168); svip: the root of its entropy in nats is above 0.3 (arXiv 2411.18462).
     """
 
-    exits: tuple[int, ...] = ()
-    num_draft_tokens: int = 0
-    skip_attention: frozenset[int] = frozenset()
-    skip_mlp: frozenset[int] = frozenset()
-    proposed: tuple[int, ...] = ()
+    def __init__(self, text: str):
+        self.rule: Rule | None = Rule("entropy", 0.3**2) if text == "svip" else None
+        self.adaptive = text == "adaptive"
+        if text not in ("never", "svip", "adaptive"):
+            try:
+                self.rule = Rule("top1", float(text))
+            except ValueError:
+                raise ValueError(f"stop must be never, adaptive, svip or a number in 0..1, got {text!r}") from None
+            check_range("stop", self.rule.threshold, 0.0, 1.0)
+        self.forget()
 
-    @property
-    def is_static(self) -> bool:
-        """Whether nothing has to be decided while drafting: one exit at most, every sublayer runs, nothing proposed."""
-        one_exit = len(self.exits) == 1 or not self.num_draft_tokens
-        return one_exit and not (self.proposed or self.skip_attention or self.skip_mlp)
+    def forget(self) -> None:
+        if self.adaptive:
+            self.rule, self.acceptance = None, 0.9
 
-    @property
-    def first_skip(self) -> int | None:
-        """The first layer with a sublayer left out: hidden states above it are not the full model's. None: no skip."""
-        return min(self.skip_attention | self.skip_mlp, default=None)
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What a policy may look at: all tokens so far (prompt and text) and how many are still wanted."""
-
-    tokens: Sequence[int]
-    remaining: int
-
-
-@dataclass(frozen=True)
-class Round:
-    """One step of decoding, the record everything downstream reads (printing, statistics, feedback).
-
-    tokens: ids emitted, `accepted` of them drafted, the last one the target's own unless the round was cut short.
-    drafted: every id proposed this round, accepted or not. exit_layers: where each drafted token left the model.
-    resume_layer: where verification restarted. seconds: wall time of the round.
-    """
-
-    tokens: tuple[int, ...]
-    drafted: tuple[int, ...] = ()
-    accepted: int = 0
-    exit_layers: tuple[int, ...] = ()
-    resume_layer: int = 0
-    seconds: float = 0.0
-
-
-class DraftPolicy:
-    """The contract. Subclasses are dataclasses: their fields are the keys of the policy string."""
-
-    num_draft_tokens = 0  # the most tokens a round may draft
-
-    def check(self, n_layer: int) -> None:
-        """Raise ValueError if the policy does not fit a model of n_layer layers."""
-
-    def start_prompt(self, prompt: Sequence[int]) -> None:
-        """Forget the last prompt."""
-
-    def start_round(self, context: RoundContext) -> DraftPlan:
-        """Say how this round drafts."""
-        raise NotImplementedError
-
-    def should_exit(self, depth: int, hidden: Tensor) -> bool:
-        """Leave the model at candidate `depth`, where the state is `hidden` [1, D]? Not asked at the last candidate."""
-        return False
+    def start_round(self, context: RoundContext, most: int) -> Rule | None:
+        """The rule of a round of `most` drafts."""
+        self.most = min(most, context.remaining - 1)
+        if self.adaptive and self.rule is None:
+            self.rule = Rule("top1", 0.5 if context.sampled else 0.8)
+        return self.rule
 
     def end_round(self, round: Round) -> None:
-        """Learn from what was accepted."""
-
-
-def check_exit_layer(exit_layer: int, n_layer: int) -> None:
-    if not 1 <= exit_layer <= n_layer:
-        raise ValueError(f"exit_layer must be in 1..{n_layer} for this model, got {exit_layer}")
+        if not self.adaptive or not round.drafted:
+            return
+        self.acceptance = 0.5 * self.acceptance + 0.5 * round.accepted / len(round.drafted)
+        stopped = len(round.drafted) < self.most
+        step = 0.01 if self.acceptance < 0.9 else -0.01 if stopped else 0.0
+        threshold = self.rule.threshold
+        self.rule = Rule("top1", min(max(0.9 * threshold + 0.1 * (threshold + step), 0.0), 1.0))
 
 
 @dataclass
 class Autoregressive(DraftPolicy):
     """Draft nothing: every token is the full model's own. The baseline, through the same loop."""
 
+    name = "none"
+
     def start_round(self, context: RoundContext) -> DraftPlan:
         return DraftPlan()
 
 
 @dataclass
-class Static(DraftPolicy):
-    """Draft every token with the first `exit_layer` layers (LayerSkip, arXiv 2404.16710, section 4.3)."""
+class SelfDrafting(DraftPolicy):
+    """What all policies that draft with the model's own layers share: K, and when a draft ends early (see StopRule)."""
 
-    exit_layer: int
-    num_draft_tokens: int = field(default=3)
+    num_draft_tokens: int = field(default=3, kw_only=True)
+    stop: str = field(default="never", kw_only=True)
 
     def __post_init__(self):
         if self.num_draft_tokens < 0:
             raise ValueError(f"num_draft_tokens must be 0 or more, got {self.num_draft_tokens}")
-        self.plan = DraftPlan(exits=(self.exit_layer,), num_draft_tokens=self.num_draft_tokens)
+        self.stop_rule = StopRule(self.stop)
 
-    def check(self, n_layer: int) -> None:
-        check_exit_layer(self.exit_layer, n_layer)
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        self.stop_rule.forget()
 
     def start_round(self, context: RoundContext) -> DraftPlan:
-        return self.plan
+        plan, rule = self.plan(context), self.stop_rule.start_round(context, self.num_draft_tokens)
+        return plan if plan.stop_unless == rule else dataclasses.replace(plan, stop_unless=rule)
+
+    def plan(self, context: RoundContext) -> DraftPlan:
+        """The plan of a round; most policies have only one."""
+        return self.only_plan
+
+    def new_plan(self, exits: Sequence[int] = (), **settings) -> DraftPlan:
+        """A plan with these exits and what all self-drafting policies share."""
+        return DraftPlan(tuple(exits), self.num_draft_tokens, stop_unless=self.stop_rule.rule, **settings)
+
+    def end_round(self, round: Round) -> None:
+        self.stop_rule.end_round(round)
+
+
+@dataclass
+class Static(SelfDrafting):
+    """Draft every token with the first `exit_layer` layers (LayerSkip, arXiv 2404.16710, section 4.3)."""
+
+    name = "static"
+    exit_layer: int
+
+    def fit(self, n_layer: int) -> None:
+        check_exit_layer(self.exit_layer, n_layer)
+        self.only_plan = self.new_plan((self.exit_layer,))
+
+
+@dataclass
+class Sureness(SelfDrafting):
+    """Leave at the first candidate depth at which a measure of sureness reaches a threshold (CALM, arXiv 2207.07061).
+
+    candidates: depths to ask at, such as 3-6-9 (default: a quarter, three eighths and half of the layers).
+    decay: τ of CALM's position decay, threshold · (0.9 + 0.1·exp(−τ·t/N)) for token t of at most N; 0: none, CALM 4.
+    """
+
+    threshold: float
+    candidates: Depths = field(default=Depths(), kw_only=True)
+    decay: float = field(default=0.0, kw_only=True)
+    measure, low, high = "", 0.0, 1.0  # of ExitStats, and the threshold's range; not annotated: no fields
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("threshold", self.threshold, self.low, self.high)
+        check_range("decay", self.decay, 0.0, math.inf)
+
+    def fit(self, n_layer: int) -> None:
+        self.only_plan = self.new_plan(candidates_or_default(self.candidates, n_layer), leave_if=self.rule(1.0))
+
+    def rule(self, ease: float) -> Rule | None:
+        """When to leave, the threshold made easier by a factor."""
+        return Rule(self.measure, self.threshold * ease)
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        super().start_prompt(prompt)
+        self.prompt_length = len(prompt)
+
+    def plan(self, context: RoundContext) -> DraftPlan:
+        if not self.decay:
+            return self.only_plan
+        written = len(context.tokens) - self.prompt_length
+        ease = 0.9 + 0.1 * math.exp(-self.decay * written / (written + context.remaining))
+        return dataclasses.replace(self.only_plan, leave_if=self.rule(ease))
+
+
+@dataclass
+class Confidence(Sureness):
+    """Leave where the top-1 probability reaches the threshold (CALM; Dynamic Early Exit)."""
+
+    name, measure = "confidence", "top1"
+    threshold: float = 0.7
+
+
+@dataclass
+class LogitsCurrent(Confidence):
+    """Confidence under the name and with the settings of the project that asks at every depth it can afford."""
+
+    name = "logits_current"
+    threshold: float = 0.9
+
+
+@dataclass
+class Margin(Sureness):
+    """Leave where top-1 minus top-2 probability reaches the threshold (CALM's softmax measure)."""
+
+    name, measure = "margin", "margin"
+    threshold: float = 0.5
+
+
+@dataclass
+class Entropy(Sureness):
+    """Leave where the entropy, in nats, is at most the threshold. Decay raises the threshold: later is easier."""
+
+    name, measure = "entropy", "entropy"
+    threshold: float = 1.0
+    high = math.inf
+
+    def rule(self, ease: float) -> Rule:
+        return Rule(self.measure, self.threshold / ease)
+
+
+@dataclass
+class Saturation(Sureness):
+    """Leave where the hidden state has stopped turning: its cosine with the one at the candidate before reaches the
+    threshold (CALM's state measure). Needs no LM head; never leaves at the first candidate."""
+
+    name = "saturation"
+    threshold: float = 0.9
+    low = -1.0
+
+    def rule(self, ease: float) -> None:
+        self.reached = self.threshold * ease  # no rule: the policy is asked
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        hidden = exit.hidden[0].float()
+        first = depth == self.only_plan.exits[0]
+        leave = not first and float(hidden @ self.before / (hidden.norm() * self.before.norm())) >= self.reached
+        self.before = hidden
+        return leave
+
+
+@dataclass
+class ConsistentTokens(SelfDrafting):
+    """Leave once `checks` candidates in a row have chosen the same token (the original: 4 layers in a row)."""
+
+    name = "consistent_tokens"
+    checks: int = 2
+    candidates: Depths = field(default=Depths(), kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.checks < 2:
+            raise ValueError(f"checks must be 2 or more, got {self.checks}")
+
+    def fit(self, n_layer: int) -> None:
+        self.only_plan = self.new_plan(candidates_or_default(self.candidates, n_layer))
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        token = exit.tokens()[0]
+        again = depth != self.only_plan.exits[0] and token == self.token
+        self.run = self.run + 1 if again else 1
+        self.token = token
+        return self.run >= self.checks
+
+
+@dataclass
+class Random(SelfDrafting):
+    """Leave anywhere between a quarter and three quarters of the depth, drawn anew for each token: the control."""
+
+    name = "random"
+    seed: int = 0
+
+    def fit(self, n_layer: int) -> None:
+        self.quarter = max(1, n_layer // 4)
+        self.deepest = min(n_layer, 3 * self.quarter)
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        super().start_prompt(prompt)
+        self.random = random.Random(self.seed)
+
+    def plan(self, context: RoundContext) -> DraftPlan:
+        self.targets = [self.random.randint(self.quarter, self.deepest) for _ in range(self.num_draft_tokens)]
+        return self.new_plan(sorted(set(self.targets)), ask_to_stop=True)  # to be told where a token ends
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        return depth >= self.targets[0]
+
+    def should_stop(self, exit: Exit) -> bool:
+        del self.targets[:1]  # drafts of another policy may outnumber them
+        return False
+
+
+@dataclass
+class LogitsFuture(SelfDrafting):
+    """What a round sees chooses the exit of the next: a moving average of the depth at which a draft first chose what
+    it finally chose. The first token of each round runs to the last candidate and is asked everywhere; the others
+    leave at the average."""
+
+    name = "logits_future"
+    smoothing: float = 0.8  # what the average keeps of itself
+    candidates: Depths = field(default=Depths(), kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("smoothing", self.smoothing, 0.0, 1.0)
+
+    def fit(self, n_layer: int) -> None:
+        exits = candidates_or_default(self.candidates, n_layer)
+        self.only_plan = self.new_plan(exits, ask_to_stop=True)  # to be told where a token ends
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        super().start_prompt(prompt)
+        self.average = float(self.only_plan.exits[-1])
+
+    def plan(self, context: RoundContext) -> DraftPlan:
+        self.seen: list[tuple[int, int]] | None = []  # (depth, token) of the round's first token; None after it
+        return self.only_plan
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        if self.seen is None:
+            return depth >= self.average - 0.5
+        self.seen.append((depth, exit.tokens()[0]))
+        return False
+
+    def should_stop(self, exit: Exit) -> bool:
+        if self.seen is not None:
+            last = exit.tokens()[0]
+            first = next((depth for depth, token in self.seen if token == last), self.only_plan.exits[-1])
+            self.average = self.smoothing * self.average + (1 - self.smoothing) * first
+            self.seen = None
+        return False
+
+
+@dataclass
+class LayerSkipProportion(SelfDrafting):
+    """Each draft layer but the first is left out with probability `proportion`, drawn anew each round."""
+
+    name = "layer_skip_proportion"
+    proportion: float = 0.5
+    seed: int = field(default=0, kw_only=True)
+    skips_sublayers = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("proportion", self.proportion, 0.0, 1.0)
+
+    def fit(self, n_layer: int) -> None:
+        self.n_layer = n_layer
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        super().start_prompt(prompt)
+        self.random = random.Random(self.seed)
+
+    def plan(self, context: RoundContext) -> DraftPlan:
+        skipped = frozenset(i for i in range(1, self.n_layer) if self.random.random() < self.proportion)
+        return self.new_plan(skip_attention=skipped, skip_mlp=skipped)
+
+
+@dataclass
+class SkipSet(SelfDrafting):
+    """Draft with fixed sublayers left out (Draft & Verify, arXiv 2309.08168).
+
+    file: JSON with the 0-based layers to leave out, {"skip_attention": [3, 5], "skip_mlp": [4]}.
+    """
+
+    name = "skip_set"
+    file: str
+    skips_sublayers = True
+
+    def fit(self, n_layer: int) -> None:
+        try:
+            loaded = json.loads(Path(self.file).read_text(encoding="utf-8"))
+            skips = {key: frozenset(loaded[key]) for key in ("skip_attention", "skip_mlp")}
+        except OSError as error:
+            raise ValueError(f"skip_set: cannot read {self.file}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'skip_set: {self.file} must hold {{"skip_attention": [layers], "skip_mlp": [layers]}}'
+            ) from None
+        for key, layers in skips.items():
+            wrong = [i for i in layers if type(i) is not int or not 0 <= i < n_layer]
+            if wrong:
+                raise ValueError(f"skip_set: {self.file}: {key} must be in 0..{n_layer - 1}, got {wrong[0]!r}")
+        self.only_plan = self.new_plan(**skips)
+
+
+class Combined(DraftPolicy):
+    """Several policies, written first+second: proposals come first; where there are none, the others draft together.
+
+    Skip sets add up; exits, K and the decision to leave come from the last policy that has exits, a stop rule from the
+    last that has one.
+    """
+
+    def __init__(self, parts: Sequence[DraftPolicy]):
+        self.parts = tuple(parts)
+        self.num_draft_tokens = max(part.num_draft_tokens for part in parts)
+        self.skips_sublayers = any(part.skips_sublayers for part in parts)
+        self.verifiable_only = any(part.verifiable_only for part in parts)
+
+    def fit(self, n_layer: int) -> None:
+        for part in self.parts:
+            part.fit(n_layer)
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        for part in self.parts:
+            part.start_prompt(prompt)
+
+    def start_round(self, context: RoundContext) -> DraftPlan:
+        plans = []
+        for part in self.parts:
+            plans.append(part.start_round(context))
+            if plans[-1].proposed:
+                self.planned = (part,)
+                return plans[-1]
+        self.planned = self.parts
+        exits = [i for i, plan in enumerate(plans) if plan.exits]
+        drafting = exits[-1] if exits else max(range(len(plans)), key=lambda i: plans[i].num_draft_tokens)
+        self.leaving = self.parts[drafting]
+        self.asked = [part for part, plan in zip(self.parts, plans, strict=True) if plan.ask_to_stop]
+        rules = [plan.stop_unless for plan in plans if plan.stop_unless]
+        return dataclasses.replace(
+            plans[drafting],
+            skip_attention=frozenset().union(*(plan.skip_attention for plan in plans)),
+            skip_mlp=frozenset().union(*(plan.skip_mlp for plan in plans)),
+            stop_unless=rules[-1] if rules else None,
+            ask_to_stop=bool(self.asked),
+        )
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        return self.leaving.should_exit(depth, exit)
+
+    def should_stop(self, exit: Exit) -> bool:
+        return any([part.should_stop(exit) for part in self.asked])  # a list: every part must be told
+
+    def end_round(self, round: Round) -> None:
+        for part in self.planned:  # a proposal says nothing about exits, nor the other way round
+            part.end_round(round)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.parts))
 
 
 POLICIES: dict[str, type[DraftPolicy]] = {
-    "none": Autoregressive,
-    "static": Static,
-}
+    kind.name: kind
+    for kind in (
+        Autoregressive, Static, Confidence, Margin, Entropy, Saturation, ConsistentTokens, Random, LogitsCurrent,
+        LogitsFuture, LayerSkipProportion, SkipSet, PromptLookup, Auto,
+    )
+}  # fmt: skip
 
 
 def make_policy(text: str, n_layer: int, **defaults) -> DraftPolicy:
-    """Build the policy that `text` names, such as "static:3" or "static:exit_layer=3,num_draft_tokens=5".
+    """Build the policy that `text` names: "static:3", "confidence:0.8,candidates=3-6", "prompt_lookup+static:3", …
 
-    A value without a key belongs to the policy's first key. `defaults` fill keys the policy has and `text` leaves out.
-    Raises ValueError with the valid names, keys or ranges.
+    A value without a key belongs to the policy's first key. `defaults` fill keys the policies have and `text` leaves
+    out. Raises ValueError with the valid names, keys or ranges.
     """
+    parts = [_make_one(part, defaults) for part in text.split("+")]
+    if len(parts) > 1 and any(isinstance(part, Auto) for part in parts):
+        raise ValueError(f"auto combines self-drafting and prompt lookup by itself: give it alone, got {text!r}")
+    policy = parts[0] if len(parts) == 1 else Combined(parts)
+    policy.fit(n_layer)
+    return policy
+
+
+def _make_one(text: str, defaults: dict) -> DraftPolicy:
     name, _, settings = text.partition(":")
     if name not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {name!r}")
-    keys = {f.name: f for f in dataclasses.fields(POLICIES[name])}
+    fields = sorted(dataclasses.fields(POLICIES[name]), key=lambda key: key.kw_only)  # stable: own keys first
+    keys = {key.name: key for key in fields}
     values = {key: value for key, value in defaults.items() if key in keys and value is not None}
     given = set()
     for index, setting in enumerate(filter(None, settings.split(","))):
@@ -154,10 +458,12 @@ def make_policy(text: str, n_layer: int, **defaults) -> DraftPolicy:
         try:
             values[key] = kind(value)
         except ValueError:
-            raise ValueError(f"policy {name}: {key} must be of type {kind.__name__}, got {value!r}") from None
+            wanted = "depths such as 3-6-9" if kind is Depths else f"of type {kind.__name__}"
+            raise ValueError(f"policy {name}: {key} must be {wanted}, got {value!r}") from None
     missing = [k for k, f in keys.items() if k not in values and f.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"policy {name} needs {', '.join(missing)}, for example {name}:{missing[0]}=2")
-    policy = POLICIES[name](**values)
-    policy.check(n_layer)
-    return policy
+    try:
+        return POLICIES[name](**values)
+    except ValueError as error:
+        raise ValueError(f"policy {name}: {error}") from None

@@ -19,15 +19,16 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kernels.exit_head import Exit
-from kernels.layers import PackedLayers
+from kernels.exit_head import Draw, Exit
+from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
 from model import Linear, Transformer
-from policies import DraftPlan
+from plan import DraftPlan
 from sampling import SamplingConfig, accept
 
 PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
@@ -78,7 +79,7 @@ class DeviceRound:
             positions = self.position + self.offsets[i : i + 1]
             states.append(runner._run_blocks(runner.model.embed(token), positions, 0, self.resume_layer))
             if i < self.drafts:
-                token = self.choose(states[-1], positions)
+                token = self.choose(states[-1], positions, draft=True)
                 drafted.append(token)
         positions = self.position + self.offsets
         hidden = runner._run_blocks(torch.cat(states), positions, self.resume_layer, runner.n_layer)
@@ -89,10 +90,11 @@ class DeviceRound:
         self.token.copy_(chosen[accepted])
         self.position += accepted + 1
 
-    def choose(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def choose(self, hidden: Tensor, positions: Tensor, draft: bool = False) -> Tensor:
         """The token after each row, int64 [T]."""
-        exit = self.runner.exit(hidden)
-        return exit.samples(positions + 1, self.seed, self.temperature) if self.sampled else exit.token_ids()
+        draw = Draw(positions + 1, self.seed, self.temperature) if self.sampled else None
+        exit = self.runner.exit(hidden, draw, draft)
+        return exit.samples() if self.sampled else exit.token_ids()
 
     def capture(self) -> None:
         """Make the graph of the program, and two places for what it found: one is written while one is read."""
@@ -158,14 +160,20 @@ class Runner:
 
     def __init__(
         self, model: Transformer, cache_length: int, max_rows: int = 4, compile: bool = False,
-        exact: bool = True, notice: Callable[[str], None] = print,
+        exact: bool = True, notice: Callable[[str], None] = print, draft_vocab: int | None = None,
     ):  # fmt: skip
+        """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper."""
         check_num_draft_tokens(max_rows - 1)
         self.model = model.requires_grad_(False)
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
         self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
         self._ends = model.ends()  # module attributes cost microseconds
+        self._draft_ends = self._ends if draft_vocab is None else self._ends.trimmed(draft_vocab)
+        self.draft_head_share = self._draft_ends.n_vocab / self._ends.n_vocab
+        sublayers = model.layers[0].attention, model.layers[0].mlp
+        attention, mlp = (sum(weight.nbytes for weight in sublayer.parameters()) for sublayer in sublayers)
+        self._attention_share = attention / (attention + mlp)
         self.backend = "eager"
         if compile and self.rows_independent:
             self.backend = "c++"
@@ -199,17 +207,23 @@ class Runner:
     def compiled(self) -> bool:
         return self.backend != "eager"
 
-    def warm_up(self, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = ()) -> None:
-        """Compile every graph that decoding will use, then make any further compilation an error."""
+    @cached_property
+    def _can_sample(self) -> bool:
+        return self.exit(self._ends.norm[None]).can_sample()
+
+    def warm_up(self, skips_sublayers: bool = False) -> None:
+        """Compile every graph that decoding will use, then make any further compilation an error.
+
+        skips_sublayers: also the variants of a layer that leave out its attention, its MLP or both.
+        """
         if self.backend != "inductor":
             return
         start = time.perf_counter()
         torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
         torch._inductor.config.size_asserts = False  # 20 checks per layer call; the guards above hold the same facts
         hidden = self.embed([0] * self.width)
-        self.run_layers(hidden, 0, 0, self.n_layer)
-        if skip_attention or skip_mlp:
-            self.run_layers(hidden, 0, 0, self.n_layer, skip_attention, skip_mlp)
+        for skips in ((), ((0,), ()), ((), (0,)), ((0,), (0,))) if skips_sublayers else ((),):
+            self.run_layers(hidden, 0, 0, self.n_layer, *skips)
         self._warm = True
         self.compile_s += time.perf_counter() - start
 
@@ -243,6 +257,10 @@ class Runner:
 
     def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
+        return self.prefill_states(tokens, start)[self.n_layer][-1:]
+
+    def prefill_states(self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = ()) -> dict[int, Tensor]:
+        """As `prefill` -> hidden [T, D] of the last T <= PREFILL_CHUNK tokens at each of `depths` and at the top."""
         for each in self._rounds.values():
             each.ahead = None  # it continues another text
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
@@ -252,13 +270,15 @@ class Runner:
             tensors = [layer.tensors() for layer in model.layers]
             self._layers = PackedLayers(tensors, model.cos, model.sin, args.n_head, args.norm_eps)
         for first in range(0, len(tokens), PREFILL_CHUNK):
-            hidden = self.embed(tokens[first : first + PREFILL_CHUNK])
-            if self._layers:
-                hidden = self._layers.run(hidden, start + first, 0, self.n_layer)
-            else:
-                positions = self.positions[start + first : start + first + len(hidden)]
-                hidden = self.model.run_layers(hidden, positions, 0, self.n_layer)
-        return hidden[-1:]
+            hidden, below, states = self.embed(tokens[first : first + PREFILL_CHUNK]), 0, {}
+            positions = self.positions[start + first : start + first + len(hidden)]
+            for depth in sorted({*depths, self.n_layer}):
+                if self._layers:
+                    hidden = self._layers.run(hidden, start + first, below, depth)
+                else:
+                    hidden = self.model.run_layers(hidden, positions, below, depth)
+                below, states[depth] = depth, hidden
+        return states
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids -> hidden [T, D]."""
@@ -271,11 +291,27 @@ class Runner:
         self, hidden: Tensor, position: int, start: int, stop: int,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
     ) -> Tensor:  # fmt: skip
-        """Layers start..stop-1 on hidden [T, D], T <= max_rows, whose first row is at `position`."""
+        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`."""
         if self._layers:
             return self._layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
         positions = self.positions[position : position + len(hidden)]
-        return self._run_blocks(hidden, positions, start, stop, skip_attention, skip_mlp)
+        parts = [
+            self._run_blocks(rows, at, start, stop, skip_attention, skip_mlp)
+            for rows, at in zip(hidden.split(self.width), positions.split(self.width), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def layer_visits(
+        self, start: int, stop: int, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = ()
+    ) -> float:
+        """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less."""
+        left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
+        return self.counted(stop - start, left_out)
+
+    def counted(self, layers: int, left_out: Sequence[int]) -> float:
+        """So many layers, less the attentions and MLPs left out of them."""
+        attention, mlp = left_out
+        return layers - attention * self._attention_share - mlp * (1 - self._attention_share)
 
     def _run_blocks(
         self, hidden: Tensor, positions: Tensor, start: int, stop: int,
@@ -300,35 +336,42 @@ class Runner:
 
     def play(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int
-    ) -> tuple[list[int], list[int]] | None:  # fmt: skip
-        """Play a round in one call -> up to `limit` drafts, and the model's own choice after each row. None: cannot.
+    ) -> PlayedRound | None:  # fmt: skip
+        """Play a round in one call, with up to `limit` drafts. None: cannot.
 
         Between the calls of a round Python takes as long as a small model's layers do.
         """
-        if not plan.is_static:
+        sampled = sampling.temperature > 0
+        if plan.asks_policy or (sampled and not (sampling.is_plain and self._can_sample)):
             return None
         if self._layers:
-            if sampling.temperature > 0:
-                return None
-            exit_layer, drafts = plan.exits[0] if plan.exits else 0, min(plan.num_draft_tokens, limit)
-            tokens = self._layers.static_round(
-                self.model.embedding.weight, self._ends, token, position, exit_layer, drafts
-            )
-            return tokens[:drafts], tokens[drafts:]
-        if sampling.temperature > 0 and not (sampling.is_plain and self.exit(self._ends.norm[None]).can_sample()):
+            drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
+            return self._layers.play_round(
+                self.model.embedding.weight, self._ends, token, position, plan.exits or (self.n_layer,), drafts,
+                leave_if=plan.leave_if, stop_unless=plan.stop_unless, skip_attention=plan.skip_attention,
+                skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], draft_vocab=self._draft_ends.n_vocab,
+                temperature=sampling.temperature, seed=sampling.seed,
+            )  # fmt: skip
+        if not plan.is_static:
             return None
-        key = plan, sampling.temperature > 0
+        key = plan, sampled
         if key not in self._rounds:
-            self._rounds[key] = DeviceRound(self, plan, sampled=sampling.temperature > 0)
+            self._rounds[key] = DeviceRound(self, plan, sampled)
         drafted, chosen = self._rounds[key].play(token, position, sampling)
-        return drafted[:limit], chosen[: limit + 1]
+        drafted, depth = drafted[:limit], plan.exits[0] if plan.exits else 0
+        layers = len(drafted) * depth + self.n_layer
+        exit_layers = [depth] * len(drafted)
+        return PlayedRound(drafted, exit_layers, chosen[: limit + 1], depth, layers, (0, 0), len(drafted))
 
-    def exit(self, hidden: Tensor) -> Exit:
-        """What the final norm and LM head say about hidden [T, D], T <= max_rows."""
-        return Exit(self._pad(hidden), self._ends, len(hidden))
+    def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
+        """What the final norm and LM head say about hidden [T, D], T <= max_rows.
+
+        draw: how `Exit.samples` will choose. draft: with the draft's LM head, which may know fewer tokens.
+        """
+        return Exit(self._pad(hidden), self._draft_ends if draft else self._ends, len(hidden), draw)
 
     def _pad(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]
-        if self.rows_independent or rows == self.width:
+        if self.rows_independent or rows >= self.width:
             return hidden
         return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))

@@ -5,8 +5,10 @@ one (default) makes the text a function of seed and target model alone: the nois
 (seed, position, token id), so speculation on or off, any exit and any number of drafts give the same text. The
 rejection one is the textbook rule; it keeps the distribution, not the text.
 
-All arithmetic is fp32 and runs row by row: the last bits of a vectorised logarithm may depend on where an element
-lies in a larger tensor, and a row must not notice how many rows it is computed with.
+A plain coupled choice (no top-k, no top-p) comes from the fused exit head where there is one, so that no logits are
+written; whoever makes the exit passes it the sampler's `draw`. All other arithmetic is fp32 and runs row by row: the
+last bits of a vectorised logarithm may depend on where an element lies in a larger tensor, and a row must not notice
+how many rows it is computed with. One SamplingConfig chooses by one arithmetic, whatever drafts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.exit_head import Exit
+from kernels.exit_head import Draw, Exit
+from kernels.noise import MASK32, gumbel_noise, mix32
 
 VERIFICATIONS = ("coupled", "rejection")
-MASK32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -47,28 +49,6 @@ class SamplingConfig:
     def is_plain(self) -> bool:
         """Whether a coupled choice needs nothing but logits, temperature and noise."""
         return self.top_k is None and self.top_p is None and self.verification == "coupled"
-
-
-def mix32(x: Tensor | int) -> Tensor | int:
-    """A bijective 32-bit hash (xor-shift-multiply, constants of Wellons' lowbias32) on int64 values in 0..2^32-1."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
-def gumbel_noise(seed: int, position: int, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp32, one value for each token id in `ids` (int64, any shape).
-
-    A pure function of (seed, position, id): independent of device, vocabulary tiling and tensor-parallel shard.
-    """
-    key = mix32(mix32(seed & MASK32) ^ (seed >> 32 & MASK32))
-    first = mix32((key + position * 0x9E3779B9) & MASK32)
-    second = mix32(first ^ 0x85EBCA6B)
-    bits = mix32((mix32(ids ^ first) + second) & MASK32)
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 2^23 midpoints: never 0 or 1, all exact in fp32
-    return -torch.log(-torch.log(uniform))
 
 
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -122,26 +102,31 @@ class CoupledSampler:
     def __init__(self, config: SamplingConfig):
         self.config = config
 
-    def _choices(self, exit: Exit, position: int) -> Iterable[int]:
-        """The token of each row, the first being for `position`."""
+    def draw(self, position: int) -> Draw | None:
+        """What an exit needs to choose its first row's token for `position`, the others' for those behind it.
+
+        None where a choice takes no noise or more than noise.
+        """
         config = self.config
-        if config.temperature == 0:
+        return Draw(position, config.seed, config.temperature) if config.temperature and config.is_plain else None
+
+    def choices(self, exit: Exit, position: int) -> Iterable[int]:
+        """The token of each row, the first being for `position`."""
+        if self.config.temperature == 0:
             return exit.tokens()
-        if config.is_plain and exit.can_sample():
-            device = exit.hidden.device
-            positions = torch.arange(position, position + exit.rows, device=device)
-            seed = torch.tensor([config.seed], device=device)
-            temperature = torch.tensor([config.temperature], dtype=torch.float32, device=device)
-            return exit.samples(positions, seed, temperature).tolist()
-        return (choose(row, position + i, config) for i, row in enumerate(exit.logits()))
+        if self.config.is_plain and exit.can_sample():
+            if exit.draw is None:  # costs a pass of its own if the head was asked already; the choice is the same
+                exit.draw = self.draw(position)
+            return exit.samples().tolist()
+        return (choose(row, position + i, self.config) for i, row in enumerate(exit.logits()))
 
     def draft(self, exit: Exit, position: int) -> int:
         """The draft's token for `position` from its one row."""
-        return next(iter(self._choices(exit, position)))
+        return next(iter(self.choices(exit, position)))
 
     def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
         """Judge `drafted` (K ids for position, position+1, …) by the target's K+1 rows -> (accepted, next token)."""
-        return accept(drafted, self._choices(exit, position))
+        return accept(drafted, self.choices(exit, position))
 
 
 class RejectionSampler:
@@ -155,7 +140,14 @@ class RejectionSampler:
         self.config = config
         key = mix32(mix32(config.seed & MASK32) ^ (config.seed >> 32))  # torch's generator reads 32 bits only
         self.random = torch.Generator().manual_seed(key)
-        self.draft_probs: dict[int, Tensor] = {}  # position -> [V], of the draft now under way
+        self.draft_probs: dict[int, Tensor] = {}  # position -> [V] or fewer, of the draft now under way
+
+    def draw(self, position: int) -> None:
+        """No exit can choose for this sampler: a choice takes what was drafted into account."""
+
+    def choices(self, exit: Exit, position: int) -> list[int]:
+        """The best token of each row, a stand-in where an exit's agreement with the target is estimated."""
+        return exit.tokens()
 
     def _draw(self, probs: Tensor) -> int:
         return int(torch.multinomial(probs.cpu(), 1, generator=self.random))
@@ -174,6 +166,8 @@ class RejectionSampler:
             if draft is None:
                 draft = torch.zeros_like(target)
                 draft[token] = 1
+            elif len(draft) < len(target):  # it chose among the first tokens only
+                draft = torch.nn.functional.pad(draft, (0, len(target) - len(draft)))
             if torch.rand((), generator=self.random).item() * draft[token].item() >= target[token].item():
                 residual = (target - draft).clamp(min=0)
                 return accepted, self._draw(residual if residual.sum() > 0 else target)  # 0: equal up to rounding

@@ -181,7 +181,8 @@ def _register_fakes() -> None:
         return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @torch.library.register_fake("skipfast_cpu::exit_head")
-    def _(hidden, norm, packed, n_vocab, eps, want_stats):
+    def _(hidden, norm, packed, n_vocab, eps, want_stats, temperature, seed, position):
         rows = hidden.shape[0]
         return (hidden.new_empty(rows, dtype=torch.int64),
-                hidden.new_empty(rows if want_stats else 0, 4, dtype=torch.float32))
+                hidden.new_empty(rows if want_stats else 0, 4, dtype=torch.float32),
+                hidden.new_empty(rows if temperature > 0 else 0, dtype=torch.int64))

@@ -5,13 +5,31 @@ small model. `cpp/layers.h` runs the same operations in the same order, rounding
 `model.Block`'s bit for bit, with one team of threads from the first layer to the last. The reference is `model.Block`.
 """
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.exit_head import Head
+from kernels.exit_head import ExitStats, Head
 
 TENSORS = ("attention_norm", "wqkv", "wo", "mlp_norm", "w13", "w2", "k_cache", "v_cache")  # of a layer, in this order
+
+
+class PlayedRound(NamedTuple):
+    """What a round drafted and the full model's token after each of its rows, and what was read for it.
+
+    chosen: one more than drafted. exit_layers: of each draft, none if they were proposed. resume_layer: where the
+    shallowest row waited for verification. layers: layers read, of which `left_out` attentions and MLPs were not.
+    draft_heads: LM heads read while drafting.
+    """
+
+    drafted: list[int]
+    exit_layers: list[int]
+    chosen: list[int]
+    resume_layer: int
+    layers: int
+    left_out: tuple[int, int]
+    draft_heads: int
 
 
 class PackedLayers:
@@ -32,13 +50,26 @@ class PackedLayers:
         skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
         return torch.ops.skipfast_cpu.layers.default(hidden, self.table, position, start, stop, skips)
 
-    def static_round(self, embedding: Tensor, head: Head, token: int, position: int, exit_layer: int, drafts: int
-                     ) -> list[int]:
-        """Play a whole greedy round: draft `drafts` tokens after `token` with exit_layer layers, verify them all.
+    def play_round(
+        self, embedding: Tensor, head: Head, token: int, position: int, exits: Sequence[int], drafts: int, *,
+        leave_if: tuple[str, float] | None = None, stop_unless: tuple[str, float] | None = None,
+        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), proposed: Sequence[int] = (),
+        draft_vocab: int | None = None, temperature: float = 0.0, seed: int = 0,
+    ) -> "PlayedRound":  # fmt: skip
+        """Play a whole round: draft at most `drafts` tokens after `token` at `position`, verify them all.
 
-        embedding: [V, D], plain or packed. head: its weight packed. Returns the drafted tokens, then the full model's
-        choice after each of the drafts + 1 rows: the bits of the same round call by call.
+        embedding: [V, D], plain or packed. head: its weight packed. exits, leave_if, stop_unless, skips, proposed: of a
+        plan.DraftPlan; a rule is a field of ExitStats and a threshold. draft_vocab: only the first so many tokens are
+        drafted. temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. The tokens are those of
+        the same round call by call. Raises RuntimeError for what is out of range.
         """
-        play = torch.ops.skipfast_cpu.static_round.default
-        ends = embedding, head.norm, head.weight, head.n_vocab
-        return play(self.table, *ends, token, position, exit_layer, drafts).tolist()
+        (leave, leave_at), (stay, stay_at) = (
+            (ExitStats._fields.index(rule[0]) - 1, rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
+        )
+        skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
+        n, heads, layers, no_attention, no_mlp, resume, *rest = torch.ops.skipfast_cpu.play_round.default(
+            self.table, embedding, head.norm, head.weight, head.n_vocab, token, position, exits, drafts, leave,
+            leave_at, stay, stay_at, skips, proposed, draft_vocab or head.n_vocab, temperature, seed,
+        ).tolist()  # fmt: skip
+        exit_layers = [] if proposed else rest[n : 2 * n]
+        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, (no_attention, no_mlp), heads)

@@ -2,7 +2,7 @@
 
 Every round runs every row on every prompt, row after row in a new order for each prompt; a row's tokens/s is the median
 over rounds, a speedup the median of the ratios inside a round. The ceiling (memory bandwidth, measured in the same
-process) is printed before anything is timed.
+process) is printed before anything is timed. `policy_sets.py` has the sets of policies, `plot.py` draws the picture.
 """
 
 import argparse
@@ -13,19 +13,35 @@ import random
 import resource
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import cli
-from generate import GenerateConfig, Generation, check_prompt, decode, head_cost_layers, ideal_speedup
-from policies import DraftPolicy, Static, make_policy
+from calibrate import SAMPLE_TEXT, calibrate
+from generate import (
+    CALIBRATION_TOKENS,
+    GenerateConfig,
+    Generation,
+    check_draft_vocab,
+    check_prompt,
+    decode,
+    early_exit,
+    head_cost_layers,
+    ideal_speedup,
+    share_equal,
+)
+from model import Transformer
+from plan import DraftPolicy
+from policies import Static, make_policy
 from runner import MAX_ROWS, Runner
-from scripts import peers
+from scripts import peers, plot, policy_sets
 from scripts.peers import Contender
+from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
 
-LENGTH_TOKENS = 32  # decoded after each of --prompt_lengths
+PROMPT_SETS = Path(__file__).parent.parent / "benchmarks" / "prompts"
 PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
     'def read_config(path):\n    """',
     "import os\nimport sys\n\ndef main():",
@@ -55,56 +71,81 @@ def peak_memory_bytes() -> int:
 
 
 def skipfast_contender(
-    session: cli.Session, runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True
+    runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True, verified: bool = True
 ) -> Contender:
+    """A row of ours. verified=False: early exit, named so, with a judge of its text."""
+    decoding = decode if verified else early_exit
+
     def run(prompt, count):
         wanted = dataclasses.replace(config, max_new_tokens=count)
-        generation = Generation.collect(decode(runner, prompt, wanted, policy))
-        return generation.tokens, generation.decode_s, generation.summary(session.model)
+        generation = Generation.collect(decoding(runner, prompt, wanted, policy))
+        return generation.tokens, generation.decode_s, generation.summary(runner.model)
 
-    return Contender("skipfast", name, runner.compiled, run, runner.backend, exact, torch.get_num_threads())
+    def judge(prompt, text):
+        return share_equal(runner, prompt, text, config.sampling)
+
+    return Contender(
+        "skipfast", name if verified else f"{name} (unverified)", runner.compiled, run, runner.backend, exact,
+        torch.get_num_threads(), None if verified else judge,
+    )  # fmt: skip
+
+
+class Runners:
+    """The runners of one model, made when first asked for; all share one cache."""
+
+    def __init__(self, model: Transformer, length: int, draft_vocab: int | None):
+        """length: positions that a prompt and its text may take."""
+        model.setup_cache(length + MAX_ROWS)
+        self.model, self.length, self.draft_vocab = model, length, draft_vocab
+        self.made: dict[tuple, Runner] = {}
+        self.skipping: set[tuple] = set()  # those that must be ready to leave sublayers out
+
+    def get(self, width: int, compile: bool, exact: bool = True, skips: bool = False) -> Runner:
+        key = width, compile, exact
+        if key not in self.made:
+            self.made[key] = Runner(self.model, self.length, width, compile, exact, cli.notice, self.draft_vocab)
+        if skips:
+            self.skipping.add(key)
+        return self.made[key]
+
+    def warm_up(self) -> None:
+        for key, runner in self.made.items():
+            runner.warm_up(key in self.skipping)
 
 
 def make_contenders(
-    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, length: int, cleanup: contextlib.ExitStack
-) -> list[Contender]:
+    session: cli.Session, policies: dict[str, DraftPolicy], config: GenerateConfig, length: int,
+    cleanup: contextlib.ExitStack,
+) -> list[Contender]:  # fmt: skip
     """Every row that the flags ask for; plain decoding, eager and compiled, is always among them.
 
     length: positions that a prompt and its text may take. cleanup: ends what other processes the peers need.
     """
-    n_layer = session.args.n_layer
-    names = [name for name in flags.policy or [f"static:{max(1, n_layer // 4)}"] if name != "none"]
-    policies = {name: make_policy(name, n_layer, num_draft_tokens=flags.num_draft_tokens) for name in names}
-    model = session.model
-    model.setup_cache(length + MAX_ROWS)  # one cache for all runners
-    runners: dict[tuple, Runner] = {}
-
-    def runner(width, compile, exact=True):
-        key = (width, compile, exact)
-        if key not in runners:
-            runners[key] = Runner(model, length, width, compile, exact, cli.notice)
-        return runners[key]
-
+    flags, plain = session.flags, make_policy("none", session.args.n_layer)
+    runners = Runners(session.model, length, flags.draft_vocab)
     counts = peers.thread_counts(flags)
-    if flags.compile and runner(1, True).rows_independent and flags.threads is None:
-        runner(1, True).choose_threads()
-    found = []
+    if flags.compile and runners.get(1, True).rows_independent and flags.threads is None:
+        runners.get(1, True).choose_threads()
+    found, measuring = [], []
     for compile in (True, False) if flags.compile else (False,):
-        found.append(skipfast_contender(session, runner(1, compile), make_policy("none", n_layer), "none", config))
-        if not runner(1, compile).rows_independent:  # padding costs time: plain decoding is faster without
-            unpadded = runner(1, compile, exact=False)
-            plain = make_policy("none", n_layer)
-            found.append(skipfast_contender(session, unpadded, plain, "none", config, exact=False))
+        exact = runners.get(1, compile)
+        found.append(skipfast_contender(exact, plain, "none", config))
+        if not exact.rows_independent:  # padding costs time: plain decoding is faster without
+            found.append(skipfast_contender(runners.get(1, compile, False), plain, "none", config, exact=False))
     for name, policy in policies.items():
-        wide = runner(1 + policy.num_draft_tokens, flags.compile)
-        found.append(skipfast_contender(session, wide, policy, name, config))
+        runner = runners.get(1 + policy.num_draft_tokens, flags.compile, skips=policy.skips_sublayers)
+        measuring.append((runner, policy))
+        found.append(skipfast_contender(runner, policy, name, config))
+        if flags.no_verify and not policy.verifiable_only:
+            found.append(skipfast_contender(runner, policy, name, config, verified=False))
     if "transformers" in flags.against:
         drafting = next((policy for policy in policies.values() if isinstance(policy, Static)), None)
         found += peers.transformers_contenders(session, drafting, counts)
     if "llama.cpp" in flags.against:
         found.append(cleanup.enter_context(contextlib.closing(peers.LlamaCpp(session, length, counts))).contender())
-    for each in runners.values():
-        each.warm_up()
+    runners.warm_up()
+    for runner, policy in measuring:
+        calibrate(runner, policy, session.tokenizer.encode(SAMPLE_TEXT), config.sampling)
     return found
 
 
@@ -127,24 +168,47 @@ def measure(contenders: list[Contender], prompts: list[list[int]], new_tokens: i
                 contender.rates.append(sum(len(text) - 1 for text in texts) / sum(seconds))
 
 
-def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: float) -> list[dict]:
+def decoding_numbers(c: Contender, model: Transformer) -> dict:
+    """The numbers of a row that follow from its rounds; None where nothing was drafted or an engine does not tell."""
+    emitted = sum(len(text) - 1 for text in c.texts)
+    told = all("rounds" in summary for summary in c.summaries)
+    drafted, accepted, rounds = (sum(s.get(key, 0) for s in c.summaries) for key in ("drafted", "accepted", "rounds"))
+    exits = sum((Counter(summary.get("exit_layers", {})) for summary in c.summaries), Counter())
+    layers, heads = (model.args.n_layer, 1) if c.policy == "none" else (None, None)
+    if told:
+        layers, heads = (
+            sum(summary[key] * (len(text) - 1) for summary, text in zip(c.summaries, c.texts, strict=True)) / emitted
+            for key in ("layer_visits_per_token", "head_visits_per_token")
+        )
+    return {
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "tokens_per_round": emitted / rounds if rounds else None,
+        "mean_exit_layer": sum(int(depth) * n for depth, n in exits.items()) / exits.total() if exits else None,
+        "layer_visits_per_token": layers,
+        "head_visits_per_token": heads,
+        "cost_per_token_layers": None if layers is None else layers + heads * head_cost_layers(model),
+        "ideal_speedup": None if layers is None else ideal_speedup(1, layers, heads, model),
+    }
+
+
+def result_rows(
+    contenders: list[Contender], session: cli.Session, prompts: list[list[int]], bandwidth: float
+) -> list[dict]:
     """The `rows` of the JSON file, one a contender."""
-    model = session.model
+    model, flags = session.model, session.flags
     fastest = max((c for c in contenders if c.is_ar), key=lambda c: statistics.median(c.rates))
     reference = next(c for c in contenders if c.is_ar and c.exact).texts
-    own = {c.engine: c.texts for c in contenders if c.policy == "none" and c.engine != "skipfast"}
-    own["skipfast"] = reference
     plain = {c.engine: c for c in contenders if c.policy == "none" and c.engine != "skipfast"}
+    own = {name: c.texts for name, c in plain.items()} | {"skipfast": reference}
+    exact_text = flags.temperature == 0 or flags.verification == "coupled"
     rows = []
     for c in contenders:
-        counted = [summary for summary in c.summaries if "rounds" in summary]  # other engines do not tell
-        totals = {key: sum(s[key] for s in counted) for key in ("drafted", "accepted", "rounds")}
-        unknown = c.policy != "none" and not counted  # what a drafting peer read, and what it could have gained
-        drafted, rounds = totals["drafted"], totals["rounds"]
-        acceptance = totals["accepted"] / drafted if drafted else None
-        exit_layer = statistics.mean(s["mean_exit_layer"] for s in c.summaries) if drafted else None
-        emitted = sum(len(text) - 1 for text in c.texts)
-        rate = statistics.median(c.rates)
+        numbers, rate = decoding_numbers(c, model), statistics.median(c.rates)
+        layers, heads = numbers["layer_visits_per_token"], numbers["head_visits_per_token"]
+        read = None if layers is None else streamed_bytes(model, layers, heads)
+        ideal, comparable = numbers["ideal_speedup"], exact_text and c.judge is None
+        speedup = statistics.median(a / b for a, b in zip(c.rates, fastest.rates, strict=True))
+        tokens = [token for text in c.texts for token in text]
         rows.append({
             "engine": c.engine,
             "policy": c.policy,
@@ -154,48 +218,42 @@ def result_rows(contenders: list[Contender], session: cli.Session, bandwidth: fl
             "backend": c.backend,
             "threads": c.threads,
             "exact_width": c.exact,
+            "verified": c.judge is None,
             "tokens_per_s": rate,
             "tokens_per_s_rounds": c.rates,
-            "speedup_over_fastest_ar": statistics.median(
-                a / b for a, b in zip(c.rates, fastest.rates, strict=True)),
-            "acceptance_rate": acceptance,
-            "tokens_per_round": emitted / rounds if rounds else None,
-            "mean_exit_layer": exit_layer,
-            "ideal_speedup": ideal_speedup(
-                acceptance, drafted / rounds, exit_layer, model.args.n_layer, head_cost_layers(model),
-            ) if drafted else None if unknown else 1.0,
-            "share_of_bandwidth": None if unknown else
-                streamed_bytes(c, session, drafted, rounds, exit_layer, emitted) * rate / bandwidth,
+            "speedup_over_fastest_ar": speedup,
+            **numbers,
+            "share_of_ideal": speedup / ideal if ideal else None,
+            "share_of_bandwidth": read * rate / bandwidth if read else None,
             "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
                          for name, peer in plain.items()},
-            "identical": c.texts == reference,
-            "differs_from_own_plain": sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True)),
+            "identical": c.texts == reference if comparable else None,
+            "differs_from_own_plain":
+                sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True)) if comparable else None,
+            "equal_to_full_model": None if c.judge is None else
+                sum(c.judge(prompt, text) * len(text) for prompt, text in zip(prompts, c.texts, strict=True))
+                / len(tokens),
+            "draft_vocab_coverage": None if flags.draft_vocab is None else
+                sum(token < flags.draft_vocab for token in tokens) / len(tokens),
             "prompts": len(c.texts),
         })  # fmt: skip
     return rows
 
 
-def full_pass_bytes(session: cli.Session) -> int:
-    """Weight bytes that one pass through all layers and the LM head reads."""
-    model = session.model
-    return model.args.n_layer * sum(p.nbytes for p in model.layers[0].parameters()) + model.lm_head.weight.nbytes
-
-
-def streamed_bytes(c: Contender, session: cli.Session, drafted: int, rounds: int, exit_layer, emitted: int) -> float:
-    """Weight bytes read per emitted token: k drafts of E layers and the head, the last draft's E layers, one pass."""
-    model = session.model
-    layer = sum(p.nbytes for p in model.layers[0].parameters())
-    head = model.lm_head.weight.nbytes
-    full = full_pass_bytes(session)
-    if not drafted:
-        return full
-    return (drafted * (exit_layer * layer + head) + rounds * full) / emitted
+def streamed_bytes(model: Transformer, layers: float, heads: float) -> float:
+    """Weight bytes that so many visits of layers and of the LM head read."""
+    return layers * sum(p.nbytes for p in model.layers[0].parameters()) + heads * model.lm_head.weight.nbytes
 
 
 def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
-    """Prompts as token ids: lines of a .txt, `prompt` of a .jsonl, `ids` of a .json list, or built-in ones."""
+    """Prompts as token ids: lines of a .txt, `prompt` of a .jsonl, `ids` of a .json list, or built-in ones.
+
+    path: a file, or the name of one in benchmarks/prompts.
+    """
     if path is None:
         return [session.tokenizer.encode(prompt) for prompt in PROMPTS]
+    if not Path(path).exists() and (known := PROMPT_SETS / f"{path}.jsonl").exists():
+        path = str(known)
     text = cli.read_text(path)
     encode = session.tokenizer.encode
     try:
@@ -212,109 +270,98 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
     return prompts
 
 
-def measure_lengths(contenders: list[Contender], lengths: list[int], repeats: int, session: cli.Session) -> list[dict]:
-    """Prefill and decode LENGTH_TOKENS tokens after prompts of these lengths, engines in turns -> a row each.
-
-    `floor` is what the bytes of weights and KV cache alone would make of a token's time, relative to the first length.
-    """
-    if not lengths:
-        return []
-    vocab, args = session.args.vocab_size, session.args
-    prompts = {length: [(7919 * i + 3) % (vocab - 3) + 3 for i in range(length)] for length in lengths}
-    weights = full_pass_bytes(session)
-    kv = 2 * args.n_layer * args.n_kv_head * args.head_dim * session.model.norm.weight.element_size()
-    took = {(c.engine, length): [] for c in contenders for length in lengths}
-    for turn in tqdm(range(repeats + 1), desc="lengths", leave=False):
-        for length, prompt in prompts.items():
-            for c in contenders:
-                _, seconds, summary = c.run(prompt, LENGTH_TOKENS)
-                if turn:
-                    took[c.engine, length].append((summary["prefill_s"], seconds / (LENGTH_TOKENS - 1)))
-    rows = []
-    for c in contenders:
-        first = statistics.median(seconds for _, seconds in took[c.engine, lengths[0]])
-        for length in lengths:
-            prefill, token = (statistics.median(times) for times in zip(*took[c.engine, length], strict=True))
-            rows.append({
-                "engine": c.engine, "prompt_tokens": length, "prefill_s": prefill,
-                "prefill_tokens_per_s": length / prefill, "ms_per_token": 1e3 * token, "over_first": token / first,
-                "floor": (weights + kv * length) / (weights + kv * lengths[0]),
-            })  # fmt: skip
-    return rows
-
-
-def print_lengths(rows: list[dict]) -> None:
-    form = cli.shown
-    body = [
-        [row["engine"], str(row["prompt_tokens"]), form(row["prefill_tokens_per_s"], ".0f"),
-         form(row["ms_per_token"], ".2f"),
-         form(row["over_first"], ".2f") + "×", form(row["floor"], ".2f") + "×"]
-        for row in rows
-    ]  # fmt: skip
-    columns = ("engine", "prompt tokens", "prefill tokens/s", "ms a token", "over the first length", "by bytes alone")
-    cli.print_table("plain decoding by length of prompt", columns, body)
-
-
 def print_rows(rows: list[dict], title: str) -> None:
     form = cli.shown
     compared = list(rows[0]["ratio_to"])
-    body = [
-        [
-            row["engine"], row["policy"] + ("" if row["exact_width"] or row["engine"] != "skipfast" else " (inexact)"),
-            row["backend"], str(row["threads"]), form(row["tokens_per_s"]),
-            f"{min(row['tokens_per_s_rounds']):.0f}–{max(row['tokens_per_s_rounds']):.0f}",
+    body = []
+    for row in rows:
+        name = row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}"
+        rates, equal = row["tokens_per_s_rounds"], row["equal_to_full_model"]
+        differ = row["differs_from_own_plain"]
+        body.append([
+            name + ("" if row["exact_width"] else " (inexact)"), f"{row['backend']} ×{row['threads']}",
+            form(row["tokens_per_s"]), f"{min(rates):.0f}–{max(rates):.0f}",
             form(row["speedup_over_fastest_ar"], ".2f") + "×",
-            *(form(row["ratio_to"][name], ".2f") + "×" for name in compared), form(row["acceptance_rate"], ".2f"),
-            form(row["tokens_per_round"], ".2f"), form(row["ideal_speedup"], ".2f"),
-            form(row["share_of_bandwidth"], ".0%"), f"{row['differs_from_own_plain']} of {row['prompts']}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    columns = ("engine", "policy", "backend", "threads", "tokens/s", "min–max", "× fastest AR",
-               *(f"× {name}" for name in compared), "accepted", "tokens/round", "ideal", "of bandwidth",
-               "texts differ")  # fmt: skip
+            *(form(row["ratio_to"][other], ".2f") + "×" for other in compared), form(row["acceptance_rate"], ".2f"),
+            form(row["tokens_per_round"], ".2f"), form(row["mean_exit_layer"]),
+            form(row["layer_visits_per_token"], ".2f"), form(row["head_visits_per_token"], ".2f"),
+            form(row["ideal_speedup"], ".2f"), form(row["share_of_ideal"], ".0%"),
+            form(row["share_of_bandwidth"], ".0%"),
+            f"{equal:.1%} right" if equal is not None else "–" if differ is None else f"{differ} of {row['prompts']}",
+        ])  # fmt: skip
+    columns = ("policy", "backend\n×threads", "tokens/s", "min–max", "× fastest\nAR",
+               *(f"× {name}" for name in compared), "accep-\ntance", "tokens\n/round", "mean\nexit", "layers\n/token",
+               "heads\n/token", "ideal", "share\nof it", "of band-\nwidth", "texts differ")  # fmt: skip
     cli.print_table(title, columns, body)
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark", description=__doc__.split("\n")[0],
-        epilog="example: python -m scripts.benchmark --policy static:3 --against transformers,llama.cpp",
+        epilog="example: python -m scripts.benchmark --policies all --prompts code --output_dir out",
     )  # fmt: skip
+    comma = lambda text: text.split(",")
     cli.add_model_flags(parser)
     cli.add_decode_flags(parser)
-    parser.add_argument("--policy", action="append", metavar="NAME:key=value,…", help="repeatable; default static:L/4")
-    parser.add_argument("--prompts", metavar="FILE", help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`)")
+    parser.add_argument("--policy", action="append", default=[], metavar="NAME:key=value,…",
+                        help="repeatable; default: auto and static:L/4")
+    parser.add_argument("--policies", default=[], type=comma, metavar="SET,…",
+                        help="all: every policy with its default settings, and some combinations; "
+                        "grid: static exits and numbers of drafts, and how near auto comes to the best of them")
+    parser.add_argument("--no_verify", action="store_true",
+                        help="also a row of early exit for each policy that can: another text than the full model's")
+    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`), or one of benchmarks/prompts: "
+                        + ", ".join(sorted(path.stem for path in PROMPT_SETS.glob("*.jsonl"))))
     parser.add_argument("--num_prompts", type=int, metavar="N", help="only the first N")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--against", default=[], type=lambda text: text.split(","), metavar="ENGINE,…",
+    parser.add_argument("--against", default=[], type=comma, metavar="ENGINE,…",
                         help="other engines to measure: " + ", ".join(peers.NEEDS))
     parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")],
                         metavar="N,…",
                         help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json")
+    parser.add_argument("--picture", metavar="PATH", help="draw the rows of drafting policies as a PNG")
+    parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json and DIR/policies.png")
     flags = parser.parse_args(argv)
     flags.ignore_eos = True  # every row must decode the same number of tokens
     if flags.max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be 2 or more to time decoding, got {flags.max_new_tokens}")
-    if flags.num_prompts is not None and flags.num_prompts < 1:
-        raise ValueError(f"num_prompts must be 1 or more, got {flags.num_prompts}")
-    if flags.repeats < 1:
-        raise ValueError(f"repeats must be 1 or more, got {flags.repeats}")
+    for name, value in (("num_prompts", flags.num_prompts), ("repeats", flags.repeats)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
     if unknown := set(flags.against) - set(peers.NEEDS):
         raise ValueError(f"--against knows {', '.join(peers.NEEDS)}, got {', '.join(sorted(unknown))}")
     if min(flags.prompt_lengths, default=1) < 1:
         raise ValueError(f"prompt_lengths must be 1 or more, got {min(flags.prompt_lengths)}")
+    if flags.no_verify and flags.draft_vocab is not None:
+        raise ValueError("--no_verify does not go with --draft_vocab")
+    policy_sets.check_sets(flags.policies)
     return flags
+
+
+def print_results(result: dict, title: str) -> None:
+    print_rows(result["rows"], title)
+    for peer, reason in result["skipped"].items():
+        print(f"{peer} skipped: {reason}")
+    if result["lengths"]:
+        print_lengths(result["lengths"])
+    if result["grid"]:
+        policy_sets.print_grid(result["grid"])
 
 
 def main() -> None:
     flags = parse_flags()
     if flags.output_dir:
         cli.make_folder(flags.output_dir)
-    cli.check_writable(flags.json)
+    for path in (flags.json, flags.picture):
+        cli.check_writable(path)
+    picture = plot.wanted_picture(flags.picture, flags.output_dir)
     session = cli.open_session(flags)
+    args = session.args
+    policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
+    check_draft_vocab(flags.draft_vocab, args.vocab_size)
     skipped = peers.missing(flags.against, flags.device)
     for peer, reason in skipped.items():
         cli.notice(f"{peer} skipped: {reason}")
@@ -322,45 +369,44 @@ def main() -> None:
     prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     for prompt in prompts:
-        check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
-    longest = max(map(len, prompts)) + flags.max_new_tokens
-    if flags.prompt_lengths and max(flags.prompt_lengths) + LENGTH_TOKENS > session.args.max_seq_len:
-        most = session.args.max_seq_len - LENGTH_TOKENS
-        raise ValueError(f"prompt_lengths must be at most {most} for this checkpoint, "
-                         f"got {max(flags.prompt_lengths)}")  # fmt: skip
-    longest = max([longest, *(length + LENGTH_TOKENS for length in flags.prompt_lengths)])
+        check_prompt(prompt, config, args.vocab_size, args.max_seq_len)
+    lengths = [max(map(len, prompts)) + flags.max_new_tokens, check_lengths(flags.prompt_lengths, args.max_seq_len)]
+    if any(policy.plans_to_time() for policy in policies.values()):
+        lengths.append(min(CALIBRATION_TOKENS, args.max_seq_len))
     before = peak_memory_bytes()
-    session.load()
+    model = session.load()
     after = peak_memory_bytes()
     with contextlib.ExitStack() as cleanup:
-        contenders = make_contenders(session, flags, config, longest, cleanup)
-        full, bandwidth = full_pass_bytes(session), read_bandwidth()
+        contenders = make_contenders(session, policies, config, max(lengths), cleanup)
+        full, bandwidth = streamed_bytes(model, args.n_layer, 1), read_bandwidth()
         print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
               "from memory")  # fmt: skip
         measure(contenders, prompts, flags.max_new_tokens, flags.repeats, flags.seed)
         plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: compiled, exact
-        lengths = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, session)
-    rows = result_rows(contenders, session, bandwidth)
-    print_rows(rows, f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
-                     f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
-    for peer, reason in skipped.items():
-        print(f"{peer} skipped: {reason}")
-    if lengths:
-        print_lengths(lengths)
+        by_length = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, model, full)
+    rows = result_rows(contenders, session, prompts, bandwidth)
+    title = (f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
+             f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
     result = {
         "rows": rows,
-        "lengths": lengths,
+        "grid": policy_sets.best_of_grid(rows, args.n_layer) if "grid" in flags.policies else None,
+        "skip_set": policy_sets.default_skips(args.n_layer),
+        "head_cost_layers": head_cost_layers(model),
+        "lengths": by_length,
         "skipped": skipped,
         "bandwidth_bytes_per_s": bandwidth,
         "weight_bytes_per_pass": full,
         "weight_bytes": session.weight_bytes,
-        "cache_bytes": 2 * session.args.n_layer * session.model.layers[0].attention.v_cache.nbytes,
+        "cache_bytes": 2 * args.n_layer * model.layers[0].attention.v_cache.nbytes,
         "peak_memory_bytes": {"before_loading": before, "after_loading": after},
         "config": vars(flags),
         **cli.environment(),
     }
+    print_results(result, title)
     for path in filter(None, (flags.json, flags.output_dir and Path(flags.output_dir) / "benchmark.json")):
         cli.write_json(path, result)
+    if picture:
+        plot.draw_policies(rows, args.n_layer, picture, title)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Contender:
     backend: str = "eager"
     exact: bool = True
     threads: int = 1
+    judge: Callable[[list[int], list[int]], float] | None = None  # (prompt, unverified text) -> share of right tokens
     rates: list[float] = field(default_factory=list)  # tokens/s of each round
     texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
     summaries: list[dict] = field(default_factory=list)

@@ -1,5 +1,6 @@
 """What the whole suite shares: one thread, no network, and random tiny Llamas written by transformers."""
 
+import json
 import os
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are 20 times as slow on a busy machine
@@ -42,3 +43,11 @@ def make_hf():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def skip_file(tmp_path_factory):
+    """A file for the policy skip_set that fits models of four layers and more."""
+    file = tmp_path_factory.mktemp("skips") / "skips.json"
+    file.write_text(json.dumps({"skip_attention": [2], "skip_mlp": [1, 3]}))
+    return str(file)

@@ -1,5 +1,7 @@
 """The benchmark: which rows it has, what stands in them, and that its claim "identical" is really compared."""
 
+import argparse
+import importlib.util
 import inspect
 import json
 import statistics
@@ -11,15 +13,17 @@ import sentencepiece
 import torch
 
 import cli
-import generate
 from kernels import cpu
 from kernels.exit_head import Exit
+from policies import POLICIES
+from rounds import Drafter
 from runner import Runner
-from scripts import benchmark, peers
+from scripts import benchmark, peers, plot, policy_sets
 
 COLUMNS = {
     "engine", "policy", "precision", "quantize", "compiled", "tokens_per_s", "speedup_over_fastest_ar",
-    "acceptance_rate", "tokens_per_round", "ideal_speedup", "share_of_bandwidth", "identical",
+    "acceptance_rate", "tokens_per_round", "mean_exit_layer", "layer_visits_per_token", "head_visits_per_token",
+    "cost_per_token_layers", "ideal_speedup", "share_of_ideal", "share_of_bandwidth", "identical",
 }  # fmt: skip
 
 
@@ -80,7 +84,9 @@ def test_every_row_has_every_column_and_plain_decoding_is_always_among_them(benc
         assert row["identical"] is True or not row["exact_width"]
         assert row["policy"] in out
     plain = row_of(result, "none")
-    assert plain["acceptance_rate"] is None and plain["tokens_per_round"] == 1 and plain["ideal_speedup"] == 1
+    assert plain["acceptance_rate"] is None and plain["tokens_per_round"] == 1
+    assert plain["layer_visits_per_token"] == 3 and plain["head_visits_per_token"] == 1
+    assert plain["ideal_speedup"] == pytest.approx(1)
     for exit_layer, policy in ((1, "static:1"), (2, "static:2,num_draft_tokens=5")):
         row = row_of(result, policy)
         assert 0 <= row["acceptance_rate"] <= 1 and row["tokens_per_round"] >= 1
@@ -99,11 +105,14 @@ def test_speedups_are_over_the_fastest_plain_row_and_bandwidth_is_that_of_the_by
     assert row["speedup_over_fastest_ar"] == pytest.approx(statistics.median(ratios))
     rate = fastest["tokens_per_s"] * result["weight_bytes_per_pass"] / result["bandwidth_bytes_per_s"]
     assert fastest["share_of_bandwidth"] == pytest.approx(rate)
+    assert row["share_of_ideal"] == pytest.approx(row["speedup_over_fastest_ar"] / row["ideal_speedup"])
+    read = row["share_of_bandwidth"] * result["bandwidth_bytes_per_s"] / row["tokens_per_s"]
+    assert read * row["ideal_speedup"] == pytest.approx(result["weight_bytes_per_pass"]), "one account of the bytes"
 
 
-def test_without_a_policy_the_exit_is_a_quarter_of_the_layers_and_without_no_compile_both_ways_are_there(bench):
+def test_without_a_policy_there_are_auto_and_a_quarter_of_the_layers_and_without_no_compile_both_ways(bench):
     result, _, _ = bench()
-    assert {row["policy"] for row in result["rows"]} == {"none", "static:1"}
+    assert {row["policy"] for row in result["rows"]} == {"none", "auto", "static:1"}
     if cpu.load() is None:  # else torch would compile for a minute
         result, _, _ = bench("--compile")
         assert all(row_of(result, "none", compiled=compiled)["identical"] for compiled in (True, False))
@@ -111,18 +120,89 @@ def test_without_a_policy_the_exit_is_a_quarter_of_the_layers_and_without_no_com
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8)])
-def test_a_policy_that_changes_one_token_is_not_called_identical(bench, monkeypatch, sampling):
-    run, rounds = generate.verify, []
+def test_the_set_all_has_a_row_of_every_policy_and_all_write_the_same_texts(bench, tmp_path, sampling):
+    picture = tmp_path / "rows.png"
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    flags = ("--picture", picture) if has_matplotlib else ()
+    result, out, _ = bench("--policies", "all", "--policy", "static:2", "--repeats", 1, *sampling, *flags)
+    exact = [row for row in result["rows"] if row["exact_width"]]
+    assert {row["policy"].split(":")[0] for row in exact} >= set(POLICIES)
+    assert [row["policy"] for row in exact if not row["identical"]] == []
+    assert len({row["policy"] for row in exact}) == len(exact) > len(POLICIES) + 5 and row_of(result, "static:2")
+    lookup = row_of(result, "prompt_lookup")
+    assert lookup["mean_exit_layer"] is None and lookup["layer_visits_per_token"] <= 3
+    if has_matplotlib:
+        assert picture.read_bytes().startswith(b"\x89PNG") and [*tmp_path.glob("*.part")] == []
 
-    def sometimes_wrong(runner, draft, token, position):
-        exit = run(runner, draft, token, position)
+
+def test_the_grid_ends_with_how_near_auto_came_to_the_best_static_exit(bench):
+    result, out, _ = bench("--policies", "grid", "--max_new_tokens", 4, "--num_prompts", 1)
+    statics = [row for row in result["rows"] if row["policy"].startswith("static:")]
+    assert [row["policy"] for row in statics] == [f"static:1,num_draft_tokens={k}" for k in range(1, 8)]
+    best = max(statics, key=lambda row: row["tokens_per_s"])
+    pairs = zip(row_of(result, "auto")["tokens_per_s_rounds"], best["tokens_per_s_rounds"], strict=True)
+    ratio = statistics.median(a / b for a, b in pairs)
+    assert result["grid"]["best_static"] == best["policy"]
+    assert result["grid"]["auto_over_best_static"] == pytest.approx(ratio)
+    assert out.splitlines()[-1].startswith(f"best static: {best['policy']} (")
+    assert f"auto ÷ best static {ratio:.3f}; auto ÷ fastest AR" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("n_layer", "depths"), [
+    (1, [1]), (2, [1]), (12, [1, 2, 3, 4, 5, 6]), (16, [1, 2, 3, 4, 5, 6, 7, 8]), (32, [2, 4, 6, 8, 10, 12, 14, 16]),
+])  # fmt: skip
+def test_the_sets_fit_models_of_every_depth(n_layer, depths):
+    policies = policy_sets.make_policies(["all", "grid"], [], n_layer, None)
+    assert {policy.exit_layer for name, policy in policies.items() if name.endswith("_tokens=1")} == set(depths)
+    assert len(policies) >= len(POLICIES) + 7 * len(depths)
+
+
+def test_without_verification_the_text_is_judged_and_not_called_identical(bench):
+    result, out, _ = bench("--policy", "static:1", "--policy", "prompt_lookup", "--no_verify")
+    names = [row["policy"] for row in result["rows"] if row["exact_width"]]
+    assert names == ["none", "static:1", "static:1 (unverified)", "prompt_lookup"], "only verification judges n-grams"
+    row = row_of(result, "static:1 (unverified)")
+    assert row["identical"] is None and row["differs_from_own_plain"] is None and row["acceptance_rate"] is None
+    assert 0 <= row["equal_to_full_model"] <= 1 and f"{row['equal_to_full_model']:.1%} right" in out
+    assert not row["verified"] and row["layer_visits_per_token"] < 3
+    assert row_of(result, "static:1")["identical"] is True
+
+
+def test_a_smaller_vocabulary_of_drafts_reads_less_of_the_head_and_is_reported(bench):
+    result, _, _ = bench("--policy", "static:1", "--draft_vocab", 95)
+    row, drafts = row_of(result, "static:1"), 3
+    assert row["identical"] is True and 0 <= row["draft_vocab_coverage"] <= 1
+    assert row["head_visits_per_token"] * row["tokens_per_round"] < 1 + drafts * 95 / 380 + 1e-6
+    assert row_of(result, "none")["head_visits_per_token"] == 1
+
+
+def test_the_front_of_a_picture_is_what_nothing_beats_in_both():
+    assert plot.pareto_front([(5, 0.5), (4, 0.5), (6, 0.9), (7, 0.8), (4, 0.3), (3, 0.1)]) == [5, 1, 2]
+    assert plot.pareto_front([]) == []
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(bench, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    result, _, err = bench("--picture", tmp_path / "x.png", code=2)
+    assert result is None and "error: --picture needs matplotlib: pip install matplotlib" in err
+    result, _, err = bench("--output_dir", tmp_path, "--policy", "static:1", "--num_prompts", 1)
+    assert result and "no policies.png" in err and "pip install matplotlib" in err
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8)])
+def test_a_policy_that_changes_one_token_is_not_called_identical(bench, monkeypatch, sampling):
+    run, rounds = Drafter.verify, []
+
+    def sometimes_wrong(drafter, rows, draft, token, position):
+        exit = run(drafter, rows, draft, token, position)
         if draft.tokens and not rounds:
             rounds.append(position)
         if draft.tokens and position == rounds[0]:  # a single round of a text
             return Exit.of_logits(exit.logits().roll(1, -1))
         return exit
 
-    monkeypatch.setattr(generate, "verify", sometimes_wrong)
+    monkeypatch.setattr(Drafter, "verify", sometimes_wrong)
     monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
     result, out, _ = bench("--policy", "static:1", *sampling)
     assert row_of(result, "static:1")["identical"] is False
@@ -176,6 +256,22 @@ def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch)
     assert prompts["c.json"] == [(1, 5, 9), (1, 7)]
 
 
+def test_prompts_of_the_repository_have_short_names_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    names = {"code": 12, "repetitive": 8, "hard": 8}
+    rows = {name: [json.loads(line)["prompt"] for line in (benchmark.PROMPT_SETS / f"{name}.jsonl").read_text("utf-8")
+                   .splitlines()] for name in names}  # fmt: skip
+    assert {name: len(prompts) for name, prompts in rows.items()} == names
+    assert [p for prompts in rows.values() for p in prompts if p != p.rstrip()] == [], "what follows would be unusual"
+    flags = argparse.Namespace(checkpoint_path=str(cli.DEMO), device="cpu", threads=None)
+    session = cli.open_session(flags)
+    for name in names:
+        prompts = benchmark.read_prompts(name, session)
+        assert len(prompts) == names[name] and max(map(len, prompts)) <= 512
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").write_text("import os\n")
+    assert benchmark.read_prompts("code", session) == [session.tokenizer.encode("import os")]
+
+
 def test_an_output_directory_gets_the_same_json(bench, tmp_path):
     result, _, _ = bench("--output_dir", tmp_path / "new/folder", "--num_prompts", 1)
     assert json.loads((tmp_path / "new/folder/benchmark.json").read_text()) == result
@@ -188,6 +284,10 @@ MISTAKES = {
     "no length": (("--prompt_lengths", "0"), ["prompt_lengths", "1 or more"]),
     "exit layer": (("--policy", "static:9"), ["exit_layer must be in 1..3", "got 9"]),
     "policy": (("--policy", "magic"), ["policy must be one of", "magic"]),
+    "set": (("--policies", "all,magic"), ["policies must be among all, grid", "--policy", "got 'magic'"]),
+    "vocabulary": (("--draft_vocab", 381), ["draft_vocab must be in 2..380", "got 381"]),
+    "unverified": (("--no_verify", "--draft_vocab", 90), ["--no_verify does not go with --draft_vocab"]),
+    "picture": (("--picture", "/no/such/folder/x.png"), ["cannot write /no/such/folder/x.png"]),
     "drafts": (("--num_draft_tokens", 99), ["num_draft_tokens must be in 0..15", "got 99"]),
     "temperature": (("--temperature", -1), ["temperature must be", "-1"]),
     "length 0": (("--max_new_tokens", 0), ["max_new_tokens must be", "got 0"]),
@@ -204,8 +304,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_that_names_it(bench, name):
+def test_a_mistake_is_one_line_that_names_it_before_the_weights_are_read(bench, monkeypatch, name):
     flags, parts = MISTAKES[name]
+    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
     result, _, err = bench(*flags, code=2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in err and result is None

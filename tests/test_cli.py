@@ -17,12 +17,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import calibrate
 import checkpoint
 import cli
 import generate
 from kernels import cpu
 from kernels.exit_head import Exit
-from policies import Round
+from plan import Round
+from policies import POLICIES
+from rounds import Drafter
 from runner import Runner
 from tokenizer import load_tokenizer
 
@@ -66,6 +69,8 @@ def folder(original, tmp_path):
 @pytest.fixture
 def call(original, tmp_path, monkeypatch, capsys):
     """call(*flags, stdin="", code=0) runs generate.py in this process -> (JSON object or None, stdout, stderr)."""
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)  # what auto measures takes as short as can be
+
     def call(*flags, stdin="", code=0, source=original, compile="--no-compile"):
         file = tmp_path / "out.json"
         file.unlink(missing_ok=True)
@@ -100,8 +105,8 @@ def error_of(call, tmp_path):
 
 
 def without_table(out: str) -> str:
-    """Standard output up to the table of numbers, which begins with the repr of the policy."""
-    return re.split(r"\n(?:Static|Autoregressive)\(", out)[0]
+    """Standard output up to the table of numbers, which begins with the policy's string."""
+    return re.split(rf"\n(?:{'|'.join(POLICIES)})[^┏]*\n┏", out)[0]
 
 
 # ---- what a run writes ----
@@ -111,8 +116,8 @@ def test_the_json_of_a_run_holds_everything_one_needs_to_know(call, original):
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--draft_exit", 1, "--num_draft_tokens", 2)
     assert {
         "prompt_ids", "tokens", "text", "drafted", "accepted", "acceptance_rate", "rounds", "tokens_per_round",
-        "mean_exit_layer", "prefill_s", "decode_s", "tokens_per_s", "compile_s", "ideal_speedup", "config", "versions",
-        "hardware",
+        "mean_exit_layer", "exit_layers", "layer_visits_per_token", "head_visits_per_token", "prefill_s", "decode_s",
+        "tokens_per_s", "compile_s", "ideal_speedup", "verified", "config", "versions", "hardware",
     } <= set(result)  # fmt: skip
     tokenizer = load_tokenizer(original)
     assert result["prompt_ids"] == tokenizer.encode(PROMPT)
@@ -123,25 +128,31 @@ def test_the_json_of_a_run_holds_everything_one_needs_to_know(call, original):
     assert result["rounds"] == 19 - result["accepted"]
     assert result["tokens_per_round"] == 19 / result["rounds"]
     assert result["tokens_per_s"] == pytest.approx(19 / result["decode_s"])
-    assert result["mean_exit_layer"] == 1 and result["compile_s"] >= 0
+    assert result["mean_exit_layer"] == 1 and result["exit_layers"] == {"1": result["drafted"]}
+    assert result["layer_visits_per_token"] == pytest.approx((result["drafted"] + 3 * result["rounds"]) / 19)
+    assert result["head_visits_per_token"] == pytest.approx((result["drafted"] + result["rounds"]) / 19)
+    assert result["compile_s"] >= 0 and result["verified"] is True
     assert 0 < result["ideal_speedup"] < 3
     assert result["prefill_s"] > 0
     config = result["config"]
-    assert config["policy"] == "Static(exit_layer=1, num_draft_tokens=2)"
+    assert config["policy"] == "static:exit_layer=1,num_draft_tokens=2"
     assert (config["max_new_tokens"], config["temperature"], config["seed"]) == (20, 0, 0)
     assert (config["precision"], config["backend"]) == ("float32", "eager")
     assert result["versions"]["torch"] == torch.__version__ and result["versions"]["python"]
     assert result["hardware"]["threads"] == torch.get_num_threads() and result["hardware"]["cpu"]
     assert without_table(out).startswith(PROMPT + result["text"])
-    for shown in ("tokens/s", "acceptance rate", "ideal speedup"):
+    for shown in ("tokens/s", "acceptance rate", "speedup by bytes alone"):
         assert shown in out
 
 
-def test_the_ideal_speedup_is_one_without_drafts_and_counts_bytes_with_them():
-    ideal = generate.ideal_speedup
-    assert ideal(1.0, 0, 4, 12, 1.0) == 1
-    assert ideal(1.0, 3, 3, 12, 0.0) == pytest.approx(4 * 12 / (3 * 3 + 12))
-    assert ideal(0.0, 3, 3, 12, 2.0) == pytest.approx(14 / (3 * 5 + 14))
+def test_the_ideal_speedup_is_one_without_drafts_and_counts_bytes_with_them(original):
+    model = checkpoint.load(original, pack=False).model
+    head = model.lm_head.weight.nbytes / sum(p.nbytes for p in model.layers[0].parameters())
+    ideal = lambda *visits: generate.ideal_speedup(*visits, model)
+    assert ideal(7, 7 * 3, 7) == pytest.approx(1)
+    # a round of three drafts at exit 1 of 3 layers, all right; and one of which nothing is right
+    assert ideal(4, 3 * 1 + 3, 3 + 1) == pytest.approx(4 * (3 + head) / (3 * (1 + head) + 3 + head))
+    assert ideal(1, 3 * 1 + 3, 3 + 1) < 1
 
 
 def test_prompt_prompt_file_and_prompt_ids_mean_the_same(call, tmp_path):
@@ -166,15 +177,18 @@ def test_every_policy_and_draft_length_writes_the_same_tokens(call, sampling):
     common = ("--prompt", PROMPT, "--max_new_tokens", 30, *sampling)
     plain, _, _ = call(*common, "--policy", "none")
     assert plain["drafted"] == plain["accepted"] == 0 and plain["acceptance_rate"] is None
-    assert plain["tokens_per_round"] == 1 and plain["rounds"] == 29 and plain["ideal_speedup"] == 1
+    assert plain["tokens_per_round"] == 1 and plain["rounds"] == 29
+    assert plain["ideal_speedup"] == pytest.approx(1)
     assert plain["mean_exit_layer"] is None
-    for flags in ((), ("--policy", "static:2,num_draft_tokens=6"), ("--num_draft_tokens", 0), ("--draft_exit", 3)):
+    for flags in ((), ("--policy", "static:2,num_draft_tokens=6"), ("--policy", "static:1", "--num_draft_tokens", 0),
+                  ("--draft_exit", 3), ("--draft_exit", 1, "--draft_vocab", 300),
+                  ("--policy", "prompt_lookup+confidence:0.3", "--stop", "never there")):
         result, _, _ = call(*common, *flags)
         assert result["tokens"] == plain["tokens"] and result["text"] == plain["text"], flags
 
 
 def test_no_drafts_at_k_zero_and_no_rounds_for_one_token(call):
-    result, _, _ = call("--prompt", PROMPT, "--num_draft_tokens", 0, "--max_new_tokens", 5)
+    result, _, _ = call("--prompt", PROMPT, "--draft_exit", 1, "--num_draft_tokens", 0, "--max_new_tokens", 5)
     assert result["drafted"] == 0 and result["acceptance_rate"] is None and result["rounds"] == 4
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 1)
     assert len(result["tokens"]) == 1 and result["rounds"] == 0 and result["decode_s"] == 0
@@ -198,12 +212,66 @@ def test_names_of_flags_in_gpt_fast_and_layerskip_are_accepted():
     assert (policy.exit_layer, policy.num_draft_tokens) == (3, 5)
 
 
-def test_without_flags_the_exit_is_a_quarter_of_the_layers_and_all_is_compiled():
-    flags = generate.parse_flags([])
-    assert [generate.policy_from_flags(flags, n).exit_layer for n in (1, 3, 12, 32)] == [1, 1, 3, 8]
+@pytest.mark.parametrize(("flags", "policy"), [
+    ((), "auto"),
+    (("--draft_exit", 5), "static:exit_layer=5"),
+    (("--exit_layer", 5, "--num_speculations", 2), "static:exit_layer=5,num_draft_tokens=2"),
+    (("--policy", "static:5,num_draft_tokens=1", "--num_draft_tokens", 2), "static:exit_layer=5,num_draft_tokens=1"),
+    (("--num_draft_tokens", 4), "auto:num_draft_tokens=4"),
+    (("--no_verify",), "static:exit_layer=3"),
+    (("--dynamic_early_exit_mode", "logits_future"), "logits_future"),
+    (("--dynamic_early_exit_mode", "consistent_tokens:checks=4"), "consistent_tokens:checks=4"),
+    (("--dynamic_early_exit_mode", "confidence", "--conf_threshold", 0.4), "confidence:threshold=0.4"),
+    (("--dynamic_early_exit_mode", "margin:candidates=2-5", "--conf_threshold", 0.25),
+     "margin:threshold=0.25,candidates=2-5"),
+    (("--layer_skip_proportion", 0.25), "layer_skip_proportion:proportion=0.25"),
+    (("--layer_skip_proportion", 0), "layer_skip_proportion:proportion=0.0"),
+    (("--conf_method", "softmax"), "margin"),
+    (("--conf_method", "state", "--conf_threshold", 0.8), "saturation:threshold=0.8"),
+    (("--conf_method", "top1", "--conf_threshold", 0.8), "confidence:threshold=0.8"),
+    (("--conf_method", "entropy", "--conf_threshold", 2), "entropy:threshold=2.0"),
+    (("--conf_threshold", 0.3, "--num_draft_tokens", 6), "confidence:threshold=0.3,num_draft_tokens=6"),
+])  # fmt: skip
+def test_flags_name_policies_also_in_the_words_of_layerskip_and_its_kin(flags, policy):
+    assert str(generate.policy_from_flags(generate.parse_flags(list(map(str, flags))), n_layer=12)) == policy
+
+
+def test_without_flags_all_is_compiled():
     for prompt in ([], ["--prompt", ""], ["--prompt_ids", "1"], ["--prompt_file", "x"], ["--interactive"]):
         assert generate.parse_flags(prompt).compile is True
         assert generate.parse_flags([*prompt, "--no-compile"]).compile is False
+
+
+def test_verbose_says_what_auto_chose_and_why(call):
+    quiet, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20)
+    assert quiet["config"]["policy"] == "auto" and "auto: " not in out
+    loud, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--verbose")
+    assert loud["tokens"] == quiet["tokens"]
+    assert re.search(r"^auto: exit layers.* agrees 0\.\d\d", out, re.MULTILINE) and "auto: rounds: " in out
+
+
+@pytest.mark.parametrize("policy", [(), ("--policy", "confidence:0.2,candidates=1-2"), ("--policy", "none")])
+def test_early_exit_says_that_its_text_is_not_the_models(call, monkeypatch, policy):
+    monkeypatch.setattr(generate, "COMPARE_REPEATS", 2)
+    result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 30, "--no_verify", "--compare", *policy)
+    plain, _, _ = call("--prompt", PROMPT, "--max_new_tokens", 30, "--policy", "none")
+    assert result["verified"] is False and "unverified: not the full model's text" in " ".join(out.split())
+    assert result["drafted"] == 0 and result["acceptance_rate"] is None and len(result["tokens"]) == 30
+    assert sum(result["exit_layers"].values()) == 29 and 1 <= result["mean_exit_layer"] <= 3
+    comparison = result["comparison"]
+    assert comparison["identical"] is None and "not meant to be" in out
+    assert (comparison["equal_to_full_model"] == 1) == (result["tokens"] == plain["tokens"]) == ("none" in policy)
+    assert f"{100 * comparison['equal_to_full_model']:.1f}%" in out
+
+
+def test_a_trimmed_draft_vocabulary_costs_less_and_its_coverage_is_told(call):
+    flags = ("--prompt", PROMPT, "--max_new_tokens", 20, "--draft_exit", 1)
+    whole, _, _ = call(*flags)
+    half, out, _ = call(*flags, "--draft_vocab", VOCAB // 2)
+    assert half["tokens"] == whole["tokens"] and "draft_vocab_coverage" not in whole
+    assert half["draft_vocab_coverage"] == sum(token < VOCAB // 2 for token in half["tokens"]) / 20
+    assert half["head_visits_per_token"] == pytest.approx((half["drafted"] / 2 + half["rounds"]) / 19)
+    assert "text within the draft's vocabulary" in out
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
@@ -268,8 +336,8 @@ def test_a_text_that_ends_in_the_beginning_of_a_stop_string_is_printed_whole(cal
 
 
 def test_shown_drafts_are_plain_text_in_a_pipe(call):
-    plain, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20)
-    shown, coloured, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--show_drafts")
+    plain, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--draft_exit", 1)
+    shown, coloured, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--draft_exit", 1, "--show_drafts")
     assert "\x1b" not in coloured
     assert without_table(coloured) == without_table(out)
     assert shown["text"] == plain["text"] and 0 < plain["accepted"] < plain["drafted"]
@@ -287,10 +355,10 @@ def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypat
 def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
     monkeypatch.setattr(generate, "COMPARE_REPEATS", 1)
     monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
-    run = generate.verify
-    monkeypatch.setattr(generate, "verify", lambda runner, draft, *where: Exit.of_logits(
-        run(runner, draft, *where).logits() * (-1 if draft.tokens else 1)))  # fmt: skip
-    result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare")
+    verify = Drafter.verify
+    monkeypatch.setattr(Drafter, "verify", lambda self, rows, draft, *where: Exit.of_logits(
+        verify(self, rows, draft, *where).logits() * (-1 if draft.tokens else 1)))  # fmt: skip
+    result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare", "--draft_exit", 1)
     assert result["comparison"]["identical"] is False
     assert re.search(r"identical tokens.*NO", out)
 
@@ -299,9 +367,9 @@ def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
 
 
 def test_a_conversation_keeps_its_cache_and_says_what_a_single_run_says(call, monkeypatch):
-    lengths, prefill = [], Runner.prefill
-    monkeypatch.setattr(Runner, "prefill", lambda self, tokens, start=0: lengths.append((len(tokens), start))
-                        or prefill(self, tokens, start))  # fmt: skip
+    lengths, prefill = [], Runner.prefill_states
+    monkeypatch.setattr(Runner, "prefill_states", lambda self, tokens, start=0, depths=(): lengths.append(
+        (len(tokens), start)) or prefill(self, tokens, start, depths))  # fmt: skip
     result, out, err = call("--interactive", "--max_new_tokens", 12, stdin="import os\nclass A\nx = 1\n\nnot read\n")
     turns, lengths = result["turns"], lengths[-3:]  # before them, the runner may have measured its own speed
     assert len(turns) == 3
@@ -447,6 +515,27 @@ FLAG_MISTAKES = {
     "negative exit layer": (("--policy", "static:-1"), ["exit_layer must be in 1..3", "got -1"]),
     "unknown policy": (("--policy", "magic"), ["policy must be one of", "static", "magic"]),
     "policy and draft_exit": (("--policy", "static:1", "--draft_exit", 2), ["--draft_exit", "--policy"]),
+    "two aliases": (("--conf_method", "top1", "--layer_skip_proportion", 0.5),
+                    ["--layer_skip_proportion and --conf_method each name a policy"]),
+    "three policies": (("--dynamic_early_exit_mode", "random", "--draft_exit", 1, "--policy", "none"),
+                       ["--policy", "--draft_exit", "--dynamic_early_exit_mode", "each name a policy"]),
+    "unknown mode": (("--dynamic_early_exit_mode", "magic"), ["policy must be one of", "logits_future", "'magic'"]),
+    "unknown key": (("--policy", "confidence:sure=1"), ["confidence has the keys threshold", "candidates", "'sure=1'"]),
+    "a threshold for a policy without": (("--draft_exit", 1, "--conf_threshold", 0.5),
+                                         ["static has the keys exit_layer", "'threshold=0.5'"]),
+    "threshold above 1": (("--conf_threshold", 1.5), ["threshold must be in 0..1", "1.5"]),
+    "threshold that is no number": (("--conf_method", "top1", "--conf_threshold", "nan"), ["threshold must be", "nan"]),
+    "proportion above 1": (("--layer_skip_proportion", 2), ["proportion must be in 0..1", "got 2"]),
+    "candidate beyond the model": (("--policy", "margin:candidates=1-4"), ["candidates must be in 1..3", "got 4"]),
+    "bad stop rule": (("--policy", "static:1,stop=soon"), ["stop must be never, adaptive, svip or a number", "'soon'"]),
+    "unknown part of a combination": (("--policy", "prompt_lookup+magic"), ["policy must be one of", "'magic'"]),
+    "skip set that is not there": (("--policy", "skip_set:nowhere.json"), ["cannot read nowhere.json", "No such file"]),
+    "draft vocabulary of one token": (("--draft_vocab", 1), ["draft_vocab must be in 2..400", "got 1"]),
+    "draft vocabulary beyond the model's": (("--draft_vocab", 401), ["draft_vocab must be in 2..400", "got 401"]),
+    "unverified lookups": (("--no_verify", "--policy", "prompt_lookup"), ["prompt_lookup", "--no_verify"]),
+    "unverified auto": (("--no_verify", "--policy", "auto"), ["auto", "--no_verify"]),
+    "unverified combination": (("--no_verify", "--policy", "static:1+prompt_lookup"), ["prompt_lookup", "--no_verify"]),
+    "unverified trimmed drafts": (("--no_verify", "--draft_vocab", 99), ["--no_verify", "--draft_vocab"]),
     "too many drafts": (("--num_draft_tokens", 16), ["num_draft_tokens must be in 0..15", "got 16"]),
     "negative drafts": (("--num_draft_tokens", -1), ["num_draft_tokens must be", "-1"]),
     "no new tokens": (("--max_new_tokens", 0), ["max_new_tokens must be 1 or more", "got 0"]),
@@ -470,6 +559,12 @@ def test_a_bad_flag_is_one_line_that_names_it_before_any_weight_is_read(error_of
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights before it looked"))
     message = error_of("--prompt", PROMPT, *flags)
     assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_conversation_is_not_held_unverified(error_of, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights before it looked"))
+    message = error_of("--interactive", "--no_verify")
+    assert "--no_verify" in message and "--interactive" in message
 
 
 @pytest.mark.parametrize(("ids", "part"), [

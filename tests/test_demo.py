@@ -1,6 +1,8 @@
 """The bundled checkpoint: what the README's first command promises of it."""
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,10 @@ def test_over_ten_thousand_tokens_of_the_demo_not_one_differs_from_plain_decodin
     if reason := cpu.load():
         pytest.skip(f"C++ kernels not available: {reason}")
     model, compared = checkpoint.load(DEMO, precision).model, 0
-    for compile, policies in ((True, ("static:3", "static:5,num_draft_tokens=7")), (False, ("static:2",))):
+    for compile, policies in (
+        (True, ("static:5,num_draft_tokens=7", "prompt_lookup+confidence:0.5,candidates=2-4-6-9")),
+        (False, ("static:2",)),
+    ):
         runner = Runner(model, 256, max_rows=8, compile=compile)
         for sampling in SAMPLING:
             for prompt in prompts[:6]:
@@ -54,6 +59,47 @@ def test_drafts_of_a_quarter_of_the_layers_are_accepted_on_prompts_never_trained
     steps = [step for prompt in prompts for step in tokens_of(runner, prompt, f"static:{quarter}").rounds]
     accepted, drafted = sum(step.accepted for step in steps), sum(len(step.drafted) for step in steps)
     assert accepted / drafted >= 0.65
+
+
+CANDIDATES = "candidates=2-4-6-9"
+THRESHOLDS = {  # of each method, from where it leaves at once to where it never leaves
+    "confidence": (0.0, 0.1, 0.5, 0.9, 1.0),
+    "margin": (0.0, 0.1, 0.5, 0.9, 1.0),
+    "entropy": (100.0, 3.0, 1.0, 0.3, 0.0),
+    "saturation": (-1.0, 0.8, 0.9, 0.95, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def exits(prompts):
+    """exits(policy) -> how many drafts of a few prompts left at each depth."""
+    cpu.load()
+    runner = Runner(checkpoint.load(DEMO).model, 256, max_rows=8, compile=cpu.loaded())
+
+    def exits(policy):
+        steps = [step for prompt in prompts[:4] for step in tokens_of(runner, prompt, policy, new=48).rounds]
+        return Counter(depth for step in steps for depth in step.exit_layers)
+
+    return exits
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_the_surer_a_draft_must_be_the_deeper_it_goes(exits, name):
+    found = [exits(f"{name}:{threshold},{CANDIDATES}") for threshold in THRESHOLDS[name]]
+    means = [sum(depth * count for depth, count in depths.items()) / depths.total() for depths in found]
+    assert all(a < b for a, b in itertools.pairwise(means)), means
+    first = 4 if name == "saturation" else 2  # the first candidate has nothing to be compared with
+    assert set(found[0]) == {first} and set(found[-1]) == {9}
+    assert all(len(depths) > 1 for depths in found[1:-1])
+
+
+def test_every_method_chooses_its_own_exits(exits):
+    policies = [f"{name}:{thresholds[2]}" for name, thresholds in THRESHOLDS.items()]
+    policies += ["consistent_tokens:2", "consistent_tokens:3", "logits_future"]
+    found = [exits(f"{policy}{',' if ':' in policy else ':'}{CANDIDATES}") for policy in policies] + [exits("random")]
+    assert all(len(depths) > 1 for depths in found)
+    shares = [{depth: round(depths[depth] / depths.total(), 2) for depth in sorted(depths)} for depths in found]
+    assert all(a != b for a, b in itertools.combinations(shares, 2)), shares
 
 
 def test_the_demo_writes_the_text_it_has_always_written():

@@ -126,15 +126,14 @@ def test_a_whole_round_says_what_the_same_round_says_call_by_call():
             plan = super().start_round(context)
             return type(plan)((plan.exits[0], 4), plan.num_draft_tokens)  # two exits: no longer static
 
-        def should_exit(self, depth, hidden):
-            return True
-
+    calling = CallByCall(2)
+    calling.fit(4)
     for pack in (True, False):
         runner = Runner(random_model(torch.bfloat16, pack), 80, max_rows=4, compile=pack)
         whole = tokens_of(runner, [1, 5, 9], "static:2", SamplingConfig(), new=40, eos_ids=(17,))
-        parts = tokens_of(runner, [1, 5, 9], CallByCall(2), SamplingConfig(), new=40, eos_ids=(17,))
+        parts = tokens_of(runner, [1, 5, 9], calling, SamplingConfig(), new=40, eos_ids=(17,))
         for one, other in zip(whole.rounds, parts.rounds, strict=True):
-            for name in ("tokens", "drafted", "accepted", "exit_layers", "resume_layer"):
+            for name in ("tokens", "drafted", "accepted", "exit_layers", "resume_layer", "layer_visits", "head_visits"):
                 assert getattr(one, name) == getattr(other, name), name
 
 

@@ -13,11 +13,13 @@ import torch
 
 from kernels import cpu
 from kernels.attention import attention, attention_reference, new_cache, plain_keys
-from kernels.exit_head import Exit, Head, exit_head, exit_stats_reference
+from kernels.exit_head import Draw, Exit, Head, exit_head, exit_stats_reference
 from kernels.layers import PackedLayers
 from kernels.linear import is_packed, linear, pack, unpack_rows
+from kernels.noise import gumbel_noise, uniform
 from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.swiglu import swiglu, swiglu_reference
+from quantize import quantise_int4, quantise_int8
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -173,31 +175,126 @@ def test_attention_never_reads_unused_slots_and_takes_slices_of_a_fused_projecti
 @DTYPES
 @pytest.mark.parametrize("n_vocab, v, d", [(2, 2, 8), (33, 33, 16), (700, 1000, 48), (5000, 5000, 66)])
 def test_exit_head_matches_fp64_and_its_token_is_the_argmax_of_the_logits(dtype, n_vocab, v, d):
-    hidden, norm, weight = torch.randn(16, d).to(dtype), torch.rand(d).to(dtype), torch.randn(v, d).to(dtype)
-    packed = pack(weight)
-    stats = exit_head(hidden, norm, packed, n_vocab, 1e-5)
-    logits = linear(rms_norm(hidden, norm, 1e-5), packed, v)[:, :n_vocab]  # trimmed: the first n_vocab columns
-    assert torch.equal(stats.tokens, logits.float().argmax(-1))
-    reference = exit_stats_reference(logits.double())
-    for name in ("top1", "margin", "entropy", "logsumexp"):
-        assert torch.allclose(getattr(stats, name).double(), getattr(reference, name), atol=2e-6, rtol=2e-6), name
+    hidden, head = make_head(dtype, v, d)
+    logits = head.logits(hidden)[:, :n_vocab]
+    head = head._replace(n_vocab=n_vocab)  # the first n_vocab columns of a weight that has more
+    tokens, stats, samples = exit_head(hidden, head)
+    assert torch.equal(tokens, logits.argmax(-1)) and not len(samples)
+    assert torch.allclose(stats.double(), torch.stack(exit_stats_reference(logits.double())[1:], -1), atol=2e-6)
+    assert torch.equal(exit_head(hidden, head, want_stats=False)[0], tokens)
+
+
+def make_head(dtype, v: int, d: int) -> tuple[torch.Tensor, Head]:
+    """16 rows of hidden states and a packed head whose logits have a standard deviation of 2."""
+    weight = (torch.randn(v, d) * 3.5 / d**0.5).to(dtype)
+    return torch.randn(16, d).to(dtype), Head(torch.rand(d).to(dtype), 1e-5, pack(weight), None, v)
+
+
+@DTYPES
+@pytest.mark.parametrize("v, d", [(33, 16), (5000, 66)])
+def test_every_answer_of_the_exit_head_is_the_same_alone_among_rows_on_threads_and_with_other_answers(dtype, v, d):
+    hidden, head = make_head(dtype, v, d)
+    draw = Draw(70, 2**40 + 5, 0.7)
+    tokens, stats, samples = exit_head(hidden, head, draw=draw)
+    assert not torch.equal(tokens, samples)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for rows in ROW_COUNTS[:10]:
-            part = exit_head(hidden[:rows], norm, packed, n_vocab, 1e-5)
-            assert all(torch.equal(one, whole[:rows]) for one, whole in zip(part, stats, strict=True)), rows
-    assert torch.equal(exit_head(hidden, norm, packed, n_vocab, 1e-5, want_stats=False), stats.tokens)
+        for first, rows in [(0, rows) for rows in ROW_COUNTS[:10]] + [(i, 1) for i in range(16)]:
+            some, these = hidden[first : first + rows], slice(first, first + rows)
+            part = exit_head(some, head, draw=draw._replace(positions=70 + first))
+            for one, whole in zip(part, (tokens, stats, samples), strict=True):
+                assert torch.equal(one, whole[these]), (threads, first, rows)
+    for want_stats, given in ((False, None), (True, None), (False, draw)):
+        found = exit_head(hidden, head, want_stats, given)
+        assert torch.equal(found[0], tokens)
+        assert torch.equal(found[1], stats[: 16 * want_stats]) and torch.equal(found[2], samples[: 16 * bool(given)])
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", [1e-6, 0.6, 1.0, 30.0])
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
+def test_samples_are_the_largest_of_logit_over_temperature_plus_the_noise_of_the_reference(dtype, temperature, seed):
+    """In fp64, but for scores that rounding can swap; the hash must be the reference's to the bit for any of this."""
+    hidden, head = make_head(dtype, 5000, 64)
+    logits = head.logits(hidden).double()
+    for position in (0, 131071, 2**31 - 3):
+        samples = exit_head(hidden, head, False, Draw(position, seed, temperature))[2]
+        uniforms = torch.stack([uniform(seed, position + i, torch.arange(5000)) for i in range(16)]).double()
+        scores = logits / torch.tensor(temperature).double() - (-uniforms.log()).log()
+        best, chosen = scores.amax(-1), scores.gather(1, samples[:, None])[:, 0]
+        assert (best - chosen <= 3e-7 * best.abs().clamp(min=1)).all()
+        if temperature > 1e-3:
+            assert (samples == scores.argmax(-1)).sum() >= 15 and len(set(samples.tolist())) > 8
 
 
 @DTYPES
 def test_exit_head_gives_ties_to_the_lowest_token_and_survives_extreme_logits(dtype):
-    weight, norm = torch.zeros(600, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    weight, norm, row = torch.zeros(600, 8, dtype=dtype), torch.ones(8, dtype=dtype), torch.ones(1, 8, dtype=dtype)
     weight[[70, 300, 599]] = 1e4
-    stats = exit_head(torch.ones(1, 8, dtype=dtype), norm, pack(weight), 600, 1e-5)
-    assert stats.tokens.tolist() == [70] and stats.margin.item() == 0
+    found = Exit(row, Head(norm, 1e-5, pack(weight), None, 600), 1, Draw(5, 1, 1e-6))  # of 8e10: noise is lost
+    stats = found.stats()
+    assert stats.tokens.tolist() == [70] and stats.margin.item() == 0 and found.samples().tolist() == [70]
     assert abs(stats.top1.item() - 1 / 3) < 1e-6 and abs(stats.entropy.item() - 1.0986123) < 1e-5
-    plain = Exit(torch.ones(1, 8, dtype=dtype), Head(norm, 1e-5, weight, None, 600), rows=1)
+    plain = Exit(row, Head(norm, 1e-5, weight, None, 600), rows=1)
     assert plain.tokens() == [70] and abs(plain.stats().top1.item() - 1 / 3) < 1e-3
+
+
+def test_an_exit_runs_the_head_once_for_all_that_is_asked_of_it(monkeypatch):
+    passes = []
+
+    def counted(*arguments):
+        passes.append(arguments)
+        return exit_head(*arguments)
+
+    monkeypatch.setattr("kernels.exit_head.exit_head", counted)
+    hidden, head = make_head(torch.bfloat16, 100, 16)
+    for first in ("stats", "samples"):
+        exit, passes[:] = Exit(hidden, head, 5, Draw(3, 1, 1.0)), []
+        assert exit.can_sample() and not exit.asked
+        assert getattr(exit, first)() is getattr(exit, first)() and exit.asked
+        tokens, samples = exit.tokens(), exit.samples().tolist()
+        assert len(tokens) == len(samples) == 5 and len(passes) == 1
+    on_device = Draw(3, 1, 1.0).on(hidden.device, 5)
+    assert on_device.positions.tolist() == [3, 4, 5, 6, 7]
+    assert Exit(hidden, head, 5, on_device).samples().tolist() == samples
+    exit = Exit(hidden, head, 5)
+    assert exit.logits().shape == (5, 100) and exit.asked and exit.tokens() == tokens
+    with pytest.raises(ValueError, match="got draw None"):
+        exit.samples()
+    exit.draw = Draw(3, 1, 1.0)  # given late: the choice is the same, whatever was asked before
+    assert exit.samples().tolist() == samples
+
+
+FORMATS = {"packed bf16": (torch.bfloat16, pack), "packed fp32": (torch.float32, pack),
+           "plain": (torch.float32, lambda weight: weight)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "int8", "int4"])
+def test_a_trimmed_head_says_what_the_first_columns_of_the_whole_head_say(name):
+    dtype, prepare = FORMATS.get(name, (torch.bfloat16, None))
+    hidden, weight, norm, scale = torch.randn(4, 64).to(dtype), torch.randn(150, 64).to(dtype), torch.ones(64), None
+    if prepare:
+        weight = prepare(weight)
+    else:
+        weight, scale = quantise_int8(weight) if name == "int8" else quantise_int4(weight)
+    head, draw = Head(norm.to(dtype), 1e-5, weight, scale, 150), Draw(9, 4, 1.3)
+    for n in (2, 15, 16, 17, 32, 100, 149, 150):
+        small, first = head.trimmed(n), head.logits(hidden)[:, :n]
+        assert small.weight.data_ptr() == weight.data_ptr(), "a copy"
+        logits = Exit(hidden, small, 4).logits()
+        if not is_packed(weight):
+            assert torch.allclose(logits, first, 1e-2, 1e-2)
+        else:
+            exit = Exit(hidden, small, 4, draw)
+            assert torch.equal(logits, first)
+            assert exit.tokens() == first.argmax(-1).tolist()
+            expected = exit_stats_reference(first)
+            assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(exit.stats()[1:], expected[1:], strict=True))
+            noise = torch.stack([gumbel_noise(4, 9 + i, torch.arange(n)) for i in range(4)])
+            assert exit.samples().tolist() == (first / 1.3 + noise).argmax(-1).tolist()
+    for wrong in (1, 0, 151):
+        with pytest.raises(ValueError, match=rf"n_vocab must be in 2\.\.150, got {wrong}"):
+            head.trimmed(wrong)
 
 
 def test_wrong_arguments_raise_a_clear_error():
@@ -216,10 +313,7 @@ def test_wrong_arguments_raise_a_clear_error():
             attention(q, k, v, k_cache, v_cache, wrong)
 
 
-@DTYPES
-def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
-    """Large enough that every stage of a layer is shared out, and that long contexts are split into segments."""
-    d, f, heads, groups, e, slots, n_layer = 256, 512, 8, 2, 32, 1312, 3
+def make_layers(dtype, n_layer: int, d: int, f: int, heads: int, groups: int, e: int, slots: int) -> PackedLayers:
     shapes = ((heads + 2 * groups) * e, d), (d, heads * e), (2 * f, d), (d, f)
     layers = []
     for _ in range(n_layer):
@@ -227,7 +321,15 @@ def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
         norm = torch.ones(d, dtype=dtype)
         layers.append((norm, wqkv, wo, norm, w13, w2, *new_cache(groups, slots, e, dtype)))
     angles = torch.rand(slots, 1, e)
-    packed, hidden = PackedLayers(layers, angles.cos(), angles.sin(), heads, 1e-5), torch.randn(1216, d).to(dtype)
+    return PackedLayers(layers, angles.cos(), angles.sin(), heads, 1e-5)
+
+
+@DTYPES
+def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
+    """Large enough that every stage of a layer is shared out, and that long contexts are split into segments."""
+    d, n_layer = 256, 3
+    packed = make_layers(dtype, n_layer, d, f=512, heads=8, groups=2, e=32, slots=1312)
+    hidden = torch.randn(1216, d).to(dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -238,6 +340,63 @@ def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
             parts.append(packed.run(parts[-1], first, 1, n_layer))
         results.append(torch.cat(parts))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+ROUNDS = {
+    "greedy": {}, "sampled": {"temperature": 0.8, "seed": 2**33}, "trimmed": {"draft_vocab": 40},
+    "proposed": {"proposed": (7, 199, 0, 12)},
+    "sampled, trimmed": {"temperature": 1.1, "seed": 3, "draft_vocab": 41},
+    "sampled, proposed": {"temperature": 0.5, "seed": 1, "proposed": (7, 3)},
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("settings", ROUNDS.values(), ids=ROUNDS)
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_a_round_in_one_call_says_what_it_says_call_by_call(dtype, drafts, settings):
+    exit_layer, position, token = 1, 20, 5
+    layers = make_layers(dtype, n_layer=3, d=64, f=96, heads=4, groups=2, e=16, slots=64)
+    _, head = make_head(dtype, 200, 64)
+    embedding = torch.randn(200, 64).to(dtype)
+    layers.run(embedding[torch.arange(position)], 0, 0, 3)  # a prompt
+    found = layers.play_round(embedding, head, token, position, (exit_layer,), drafts, **settings)
+    assert layers.play_round(pack(embedding), head, token, position, (exit_layer,), drafts, **settings) == found
+
+    temperature, proposed = settings.get("temperature"), settings.get("proposed", ())
+    draft_head = head.trimmed(settings.get("draft_vocab", 200))
+
+    def choose(hidden, which, position):
+        exit = Exit(hidden, which, len(hidden), Draw(position, settings["seed"], temperature) if temperature else None)
+        return (exit.samples() if temperature else exit.token_ids()).tolist()
+
+    drafted, rows = list(proposed), [token]
+    for i in range(0 if proposed else drafts):
+        hidden = layers.run(embedding[rows[-1:]], position + i, 0, exit_layer)
+        drafted += choose(hidden, draft_head, position + i + 1)
+        rows.append(drafted[-1])
+    hidden = layers.run(embedding[[token, *drafted]], position, 0, 3)
+    assert found.drafted == drafted and found.chosen == choose(hidden, head, position + 1)
+    made = 0 if proposed else len(drafted)
+    assert (found.layers, found.draft_heads, found.left_out) == (3 + made * exit_layer, made, (0, 0))
+
+
+def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
+    layers = make_layers(torch.float32, n_layer=1, d=64, f=96, heads=4, groups=2, e=16, slots=32)
+    _, head = make_head(torch.float32, 50, 64)
+
+    def play(exits=(1,), **settings):
+        return layers.play_round(torch.randn(50, 64), head, 1, 28, exits, 2, **settings)
+
+    assert len(play().chosen) == 3 and len(play(proposed=[4, 2, 0]).chosen) == 4
+    for settings, message in (
+        ({"proposed": (1, 50)}, "proposed token must be in 0..49, got 50"), ({"proposed": (1,) * 4}, "positions"),
+        ({"proposed": (-1,)}, "got -1"), ({"draft_vocab": 51}, "draft_vocab must be in 1..50, got 51"),
+        ({"temperature": -1.0}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": 1.0, "seed": -1}, "seed must be 0 or more"), ({"exits": (2,)}, "exits must ascend in 1..1"),
+        ({"exits": ()}, "drafts need an exit"), ({"skip_mlp": (1,)}, "skips must be in 0..1, got 3"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            play(**settings)
 
 
 def test_layers_that_do_not_fit_and_positions_that_do_not_exist_raise_a_clear_error():
@@ -258,7 +417,7 @@ def test_layers_that_do_not_fit_and_positions_that_do_not_exist_raise_a_clear_er
         with pytest.raises(RuntimeError, match="layer_table: "):
             PackedLayers([layer(), other], cos, cos, 4, 1e-5)
     with pytest.raises(RuntimeError, match="n_vocab must be in 1..64"):
-        exit_head(hidden, torch.ones(64), pack(torch.randn(50, 64)), 65, 1e-5)
+        exit_head(hidden, Head(torch.ones(64), 1e-5, pack(torch.randn(50, 64)), None, 65))
 
 
 def test_references_are_used_and_differentiable_where_gradients_are_needed():
@@ -335,7 +494,9 @@ OTHER_INSTRUCTIONS = """
 import torch
 from kernels import cpu
 from kernels.attention import attention, new_cache
+from kernels.exit_head import Draw, Head, exit_head
 from kernels.linear import linear, pack
+from kernels.noise import gumbel_noise
 assert cpu.load() is None, cpu.load()
 for dtype in (torch.bfloat16, torch.float32):
     x, weight = torch.randn(70, 130).to(dtype), torch.randn(100, 130).to(dtype)
@@ -346,6 +507,13 @@ for dtype in (torch.bfloat16, torch.float32):
     whole = attention(q, k, k, *(cache.clone() for cache in caches), positions)
     rows = [attention(q[i:i + 1], k[i:i + 1], k[i:i + 1], *caches, positions[i:i + 1]) for i in range(70)]
     assert torch.equal(torch.cat(rows), whole)
+    head, draw = Head(torch.ones(130, dtype=dtype), 1e-5, pack(weight / 4), None, 100), Draw(500, 7, 0.9)
+    whole = exit_head(x, head, draw=draw)
+    rows = [exit_head(x[i:i + 1], head, draw=Draw(500 + i, 7, 0.9)) for i in range(70)]
+    assert all(torch.equal(torch.cat(parts), one) for parts, one in zip(zip(*rows), whole))
+    noise = torch.stack([gumbel_noise(7, 500 + i, torch.arange(100)) for i in range(70)])
+    logits = head.logits(x)
+    assert torch.equal(whole[0], logits.argmax(-1)) and torch.equal(whole[2], (logits / 0.9 + noise).argmax(-1))
 """
 
 

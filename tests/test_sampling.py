@@ -11,9 +11,11 @@ from scipy import stats
 import generate
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu
-from kernels.exit_head import Exit
+from kernels.exit_head import Exit, Head
+from kernels.linear import pack
+from kernels.noise import gumbel_noise
 from model import ModelArgs, Transformer
-from policies import Autoregressive, DraftPlan, DraftPolicy, Static
+from policies import Autoregressive, DraftPlan, DraftPolicy, make_policy
 from runner import Runner
 from sampling import (
     CoupledSampler,
@@ -21,7 +23,6 @@ from sampling import (
     SamplingConfig,
     candidates,
     choose,
-    gumbel_noise,
     make_sampler,
     probabilities,
 )
@@ -30,6 +31,7 @@ PROMPT = [1, 4, 2]
 VOCAB = 5
 NEW = 4  # one token of the prefill, and then a whole round of 2 drafts fits
 TEMPERATURE = 0.9
+DRAFTS = "static:1,num_draft_tokens=2"
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ class Proposes(DraftPolicy):
 
 
 def test_rejection_verification_leaves_the_joint_distribution_of_the_target(runner, exact):
-    texts, acceptance = sample(runner, Static(1, 2), 3000)
+    texts, acceptance = sample(runner, make_policy(DRAFTS, 2), 3000)
     assert 0.2 < acceptance < 0.9, "nothing is at stake if all drafts meet the same end"
     assert p_value(texts, exact) > 1e-3
 
@@ -115,7 +117,7 @@ def test_rejection_verification_of_proposed_tokens_leaves_the_joint_distribution
 
 
 def test_coupled_sampling_over_seeds_has_the_joint_distribution_with_and_without_drafts(runner, exact):
-    policy = Static(1, 2)
+    policy = make_policy(DRAFTS, 2)
     texts, acceptance = sample(runner, policy, 2000, "coupled")
     assert 0.2 < acceptance < 0.95
     assert p_value(texts, exact) > 1e-3
@@ -140,7 +142,7 @@ class ForgetsResidual(RejectionSampler):
         return len(drafted), self._draw(probabilities(logits[len(drafted)], self.config))
 
 
-@pytest.mark.parametrize(("wrong", "policy"), [(AcceptsAll, Static(1, 2)), (ForgetsResidual, Proposes())])
+@pytest.mark.parametrize(("wrong", "policy"), [(AcceptsAll, make_policy(DRAFTS, 2)), (ForgetsResidual, Proposes())])
 def test_a_wrong_acceptance_rule_does_not_pass_the_test_of_distributions(runner, exact, monkeypatch, wrong, policy):
     monkeypatch.setattr(generate, "make_sampler", wrong)
     texts, _ = sample(runner, policy, 800)
@@ -148,7 +150,7 @@ def test_a_wrong_acceptance_rule_does_not_pass_the_test_of_distributions(runner,
 
 
 def test_the_seed_decides_the_text_and_other_seeds_give_other_texts(runner):
-    policy = Static(1, 2)
+    policy = make_policy(DRAFTS, 2)
     for verification in ("coupled", "rejection"):
         first, again = (sample(runner, policy, 30, verification)[0] for _ in range(2))
         assert first == again
@@ -157,7 +159,7 @@ def test_the_seed_decides_the_text_and_other_seeds_give_other_texts(runner):
 
 @pytest.mark.parametrize("verification", ["coupled", "rejection"])
 def test_all_63_bits_of_the_seed_count(runner, verification):
-    policy = Static(1, 2)
+    policy = make_policy(DRAFTS, 2)
     low, high = (sample(runner, policy, 20, verification, first_seed)[0] for first_seed in (5, 5 + 2**32))
     assert low != high
 
@@ -218,6 +220,23 @@ def test_rejection_never_lets_a_token_through_that_the_target_excludes():
         assert accepted == 0 and emitted in (0, 1)
 
 
+def test_rejection_judges_drafts_over_a_trimmed_vocabulary_and_leaves_the_distribution_of_the_target():
+    generator = torch.Generator().manual_seed(6)
+    target = torch.randn(2, 6, generator=generator)
+    draft = target[0, :4] + torch.randn(4, generator=generator) / 2
+    config, chosen, accepted = SamplingConfig(0.9, seed=8), [], 0
+    sampler = RejectionSampler(config)
+    for _ in range(3000):
+        token = sampler.draft(Exit.of_logits(draft[None]), 3)
+        kept, other = sampler.verify([token], Exit.of_logits(target), 3)
+        accepted += kept
+        chosen.append(token if kept else other)
+    expected = probabilities(target[0], config).double() * len(chosen)
+    assert 0.3 < accepted / len(chosen) < 0.95 and max(chosen) == 5
+    counts = [chosen.count(token) for token in range(6)]
+    assert stats.chisquare(counts, expected.tolist(), sum_check=False).pvalue > 1e-3
+
+
 # ---- greedy ----
 
 
@@ -268,6 +287,30 @@ def test_a_row_is_judged_the_same_in_any_company():
         sampler = CoupledSampler(SamplingConfig(temperature=0.7, seed=3, **settings))
         alone = [sampler.draft(Exit.of_logits(row.clone()[None]), 100 + i) for i, row in enumerate(logits)]
         assert sampler.verify(alone[:7], Exit.of_logits(logits), 100) == (7, alone[7])
+
+
+def test_a_fused_exit_chooses_for_a_plain_sampler_what_its_logits_would_choose():
+    if reason := cpu.load():
+        pytest.skip(f"C++ kernels not available: {reason}")
+    weight, hidden = torch.randn(300, 32), torch.randn(8, 32)
+    head = Head(torch.ones(32), 1e-5, pack(weight), None, 300)
+    sampler = CoupledSampler(SamplingConfig(temperature=0.8, seed=2**45 + 1))
+    by_logits = list(sampler.choices(Exit.of_logits(head.logits(hidden)), 30))
+    exit = Exit(hidden, head, 8, sampler.draw(30))
+    assert sampler.verify(by_logits[:7], exit, 30) == (7, by_logits[7])
+    assert exit._logits is None, "the logits were written"
+    assert sampler.choices(Exit(hidden, head, 8), 30) == by_logits  # without a draw the sampler gives its own
+    for row, token in enumerate(by_logits):
+        assert sampler.draft(Exit(hidden[row : row + 1], head, 1, sampler.draw(30 + row)), 30 + row) == token
+
+
+def test_only_a_plain_coupled_sampler_has_a_draw_and_the_rejecting_one_stands_in_with_the_best_tokens():
+    assert CoupledSampler(SamplingConfig(0.8, seed=3)).draw(7) == (7, 3, 0.8)
+    for settings in ({"temperature": 0.0}, {"top_k": 4}, {"top_p": 0.5}):
+        assert CoupledSampler(SamplingConfig(**{"temperature": 0.8} | settings)).draw(7) is None
+    sampler = RejectionSampler(SamplingConfig(1.0, verification="rejection"))
+    logits = torch.randn(3, 20)
+    assert sampler.draw(7) is None and sampler.choices(Exit.of_logits(logits), 7) == logits.argmax(-1).tolist()
 
 
 # ---- noise ----

@@ -1,6 +1,7 @@
-// exit_head: LM head, argmax and confidence in one pass over the weight; logits never reach memory.
+// exit_head: LM head, argmax, confidence and a coupled sample in one pass over the weight; logits never reach memory.
 #pragma once
 #include "linear.h"
+#include "noise.h"
 
 namespace skipfast {
 
@@ -8,9 +9,11 @@ constexpr int64_t RUN = 8;  // blocks whose logits are reduced together; part of
 
 // What a run of columns says about one row. Merged in order of columns, so that ties go to the lowest token.
 struct Partial {
-  float peak, second;  // largest and second largest logit
-  int64_t token;
-  float sum, weighted;  // over the columns: exp(z - peak), and exp(z - peak) * (z - peak)
+  static constexpr float NONE = -std::numeric_limits<float>::infinity();
+  int64_t token = 0, sample = 0;
+  float peak = NONE, second = NONE;        // largest and second largest logit
+  float sum = 0.0f, weighted = 0.0f;       // over the columns: exp(z - peak), and exp(z - peak) * (z - peak)
+  float noisy = NONE;                      // largest of logit / temperature + noise
 
   static constexpr float LOWEST = -87.3f;  // below it exp is taken as exp(LOWEST)
 
@@ -26,29 +29,40 @@ struct Partial {
     }
     second = next.peak > peak ? std::max(peak, next.second) : std::max(second, next.peak);
     if (next.peak > peak) token = next.token;
+    if (next.noisy > noisy) noisy = next.noisy, sample = next.sample;
     peak = new_peak;
   }
+};
+
+// Where the answers go. tokens [rows]; stats [rows, 4] = top-1 probability, its lead over the second, entropy in nats,
+// logsumexp; samples [rows]. Null: not wanted; stats come with tokens.
+struct Answers {
+  int64_t* tokens;
+  float* stats;
+  int64_t* samples;
 };
 
 template <typename T>
 struct ExitHead {
   Linear<T> linear;  // x are normalised rows; n may stop short of the weight's columns (a trimmed vocabulary)
-  bool sums;
+  Draw draw;
+  Answers answers;
   Partial* partials;  // [runs][rows]
 
   int64_t runs() const { return (linear.blocks() + RUN - 1) / RUN; }
 
-  // Logits z[0..n) of one row from column `first` on; z has room for whole vectors.
-  Partial reduce(float* z, int64_t n, int64_t first) const {
+  // Of z[0..n): what logits from column `first` on say about a row. z has room for whole vectors and is used up.
+  Partial reduce(float* z, int64_t n, int64_t first, int64_t row) const {
+    Partial out;
     const int64_t end = (n + LANES - 1) / LANES * LANES;
-    for (int64_t i = n; i < end; i++) z[i] = -std::numeric_limits<float>::infinity();
-    Vec top = load(z), total = splat(0.0f), weighted = splat(0.0f);
-    for (int64_t i = LANES; i < end; i += LANES) top = max(top, load(z + i));
-    Partial out{max_lanes(top), -std::numeric_limits<float>::infinity(), 0, 0.0f, 0.0f};
-    int64_t best = 0;
-    while (best + 1 < n && z[best] != out.peak) best++;
-    out.token = first + best;
-    if (!sums) return out;
+    for (int64_t i = n; i < end; i++) z[i] = Partial::NONE;
+    if (answers.samples) reduce_noisy(z, end, first, row, out);
+    if (!answers.tokens) return out;
+    Largest largest;
+    for (int64_t i = 0; i < end; i += LANES) largest.see(load(z + i), first + i);
+    out.peak = largest.get(out.token);
+    if (!answers.stats) return out;
+    Vec total = splat(0.0f), weighted = splat(0.0f);
     for (int64_t i = 0; i < end; i += LANES) {
       Vec shift = max(splat(Partial::LOWEST), sub(load(z + i), splat(out.peak))), e = exp(shift);
       if (i + LANES > n) {  // columns that do not exist count nothing
@@ -59,11 +73,21 @@ struct ExitHead {
       total = add(total, e), weighted = fma(e, shift, weighted);
     }
     out.sum = sum_lanes(total), out.weighted = sum_lanes(weighted);
-    z[best] = -std::numeric_limits<float>::infinity();
-    top = load(z);
+    z[out.token - first] = Partial::NONE;
+    Vec top = load(z);
     for (int64_t i = LANES; i < end; i += LANES) top = max(top, load(z + i));
     out.second = max_lanes(top);
     return out;
+  }
+
+  // z[0..end) as whole vectors.
+  void reduce_noisy(const float* z, int64_t end, int64_t first, int64_t row, Partial& out) const {
+    const Noise noise(draw.seed, draw.position + row);
+    const Vec temperature = splat(draw.temperature);
+    Largest largest;
+    for (int64_t i = 0; i < end; i += LANES)
+      largest.see(add(div(load(z + i), temperature), noise.at(first + i)), first + i);
+    out.noisy = largest.get(out.sample);
   }
 
   void run_of_blocks(int64_t run) const {
@@ -85,11 +109,10 @@ struct ExitHead {
       }
     const int64_t n = std::min(linear.n, last * BLOCK) - first * BLOCK;
     for (int64_t r = 0; r < linear.rows; r++)
-      partials[run * linear.rows + r] = reduce(z + r * stride, n, first * BLOCK);
+      partials[run * linear.rows + r] = reduce(z + r * stride, n, first * BLOCK, r);
   }
 
-  // tokens [rows], stats [rows, 4] = top-1 probability, its lead over the second, entropy in nats, logsumexp.
-  void run(int64_t* tokens, float* stats) {
+  void run() {
     static thread_local Scratch scratch;
     TileScope scope;
     partials = (Partial*)scratch.get(runs() * linear.rows * int64_t(sizeof(Partial) / sizeof(float)));
@@ -99,14 +122,16 @@ struct ExitHead {
     for_each_task(runs(), threads_for(bytes, LINEAR_BYTES_PER_THREAD), [&](int64_t i) { run_of_blocks(i); });
     for (int64_t r = 0; r < linear.rows; r++) {
       Partial all = partials[r];
-      for (int64_t i = 1; i < runs(); i++) all.merge(partials[i * linear.rows + r], sums);
-      tokens[r] = all.token;
-      if (!sums) continue;
+      for (int64_t i = 1; i < runs(); i++) all.merge(partials[i * linear.rows + r], answers.stats);
+      if (answers.tokens) answers.tokens[r] = all.token;
+      if (answers.samples) answers.samples[r] = all.sample;
+      if (!answers.stats) continue;
+      float* stats = answers.stats + 4 * r;
       const float log_sum = std::log(all.sum);
-      stats[4 * r] = 1.0f / all.sum;
-      stats[4 * r + 1] = (1.0f - std::exp(all.second - all.peak)) / all.sum;
-      stats[4 * r + 2] = log_sum - all.weighted / all.sum;
-      stats[4 * r + 3] = all.peak + log_sum;
+      stats[0] = 1.0f / all.sum;
+      stats[1] = (1.0f - std::exp(all.second - all.peak)) / all.sum;
+      stats[2] = log_sum - all.weighted / all.sum;
+      stats[3] = all.peak + log_sum;
     }
   }
 };

@@ -190,8 +190,15 @@ Tensor attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, T
 // ---------------------------------------------------------------------------------------------------------------------
 // exit_head
 // ---------------------------------------------------------------------------------------------------------------------
-std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, int64_t n_vocab, double eps,
-                                     bool want_stats) {
+Draw draw_of(const char* op, double temperature, int64_t seed, int64_t position) {
+  STD_TORCH_CHECK(temperature >= 0 && std::isfinite(float(temperature)), op,
+                  ": temperature must be 0 or a positive number, got ", temperature);
+  STD_TORCH_CHECK(seed >= 0, op, ": seed must be 0 or more, got ", seed);
+  return {float(temperature), uint64_t(seed), position};
+}
+
+std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, int64_t n_vocab, double eps,
+                                             bool want_stats, double temperature, int64_t seed, int64_t position) {
   const bool pairs = is_bf16(hidden);
   check_dtype("exit_head", "hidden", hidden);
   for (const Tensor* one : {&norm, &packed}) check_same_dtype("exit_head", "every weight", *one, hidden);
@@ -203,16 +210,23 @@ std::tuple<Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, 
                   " features, the weight ", packed.size(1) * (pairs ? 2 : 1), ", the norm ", norm.numel());
   STD_TORCH_CHECK(0 < n_vocab && n_vocab <= packed.size(0) * STRIP, "exit_head: n_vocab must be in 1..",
                   packed.size(0) * STRIP, ", got ", n_vocab);
+  const Draw draw = draw_of("exit_head", temperature, seed, position);
+  const bool sampled = draw.temperature > 0;
   Tensor tokens = new_tensor({rows}, aoti_torch_dtype_int64());
-  Tensor stats = new_tensor({want_stats ? rows : 0, 4}, aoti_torch_dtype_float32());
+  static const Tensor no_stats = new_tensor({0, 4}, aoti_torch_dtype_float32());  // making one takes half a microsecond
+  static const Tensor no_samples = new_tensor({0}, aoti_torch_dtype_int64());
+  Tensor stats = want_stats ? new_tensor({rows, 4}, aoti_torch_dtype_float32()) : no_stats;
+  Tensor samples = sampled ? new_tensor({rows}, aoti_torch_dtype_int64()) : no_samples;
+  const Answers answers{data<int64_t>(tokens), want_stats ? data<float>(stats) : nullptr,
+                        sampled ? data<int64_t>(samples) : nullptr};
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    exit_rows(data<T>(hidden), data<T>(norm), data<T>(packed), rows, d, n_vocab, float(eps), data<int64_t>(tokens),
-              want_stats ? data<float>(stats) : nullptr);
+    const Head<T> head{data<T>(norm), data<T>(packed), d, n_vocab, float(eps)};
+    head.run(data<T>(hidden), rows, draw, answers);
   };
   if (rows && pairs) run(bf16{});
   else if (rows) run(0.0f);
-  return {tokens, stats};
+  return {tokens, stats, samples};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -299,38 +313,74 @@ Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t star
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// static_round
+// play_round
 // ---------------------------------------------------------------------------------------------------------------------
-Tensor static_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor head, int64_t n_vocab, int64_t token,
-                    int64_t position, int64_t exit_layer, int64_t drafts) {
-  const LayerTable& table = table_of("static_round", table_tensor);
+// Returns [drafted n, heads read while drafting, layers read, attentions and MLPs left out of them, resume layer], then
+// n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model.
+Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor head, int64_t n_vocab, int64_t token,
+                  int64_t position, std::vector<int64_t> exits, int64_t drafts, int64_t leave_measure,
+                  double leave_threshold, int64_t stay_measure, double stay_threshold, std::vector<int64_t> skips,
+                  std::vector<int64_t> proposed, int64_t draft_vocab, double temperature, int64_t seed) {
+  const LayerTable& table = table_of("play_round", table_tensor);
   for (const Tensor* one : {&embedding, &norm, &head}) {
-    check_contiguous("static_round", "every weight", *one);
-    STD_TORCH_CHECK(is_bf16(*one) == bool(table.bf16), "static_round: every weight must have the layers' dtype");
+    check_contiguous("play_round", "every weight", *one);
+    STD_TORCH_CHECK(is_bf16(*one) == bool(table.bf16), "play_round: every weight must have the layers' dtype");
   }
-  const bool packed = embedding.dim() > 2;
+  const bool packed = embedding.dim() > 2, given = !proposed.empty();
   STD_TORCH_CHECK(packed_features(head) == table.d && norm.numel() == table.d && n_vocab <= packed_columns(head) &&
                       (packed ? packed_features(embedding) : embedding.size(1)) == table.d &&
                       (packed ? packed_columns(embedding) : embedding.size(0)) >= n_vocab,
-                  "static_round: embedding, norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
-  STD_TORCH_CHECK(0 <= token && token < n_vocab, "static_round: token must be in 0..", n_vocab - 1, ", got ", token);
-  STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots, "static_round: positions must be in 0..",
-                  table.slots - 1, ", got ", position, "..", position + drafts);
-  STD_TORCH_CHECK(0 <= exit_layer && exit_layer <= table.n_layer, "static_round: exit_layer must be in 0..", table.n_layer,
-                  ", got ", exit_layer);
-  Tensor tokens = new_tensor({2 * drafts + 1}, aoti_torch_dtype_int64());
+                  "play_round: embedding, norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
+  STD_TORCH_CHECK(0 < draft_vocab && draft_vocab <= n_vocab, "play_round: draft_vocab must be in 1..", n_vocab,
+                  ", got ", draft_vocab);
+  auto check_token = [&](const char* name, int64_t id) {
+    STD_TORCH_CHECK(0 <= id && id < n_vocab, "play_round: ", name, " must be in 0..", n_vocab - 1, ", got ", id);
+  };
+  check_token("token", token);
+  for (int64_t id : proposed) check_token("every proposed token", id);
+  if (given) drafts = int64_t(proposed.size());
+  STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots,
+                  "play_round: positions must be in 0..", table.slots - 1, ", got ", position, "..", position + drafts);
+  for (size_t i = 0; i < exits.size(); i++)
+    STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= table.n_layer,
+                    "play_round: exits must ascend in 1..", table.n_layer, ", got ", exits[i]);
+  STD_TORCH_CHECK(given || !drafts || !exits.empty(), "play_round: drafts need an exit");
+  for (int64_t measure : {leave_measure, stay_measure})
+    STD_TORCH_CHECK(-1 <= measure && measure < 3, "play_round: a measure must be in 0..2 or -1, got ", measure);
+  STD_TORCH_CHECK(leave_measure >= 0 || exits.size() < 2, "play_round: several exits need a rule to leave");
+  const Draw draw = draw_of("play_round", temperature, seed, position);
+  const float eps = float(table.eps);
+  int64_t own = table.n_layer;
+  for (int64_t sublayer : skips) {
+    STD_TORCH_CHECK(0 <= sublayer && sublayer < 2 * table.n_layer, "play_round: skips must be in 0..",
+                    2 * table.n_layer - 1, ", got ", sublayer);
+    own = std::min(own, sublayer / 2);
+  }
+  std::vector<int64_t> drafted(proposed), exit_layers(drafts), chosen(drafts + 1), depth(2 * (drafts + 1)), counts;
+  drafted.resize(drafts);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     static thread_local Scratch scratch;
-    T* hidden = (T*)scratch.get((drafts + 1) * table.d);
-    with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES), [&] {
-      StaticRound<T>{table, data<T>(embedding), data<T>(norm), data<T>(head), packed, n_vocab, exit_layer, hidden}.run(
-          token, position, drafts, data<int64_t>(tokens), data<int64_t>(tokens) + drafts);
-    });
+    T* hidden = (T*)scratch.get(2 * (drafts + 1) * table.d);
+    const Head<T> draft_head{data<T>(norm), data<T>(head), table.d, draft_vocab, eps};
+    const Head<T> full_head{data<T>(norm), data<T>(head), table.d, n_vocab, eps};
+    Round<T> round{table, data<T>(embedding), packed, draft_head, full_head, draw, exits,
+                   {leave_measure, leave_threshold}, {stay_measure, stay_threshold}, skips, own, position,
+                   {hidden, depth.data()}, {hidden + (drafts + 1) * table.d, depth.data() + drafts + 1}};
+    with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES),
+              [&] { round.run(token, drafts, given, drafted.data(), exit_layers.data(), chosen.data()); });
+    const auto& c = round.counts;
+    counts = {c.drafted, c.heads, c.layers, c.skipped_attention, c.skipped_mlp, c.resume};
   };
   if (table.bf16) run(bf16{});
   else run(0.0f);
-  return tokens;
+  const int64_t n = counts[0];
+  Tensor result = new_tensor({int64_t(counts.size()) + 3 * n + 1}, aoti_torch_dtype_int64());
+  int64_t* to = std::copy(counts.begin(), counts.end(), data<int64_t>(result));
+  to = std::copy_n(drafted.begin(), n, to);
+  to = std::copy_n(exit_layers.begin(), n, to);
+  std::copy_n(chosen.begin(), n + 1, to);
+  return result;
 }
 
 }  // namespace
@@ -340,12 +390,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> Tensor");
-  m.def("exit_head(Tensor hidden, Tensor norm, Tensor packed, int n_vocab, float eps, bool want_stats) "
-        "-> (Tensor, Tensor)");
+  m.def("exit_head(Tensor hidden, Tensor norm, Tensor packed, int n_vocab, float eps, bool want_stats, "
+        "float temperature, int seed, int position) -> (Tensor tokens, Tensor stats, Tensor samples)");
   m.def("layer_table(Tensor[] tensors, Tensor cos, Tensor sin, int heads, float eps) -> Tensor");
   m.def("layers(Tensor hidden, Tensor table, int position, int start, int stop, int[] skips) -> Tensor");
-  m.def("static_round(Tensor table, Tensor embedding, Tensor norm, Tensor head, int n_vocab, int token, int position, "
-        "int exit_layer, int drafts) -> Tensor");
+  m.def("play_round(Tensor table, Tensor embedding, Tensor norm, Tensor head, int n_vocab, int token, int position, "
+        "int[] exits, int drafts, int leave_measure, float leave_threshold, int stay_measure, float stay_threshold, "
+        "int[] skips, int[] proposed, int draft_vocab, float temperature, int seed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
@@ -356,5 +407,5 @@ STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
   m.impl("exit_head", TORCH_BOX(&exit_head));
   m.impl("layer_table", TORCH_BOX(&layer_table));
   m.impl("layers", TORCH_BOX(&layers));
-  m.impl("static_round", TORCH_BOX(&static_round));
+  m.impl("play_round", TORCH_BOX(&play_round));
 }

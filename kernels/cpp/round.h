@@ -1,51 +1,139 @@
-// round: a whole greedy round of a static plan in one call: draft, verify, and every token the full model would choose.
+// round: a whole round in one call: draft as a plan says, verify, and every token the full model would choose.
 #pragma once
 #include "exit_head.h"
 #include "layers.h"
+#include "rows.h"
 
 namespace skipfast {
 
-// Tokens, and statistics unless null, of rows of hidden states: final norm, then the fused head.
+// The end of a model: final norm, then the fused head over the first n_vocab tokens.
 template <typename T>
-void exit_rows(const T* hidden, const T* norm, const T* head, int64_t rows, int64_t d, int64_t n_vocab, float eps,
-               int64_t* tokens, float* stats) {
-  static thread_local Scratch scratch;
-  T* normed = (T*)scratch.get(rows * d);
-  rms_norm_rows(hidden, norm, normed, rows, d, eps);
-  ExitHead<T>{{normed, head, nullptr, rows, d, n_vocab, 1, nullptr}, stats != nullptr, nullptr}.run(tokens, stats);
-}
+struct Head {
+  const T *norm, *weight;
+  int64_t d, n_vocab;
+  float eps;
 
+  void run(const T* hidden, int64_t rows, const Draw& draw, const Answers& answers) const {
+    static thread_local Scratch scratch;
+    T* normed = (T*)scratch.get(rows * d);
+    rms_norm_rows(hidden, norm, normed, rows, d, eps);
+    ExitHead<T>{{normed, weight, nullptr, rows, d, n_vocab, 1, nullptr}, draw, answers, nullptr}.run();
+  }
+};
+
+// plan.Rule: what the statistics of an exit must be. measure: index into them (top-1, margin, entropy), -1 for no rule.
+struct Rule {
+  int64_t measure;
+  double threshold;
+  explicit operator bool() const { return measure >= 0; }
+  bool holds(const float* stats) const {
+    return measure == 2 ? stats[measure] <= threshold : stats[measure] >= threshold;
+  }
+};
+
+// The C++ twin of rounds.Drafter: rows climb through the layers; whoever goes deeper takes those waiting there along.
 template <typename T>
-struct StaticRound {
+struct Round {
+  // Rows at consecutive positions, each waiting at a depth; later ones never deeper than earlier ones.
+  struct Rows {
+    T* hidden;       // [drafts + 1, d]
+    int64_t* depth;  // [drafts + 1]
+    int64_t count = 0;
+    int64_t first_beside_last() const {
+      int64_t first = count - 1;
+      while (first > 0 && depth[first - 1] == depth[count - 1]) first--;
+      return first;
+    }
+  };
   const LayerTable& table;
-  const T *embedding, *norm, *head;
+  const T* embedding;
   bool packed_embedding;  // rows of the table are columns of a packed weight
-  int64_t n_vocab, exit_layer;
-  T* hidden;  // [drafts + 1, d]
+  Head<T> draft_head, head;
+  Draw sampling;  // its position is not looked at
+  const std::vector<int64_t>& exits;  // candidates, ascending
+  Rule leave, stay;                   // at a candidate; after a token
+  const std::vector<int64_t>& skips;  // 2 * layer for its attention, 2 * layer + 1 for its MLP
+  int64_t own;                        // depth up to which a drafted row is the full model's: the first skipped layer
+  int64_t position;                   // of the first row
+  Rows rows, copies;                  // the rows; copies of them on their way above `own`
 
-  void embed(int64_t token, T* to) const {
-    const int64_t d = table.d, pair = int64_t(sizeof(float) / sizeof(T));
+  struct Counts {
+    int64_t drafted = 0, heads = 0, layers = 0, skipped_attention = 0, skipped_mlp = 0, resume = 0;
+  } counts{};
+
+  void enter(int64_t token) {
+    const int64_t d = table.d, pair = int64_t(sizeof(float) / sizeof(T)), row = rows.count++;
+    T* to = rows.hidden + row * d;
+    rows.depth[row] = 0;
     if (!packed_embedding) return (void)std::memcpy(to, embedding + token * d, d * sizeof(T));
     const T* column = embedding + token / STRIP * STRIP * d + token % STRIP * pair;
     for (int64_t i = 0; i < d; i += pair, column += STRIP * pair) std::memcpy(to + i, column, 4);
   }
-  void layers(int64_t first_row, int64_t rows, int64_t position, int64_t start, int64_t stop) const {
-    LayerRun<T>{table, hidden + first_row * table.d, rows, position}.run(start, stop, [](int64_t) { return false; });
+  // Take the last row and all that wait where it waits to depth `stop`; the rows themselves skip nothing below `own`.
+  void climb(Rows& which, int64_t stop) {
+    const int64_t first = which.first_beside_last(), start = which.depth[first], last = which.count;
+    auto skipped = [&](int64_t sublayer) {
+      return &which == &copies && std::find(skips.begin(), skips.end(), sublayer) != skips.end();
+    };
+    LayerRun<T>{table, which.hidden + first * table.d, last - first, position + first}.run(start, stop, skipped);
+    std::fill(which.depth + first, which.depth + last, stop);
+    counts.layers += stop - start;
+    for (int64_t sublayer = 2 * start; sublayer < 2 * stop; sublayer++)
+      if (skipped(sublayer)) (sublayer % 2 ? counts.skipped_mlp : counts.skipped_attention)++;
   }
-  void choose(int64_t first_row, int64_t rows, int64_t* tokens) const {
-    exit_rows(hidden + first_row * table.d, norm, head, rows, table.d, n_vocab, float(table.eps), tokens, nullptr);
+  void climb_copy(int64_t stop) {
+    for (; copies.count < rows.count; copies.count++) {
+      const int64_t row = copies.count;
+      std::memcpy(copies.hidden + row * table.d, rows.hidden + row * table.d, table.d * sizeof(T));
+      copies.depth[row] = own;
+    }
+    climb(copies, stop);
+  }
+  // The tokens after `count` rows, and the statistics of the exit if wanted.
+  void choose(const Head<T>& with, const Rows& which, int64_t first, int64_t count, int64_t* tokens,
+              float* stats) const {
+    const bool sampled = sampling.temperature > 0;
+    int64_t best;  // statistics come with the best tokens; whoever wants them has one row
+    with.run(which.hidden + first * table.d, count, {sampling.temperature, sampling.seed, position + first + 1},
+             {!sampled ? tokens : stats ? &best : nullptr, stats, sampled ? tokens : nullptr});
   }
 
-  // token stands at `position`. drafted [drafts], chosen [drafts + 1]: the full model's token after each row.
-  void run(int64_t token, int64_t position, int64_t drafts, int64_t* drafted, int64_t* chosen) const {
-    const int64_t resume = drafts ? exit_layer : 0;
-    for (int64_t i = 0; i <= drafts; i++) {
-      embed(i ? drafted[i - 1] : token, hidden + i * table.d);
-      layers(i, 1, position + i, 0, resume);
-      if (i < drafts) choose(i, 1, drafted + i);
+  // Let the last row climb until it leaves -> its exit layer. stats [4] are filled if a rule needs them.
+  int64_t draft(int64_t* token, float* stats) {
+    for (int64_t exit : exits) {
+      if (rows.depth[rows.count - 1] < own) climb(rows, std::min(exit, own));
+      if (exit > own) climb_copy(exit);
+      const bool last = exit == exits.back();
+      choose(draft_head, exit > own ? copies : rows, rows.count - 1, 1, token,
+             stay || (leave && !last) ? stats : nullptr);
+      counts.heads++;
+      if (last || leave.holds(stats)) return exit;
     }
-    layers(0, drafts + 1, position, resume, table.n_layer);
-    choose(0, drafts + 1, chosen);
+    return 0;
+  }
+  void verify(int64_t* chosen) {
+    while (rows.depth[rows.count - 1] < table.n_layer) {
+      const int64_t first = rows.first_beside_last();
+      climb(rows, first ? rows.depth[first - 1] : table.n_layer);
+    }
+    choose(head, rows, 0, rows.count, chosen, nullptr);
+  }
+
+  // Draft up to `drafts` tokens after `token`; or, if `given`, take drafted [drafts] as they are. exit_layers [drafts],
+  // chosen [drafts + 1]: the full model's token after each row.
+  void run(int64_t token, int64_t drafts, bool given, int64_t* drafted, int64_t* exit_layers, int64_t* chosen) {
+    float stats[4];
+    int64_t n = given ? drafts : 0;
+    enter(token);
+    while (n < drafts) {
+      exit_layers[n] = draft(drafted + n, stats);
+      counts.resume = rows.depth[n];
+      enter(drafted[n++]);
+      if (stay && !stay.holds(stats)) break;
+    }
+    for (int64_t i = 0; given && i < n; i++) enter(drafted[i]);
+    counts.drafted = n;
+    verify(chosen);
   }
 };
 

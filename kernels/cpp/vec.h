@@ -1,4 +1,4 @@
-// Vec: 16 floats, and bf16 <-> fp32. On AVX-512 one register, on AVX2 two halves, elsewhere a loop.
+// Vec: 16 floats, and bf16 <-> fp32. On AVX-512 one register, on AVX2 two halves, elsewhere a loop. Bits: 16 integers.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -38,6 +38,10 @@ inline bf16 narrow<bf16>(float value) {  // to nearest even
 
 constexpr int LANES = 16;
 
+// 16 unsigned integers with the usual operators; the compiler knows which instructions there are.
+using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
+inline Bits counting() { return Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define SKIPFAST_AVX512
 struct Vec {
@@ -69,6 +73,9 @@ inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // a NaN in b survives
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Bits greater(Vec a, Vec b) {  // all ones where a > b
+  return (Bits)_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), -1);
+}
 inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline __m256 low_half(Vec a) { return _mm512_castps512_ps256(a.v); }
@@ -112,6 +119,12 @@ inline Vec div(Vec a, Vec b) { return BOTH(_mm256_div_ps); }
 inline Vec min(Vec a, Vec b) { return BOTH(_mm256_min_ps); }
 inline Vec max(Vec a, Vec b) { return BOTH(_mm256_max_ps); }
 #undef BOTH
+inline Bits greater(Vec a, Vec b) {
+  const __m256 halves[2] = {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+  Bits out;
+  std::memcpy(&out, halves, sizeof(out));
+  return out;
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 inline Vec nearest(Vec a) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -150,6 +163,11 @@ inline Vec mul(Vec a, Vec b) { EACH(a.v[i] * b.v[i]) }
 inline Vec div(Vec a, Vec b) { EACH(a.v[i] / b.v[i]) }
 inline Vec min(Vec a, Vec b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
 inline Vec max(Vec a, Vec b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+inline Bits greater(Vec a, Vec b) {
+  Bits out;
+  for (int i = 0; i < LANES; i++) out[i] = a.v[i] > b.v[i] ? ~0u : 0;
+  return out;
+}
 #if defined(__FP_FAST_FMAF)
 inline Vec fma(Vec a, Vec b, Vec c) { EACH(__builtin_fmaf(a.v[i], b.v[i], c.v[i])) }
 #else  // no fused instruction: two roundings, everywhere alike (contraction is off)
@@ -237,6 +255,70 @@ inline float exp_scalar(float x) {
   float v[LANES];
   store(v, exp(splat(x)));
   return v[0];
+}
+
+inline Bits bits_of(Vec a) {
+  Bits out;
+  std::memcpy(&out, &a, sizeof(out));
+  return out;
+}
+inline Vec vec_of(Bits a) {
+  Vec out;
+  std::memcpy(&out, &a, sizeof(out));
+  return out;
+}
+inline Vec to_floats(Bits a) {  // of numbers below 2^31
+  using Signed = int32_t __attribute__((vector_size(4 * LANES)));
+  using Floats = float __attribute__((vector_size(4 * LANES)));
+  const Floats floats = __builtin_convertvector((Signed)a, Floats);
+  Vec out;
+  std::memcpy(&out, &floats, sizeof(out));
+  return out;
+}
+
+// The largest of many floats and where it was first. They come 16 at a time; a NaN is never the largest.
+class Largest {
+ public:
+  void see(Vec some, int64_t first) {
+    const Bits larger = greater(some, vec_of(value));
+    value = (bits_of(some) & larger) | (value & ~larger);
+    place = ((counting() + uint32_t(first)) & larger) | (place & ~larger);
+  }
+  float get(int64_t& where) const {
+    float values[LANES];
+    uint32_t places[LANES], lowest = ~0u;
+    std::memcpy(values, &value, sizeof(values)), std::memcpy(places, &place, sizeof(places));
+    const float largest = max_lanes(vec_of(value));
+    for (int i = 0; i < LANES; i++) lowest = std::min(lowest, values[i] == largest ? places[i] : ~0u);
+    where = lowest;
+    return largest;
+  }
+
+ private:
+  Bits value = bits_of(splat(-std::numeric_limits<float>::infinity()));  // as bits, else compilers keep it in memory
+  Bits place = Bits{};
+};
+
+// log to about 1e-7 relative, near 1 too, of positive normal numbers; of others anything. The polynomial is Cephes'.
+inline Vec log(Vec x) {
+  constexpr uint32_t ONE = 0x3f800000, ROOT_OF_HALF = 0x3f3504f3;
+  const Bits bits = bits_of(x) + (ONE - ROOT_OF_HALF);
+  const Vec n = sub(to_floats(bits >> 23), splat(127.0f));
+  const Vec r = sub(vec_of((bits & 0x7fffffu) + ROOT_OF_HALF), splat(1.0f));  // in sqrt(1/2) - 1 .. sqrt(2) - 1, exact
+  const Vec square = mul(r, r);
+  Vec p = splat(7.0376836292e-2f);
+  p = fma(p, r, splat(-1.1514610310e-1f));
+  p = fma(p, r, splat(1.1676998740e-1f));
+  p = fma(p, r, splat(-1.2420140846e-1f));
+  p = fma(p, r, splat(1.4249322787e-1f));
+  p = fma(p, r, splat(-1.6668057665e-1f));
+  p = fma(p, r, splat(2.0000714765e-1f));
+  p = fma(p, r, splat(-2.4999993993e-1f));
+  p = fma(p, r, splat(3.3333331174e-1f));
+  p = mul(p, mul(r, square));
+  p = fma(n, splat(-2.12194440e-4f), p);  // ln 2 in two parts, the first exact
+  p = fma(square, splat(-0.5f), p);
+  return fma(n, splat(0.693359375f), add(r, p));
 }
 
 inline void prefetch(const void* p) {

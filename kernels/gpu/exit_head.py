@@ -20,28 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.exit_head import Draw
 from kernels.gpu import ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 from kernels.linear import linear_reference
+from kernels.noise import gumbel_noise
 
 PROGRAMS_PER_SM = 2  # that fit together with the shared memory of the tiles in the table
 SMS_WITHOUT_GPU = 132  # of an H100 or H200
 SLOTS = 64  # partials that the last program reads per step
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and exp(LOWEST - anything) is 0 where that of -inf - -inf is NaN
 NO_ID = tl.constexpr(2**31 - 1)  # above every token id
-MASK32 = 0xFFFFFFFF
-
-
-class Draw(NamedTuple):
-    """What a sampled token depends on besides its logits, on the device: a captured graph reads today's values.
-
-    positions: int64 [m], the position each row's token is for. seed: int64 [1], 0 or more. temperature: fp32 [1], above
-    0 (1e-6 and more, as in sampling.py).
-    """
-
-    positions: Tensor
-    seed: Tensor
-    temperature: Tensor
 
 
 class Partials(NamedTuple):
@@ -57,12 +46,12 @@ class Partials(NamedTuple):
     ids: Tensor
 
 
-# ---- noise: sampling.gumbel_noise on unsigned 32-bit arithmetic, to the bit up to the logarithm ----
+# ---- noise: kernels.noise.gumbel_noise on unsigned 32-bit arithmetic, to the bit up to the logarithm ----
 
 
 @triton.jit
 def mixed(x):
-    """sampling.mix32 of uint32."""
+    """kernels.noise.mix32 of uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -336,21 +325,6 @@ def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ---- reference ----
 
 
-def mixed_reference(x: Tensor) -> Tensor:
-    """sampling.mix32 of int64 values in 0..2^32-1."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
-def gumbel_noise_reference(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
-    """sampling.gumbel_noise of a seed and a position that are int64 tensors of one element."""
-    key = mixed_reference(mixed_reference(seed & MASK32) ^ (seed >> 32 & MASK32))
-    first = mixed_reference((key + (position & MASK32) * 0x9E3779B9) & MASK32)
-    bits = mixed_reference((mixed_reference(ids ^ first) + mixed_reference(first ^ 0x85EBCA6B)) & MASK32)
-    return -torch.log(-torch.log(((bits >> 9).float() + 0.5) * 2.0**-23))
-
-
 def partials_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int, draw: Draw | None
                        ) -> Partials:
     """What `exit_head_partials` does, in pure torch."""
@@ -365,7 +339,7 @@ def partials_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab:
     values, ids = [top, second, down.exp().sum(-1), (down.exp() * down).sum(-1)], [logits.argmax(-1)]
     if draw is not None:
         every = torch.arange(v_offset, v_offset + n_vocab, device=x.device)
-        noise = torch.stack([gumbel_noise_reference(draw.seed, position, every) for position in draw.positions])
+        noise = torch.stack([gumbel_noise(draw.seed, position, every) for position in draw.positions])
         scores = logits / draw.temperature + noise
         values, ids = [*values, scores.amax(-1)], [*ids, scores.argmax(-1)]
     return Partials(torch.stack(values)[..., None], (torch.stack(ids)[..., None] + v_offset).int())
@@ -392,7 +366,7 @@ def exit_head_rows(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int
     `Draw`; all or none.
     Returns tokens int64 [m], the argmax of the bf16 logits, ties to the lowest id; stats fp32 [m, 4]: top-1
     probability, margin (top-1 minus top-2), entropy in nats, logsumexp, as in `kernels.exit_head.ExitStats`; samples
-    int64 [m], the argmax of logit / temperature + sampling.gumbel_noise, empty when not sampling. Ids are global.
+    int64 [m], the argmax of logit / temperature + kernels.noise.gumbel_noise, empty when not sampling. Ids are global.
     Raises ValueError naming a shape or dtype that does not fit.
     """
     return launch(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature))[1]

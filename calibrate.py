@@ -1,0 +1,52 @@
+"""What a policy may measure before decoding: the time of its plans' rounds here, and how well each exit guesses."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from plan import DraftPlan, DraftPolicy
+from rounds import Drafter, agreement
+from runner import Runner
+from sampling import SamplingConfig, make_sampler
+
+SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan once
+SAMPLE_TEXT = """The keeper of the lighthouse wrote down the weather every evening: wind from the west, a calm sea, and
+two ships far out. On Sunday, 14 March, her brother asked why she did it. "Because somebody has to," she said.
+
+def average(values):
+    total = 0
+    for value in values:
+        total += value
+    return total / len(values)
+"""
+
+
+def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampling: SamplingConfig) -> None:
+    """Tell `policy`, if it asks, what its plans' rounds cost and how often its exits agree with the model on `sample`.
+
+    sample: token ids, cut to what the cache leaves room for. Overwrites the cache.
+    """
+    if not (plans := policy.plans_to_time()):
+        return
+    most = max(max(plan.num_draft_tokens, len(plan.proposed)) for plan in plans)
+    sample = list(sample)[: max(1, runner.cache_length - most - 1)] or [0]
+    states = runner.prefill_states(sample, 0, {depth for plan in plans for depth in plan.exits})
+    agreed = agreement(runner, make_sampler(sampling), states, 1 + len(sample) - len(states[runner.n_layer]))
+    policy.calibrate(time_rounds(runner, policy, plans, sample, sampling), agreed)
+
+
+def time_rounds(
+    runner: Runner, policy: DraftPolicy, plans: Sequence[DraftPlan], sample: Sequence[int], sampling: SamplingConfig
+) -> dict[DraftPlan, float]:
+    """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
+    drafter, position = Drafter(runner, policy, make_sampler(sampling), ()), len(sample) - 1
+    limit, taken = runner.cache_length - len(sample), {plan: [] for plan in plans}
+    end = time.perf_counter() + SECONDS
+    for turn in range(TURNS + 1):
+        if turn and time.perf_counter() > end:
+            break
+        for plan, times in taken.items():
+            start = time.perf_counter()
+            drafter.round(plan, sample[-1], position, limit)
+            times.append(time.perf_counter() - start)
+    return {plan: statistics.median(times[1:] or times) for plan, times in taken.items()}  # the first may build things
