@@ -49,7 +49,7 @@ class Auto(DraftPolicy):
     """Choose the exit layer, K, n-gram proposals or plain decoding anew each round, by expected tokens per second
     (the objective of DEL, arXiv 2504.05598, in measured time instead of layers).
 
-    num_draft_tokens: the most tokens of a round. candidates: exit layers to choose from (default: six up to L/2).
+    num_draft_tokens: the most tokens of a round. candidates: exit layers to choose from (default: five up to L/2).
     """
 
     name = "auto"
@@ -59,11 +59,13 @@ class Auto(DraftPolicy):
 
     def __post_init__(self):
         if self.num_draft_tokens < 1:
-            raise ValueError(f"num_draft_tokens must be 1 or more, got {self.num_draft_tokens}")
+            raise ValueError(
+                f"num_draft_tokens must be 1 or more, got {self.num_draft_tokens}; plain decoding is the policy none"
+            )
 
     def fit(self, n_layer: int) -> None:
-        six = Depths({max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 10, 12)})
-        self.exits = candidates_or_default(self.candidates or six, n_layer)
+        spread = Depths({max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)})
+        self.exits = candidates_or_default(self.candidates or spread, n_layer)
         # Until something is measured: cost by layers, the head as one, and early exits as those of LayerSkip models.
         self.verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
         self.draft_s = {depth: depth + 1.0 for depth in self.exits}
@@ -86,8 +88,8 @@ class Auto(DraftPolicy):
             if plan.exits:
                 k = plan.num_draft_tokens
                 self.draft_s[plan.exits[0]] = max(0.0, s - self._verify_s(k + 1)) / k
-        for depth, agreed in agreement.items():
-            self.sampled_agreement[depth] = min(sum(agreed) / len(agreed), MOST_AGREEMENT)
+        for depth in self.exits:
+            self.sampled_agreement[depth] = min(sum(agreement[depth]) / len(agreement[depth]), MOST_AGREEMENT)
         self.known.clear()
         self.start_prompt(())
 
@@ -111,7 +113,8 @@ class Auto(DraftPolicy):
         self.chosen: Counter[tuple[tuple[int, ...], int]] = Counter()  # rounds by exits and drafts
 
     def see_prompt(self, agreement: dict[int, list[bool]]) -> None:
-        for depth, agreed in agreement.items():
+        for depth in self.exits:
+            agreed = agreement[depth]
             right = SAMPLE_WEIGHT * self.sampled_agreement[depth] + sum(agreed)
             self.agreement[depth] = min(right / (SAMPLE_WEIGHT + len(agreed)), MOST_AGREEMENT)
 
@@ -177,8 +180,9 @@ class Auto(DraftPolicy):
             "auto: rows of a verification, cost in plain steps: " + "; ".join(rows),
             "auto: acceptance expected at the end: "
             + "; ".join(f"{depth}: {self.acceptance(depth):.2f}" for depth in self.exits),
-            "auto: rounds: " + ", ".join(f"{describe(*plan)} {count}" for plan, count in self.chosen.most_common()),
-        ]
+            *(["auto: rounds: " + ", ".join(f"{describe(*plan)} {n}" for plan, n in self.chosen.most_common())]
+              if self.chosen else []),
+        ]  # fmt: skip
 
 
 def describe(exits: tuple[int, ...], drafts: int) -> str:

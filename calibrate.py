@@ -9,7 +9,7 @@ from rounds import Drafter, agreement
 from runner import Runner
 from sampling import SamplingConfig, make_sampler
 
-SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan once
+SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan at least once
 SAMPLE_TEXT = """The keeper of the lighthouse wrote down the weather every evening: wind from the west, a calm sea, and
 two ships far out. On Sunday, 14 March, her brother asked why she did it. "Because somebody has to," she said.
 

@@ -86,7 +86,7 @@ def early_exit(
 
     Raises ValueError for a policy whose drafts are not the model's own.
     """
-    check_unverified(policy)
+    check_unverified(policy, config.sampling)
     tokens = list(prompt)
     drafter = Drafter(runner, policy, make_sampler(config.sampling), config.eos_ids, verified=False)
     first, ended = prefill(drafter, tokens, config, 0, finished)
@@ -143,9 +143,12 @@ def until_end(
     return tokens, False
 
 
-def check_unverified(policy: DraftPolicy) -> None:
+def check_unverified(policy: DraftPolicy, sampling: SamplingConfig) -> None:
+    """Raise ValueError for what early exit cannot do."""
     if policy.verifiable_only:
         raise ValueError(f"policy {policy} drafts what only verification can judge: it cannot run with --no_verify")
+    if sampling.verification == "rejection":
+        raise ValueError("--no_verify does not go with --verification rejection: there is nothing to accept or reject")
 
 
 def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
@@ -264,7 +267,9 @@ def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
         for flag, given in (("--interactive", flags.interactive), ("--draft_vocab", flags.draft_vocab is not None)):
             if given:
                 raise ValueError(f"--no_verify does not go with {flag}")
-        check_unverified(policy)
+        check_unverified(policy, cli.sampling_config(flags))
+    if flags.interactive and flags.compare:
+        raise ValueError("--compare does not go with --interactive: compare on one --prompt")
     return policy
 
 
@@ -443,6 +448,8 @@ def run_interactive(
         tokens = prompt + generation.tokens
         turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.model)})
         cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
+        for line in policy.explain() if flags.verbose else ():
+            cli.notice(line)
     compile_s = session.compile_s + runner.compile_s
     config = {**vars(flags), "policy": str(policy)}
     return {"turns": turns, "compile_s": compile_s, "verified": True, "config": config, **cli.environment()}

@@ -167,7 +167,7 @@ class Confidence(Sureness):
 
 @dataclass
 class LogitsCurrent(Confidence):
-    """Confidence under the name and with the settings of the project that asks at every depth it can afford."""
+    """Confidence under its name in the skiplayer project, with a threshold of 0.9."""
 
     name = "logits_current"
     threshold: float = 0.9
@@ -215,7 +215,10 @@ class Saturation(Sureness):
 
 @dataclass
 class ConsistentTokens(SelfDrafting):
-    """Leave once `checks` candidates in a row have chosen the same token (the original: 4 layers in a row)."""
+    """Leave once `checks` candidates in a row have chosen the same token (the original: 4 layers in a row).
+
+    candidates: as of Sureness, or, if those are too few, every depth from a quarter of the layers on.
+    """
 
     name = "consistent_tokens"
     checks: int = 2
@@ -227,7 +230,13 @@ class ConsistentTokens(SelfDrafting):
             raise ValueError(f"checks must be 2 or more, got {self.checks}")
 
     def fit(self, n_layer: int) -> None:
-        self.only_plan = self.new_plan(candidates_or_default(self.candidates, n_layer))
+        exits = candidates_or_default(self.candidates, n_layer)
+        if len(exits) < self.checks and self.candidates:
+            raise ValueError(f"policy {self.name}: checks must be at most {len(exits)}, the number of candidates "
+                             f"{exits}, got {self.checks}")  # fmt: skip
+        if len(exits) < self.checks:
+            exits = range(max(1, n_layer // 4), n_layer + 1)
+        self.only_plan = self.new_plan(exits)
 
     def should_exit(self, depth: int, exit: Exit) -> bool:
         token = exit.tokens()[0]
@@ -462,7 +471,8 @@ def _make_one(text: str, defaults: dict) -> DraftPolicy:
             raise ValueError(f"policy {name}: {key} must be {wanted}, got {value!r}") from None
     missing = [k for k, f in keys.items() if k not in values and f.default is dataclasses.MISSING]
     if missing:
-        raise ValueError(f"policy {name} needs {', '.join(missing)}, for example {name}:{missing[0]}=2")
+        example = "mask.json" if keys[missing[0]].type is str else 2
+        raise ValueError(f"policy {name} needs {', '.join(missing)}, for example {name}:{missing[0]}={example}")
     try:
         return POLICIES[name](**values)
     except ValueError as error:

@@ -122,8 +122,6 @@ class Drafter:
         draft = Draft()
         for _ in range(min(plan.num_draft_tokens, limit)):
             exit, depth, asked = self.leave(rows, plan, token)
-            if plan.stop_unless:
-                exit.stats()  # the token comes with them; the other way round the head would be read twice
             token = self.sampler.draft(exit, rows.end)
             draft.tokens.append(token)
             draft.exit_layers.append(depth)
@@ -148,6 +146,7 @@ class Drafter:
             if stop not in exits:
                 continue
             exit = runner.exit(hidden, self.sampler.draw(rows.end), draft=True)
+            exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
             if stop == exits[-1] or (
                 plan.leave_if.holds(exit.stats()) if plan.leave_if else self.policy.should_exit(stop, exit)
             ):
@@ -166,16 +165,16 @@ class Drafter:
 
 
 def agreement(runner: Runner, sampler, states: dict[int, Tensor], position: int) -> dict[int, list[bool]]:
-    """For each depth below the top, row by row: does an exit there choose the token that the full model chooses?
+    """For each depth, row by row: does an exit there choose the token that the full model chooses?
 
     states: hidden [T, D] at each depth and at the top, of rows that choose the tokens for `position`, position + 1, …
     """
-    choices = {}
+    guesses = {}
     for depth, hidden in states.items():
         exit = runner.exit(hidden, sampler.draw(position), draft=depth < runner.n_layer)
-        choices[depth] = list(sampler.choices(exit, position))
-    full = choices.pop(runner.n_layer)
-    return {depth: list(map(operator.eq, found, full)) for depth, found in choices.items()}
+        guesses[depth] = list(sampler.guesses(exit, position))
+    full = guesses[runner.n_layer]
+    return {depth: list(map(operator.eq, found, full)) for depth, found in guesses.items()}
 
 
 def until_eos(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ Exactness: a row's bits must not depend on which path computed it, or a speculat
     or policy: two differently cut graphs would keep different intermediates in fp32.
 """
 
+import math
 import shutil
 import statistics
 import time
@@ -260,7 +261,7 @@ class Runner:
         return self.prefill_states(tokens, start)[self.n_layer][-1:]
 
     def prefill_states(self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = ()) -> dict[int, Tensor]:
-        """As `prefill` -> hidden [T, D] of the last T <= PREFILL_CHUNK tokens at each of `depths` and at the top."""
+        """As `prefill` -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top."""
         for each in self._rounds.values():
             each.ahead = None  # it continues another text
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
@@ -269,8 +270,9 @@ class Runner:
             args, model = self.model.args, self.model
             tensors = [layer.tensors() for layer in model.layers]
             self._layers = PackedLayers(tensors, model.cos, model.sin, args.n_head, args.norm_eps)
-        for first in range(0, len(tokens), PREFILL_CHUNK):
-            hidden, below, states = self.embed(tokens[first : first + PREFILL_CHUNK]), 0, {}
+        chunk = math.ceil(len(tokens) / math.ceil(len(tokens) / PREFILL_CHUNK))  # equal ones: the last is no remnant
+        for first in range(0, len(tokens), chunk):
+            hidden, below, states = self.embed(tokens[first : first + chunk]), 0, {}
             positions = self.positions[start + first : start + first + len(hidden)]
             for depth in sorted({*depths, self.n_layer}):
                 if self._layers:
@@ -346,8 +348,9 @@ class Runner:
             return None
         if self._layers:
             drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
+            exits = (plan.exits or (self.n_layer,)) if drafts else ()
             return self._layers.play_round(
-                self.model.embedding.weight, self._ends, token, position, plan.exits or (self.n_layer,), drafts,
+                self.model.embedding.weight, self._ends, token, position, exits, drafts,
                 leave_if=plan.leave_if, stop_unless=plan.stop_unless, skip_attention=plan.skip_attention,
                 skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], draft_vocab=self._draft_ends.n_vocab,
                 temperature=sampling.temperature, seed=sampling.seed,
@@ -364,7 +367,7 @@ class Runner:
         return PlayedRound(drafted, exit_layers, chosen[: limit + 1], depth, layers, (0, 0), len(drafted))
 
     def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
-        """What the final norm and LM head say about hidden [T, D], T <= max_rows.
+        """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.
 
         draw: how `Exit.samples` will choose. draft: with the draft's LM head, which may know fewer tokens.
         """

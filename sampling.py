@@ -34,8 +34,8 @@ class SamplingConfig:
     verification: str = "coupled"
 
     def __post_init__(self):
-        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below, scores overflow fp32
-            raise ValueError(f"temperature must be 0 (greedy) or 1e-6 and more, got {self.temperature}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:  # outside, scores leave fp32
+            raise ValueError(f"temperature must be 0 (greedy) or in 1e-6..1e6, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -120,6 +120,10 @@ class CoupledSampler:
             return exit.samples().tolist()
         return (choose(row, position + i, self.config) for i, row in enumerate(exit.logits()))
 
+    def guesses(self, exit: Exit, position: int) -> Iterable[int]:
+        """As `choices`, or the best tokens where choices take a sort each: to estimate how often exits agree."""
+        return self.choices(exit, position) if self.config.temperature == 0 or self.config.is_plain else exit.tokens()
+
     def draft(self, exit: Exit, position: int) -> int:
         """The draft's token for `position` from its one row."""
         return next(iter(self.choices(exit, position)))
@@ -145,7 +149,7 @@ class RejectionSampler:
     def draw(self, position: int) -> None:
         """No exit can choose for this sampler: a choice takes what was drafted into account."""
 
-    def choices(self, exit: Exit, position: int) -> list[int]:
+    def guesses(self, exit: Exit, position: int) -> list[int]:
         """The best token of each row, a stand-in where an exit's agreement with the target is estimated."""
         return exit.tokens()
 

@@ -96,12 +96,14 @@ class Exit:
 
     Tokens, statistics and samples come from a fused kernel where there is one, in one pass. On a CPU its token is the
     argmax of the logits; on a GPU the sums may differ in the last bits, so nobody may mix the two for one decision.
-    `draw` says how the samples are drawn, and may be set later.
+    `draw` says how the samples are drawn, and may be set later; so may `wants_stats`: that a pass made for something
+    else should find the statistics, too, because they will be asked for.
     """
 
     def __init__(self, hidden: Tensor, head: Head, rows: int, draw: Draw | None = None):
         """hidden: [>= rows, D], those behind `rows` being padding."""
         self.hidden, self.head, self.rows, self.draw = hidden, head, rows, draw
+        self.wants_stats = False
         self._logits = self._tokens = self._stats = self._samples = None
 
     @classmethod
@@ -134,7 +136,7 @@ class Exit:
         if self._tokens is None and (self._logits is not None or not self.can_sample()):
             self._tokens = self.logits().argmax(-1)
         elif self._tokens is None:
-            self._pass_through_head(want_stats=False)
+            self._pass_through_head(self.wants_stats)
         return self._tokens
 
     def tokens(self) -> list[int]:
@@ -160,7 +162,7 @@ class Exit:
         if self.draw is None or not self.can_sample():
             raise ValueError(f"an exit samples with a draw and a fused kernel, got draw {self.draw}")
         if self._samples is None:
-            self._pass_through_head(want_stats=False)
+            self._pass_through_head(self.wants_stats)
         return self._samples
 
     def _pass_through_head(self, want_stats: bool) -> None:

@@ -337,6 +337,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"prompt_lengths must be 1 or more, got {min(flags.prompt_lengths)}")
     if flags.no_verify and flags.draft_vocab is not None:
         raise ValueError("--no_verify does not go with --draft_vocab")
+    if flags.no_verify and flags.verification == "rejection":
+        raise ValueError("--no_verify does not go with --verification rejection: there is nothing to accept or reject")
     policy_sets.check_sets(flags.policies)
     return flags
 
@@ -353,14 +355,14 @@ def print_results(result: dict, title: str) -> None:
 
 def main() -> None:
     flags = parse_flags()
-    if flags.output_dir:
-        cli.make_folder(flags.output_dir)
     for path in (flags.json, flags.picture):
         cli.check_writable(path)
     picture = plot.wanted_picture(flags.picture, flags.output_dir)
     session = cli.open_session(flags)
     args = session.args
     policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
+    if flags.output_dir:
+        cli.make_folder(flags.output_dir)
     check_draft_vocab(flags.draft_vocab, args.vocab_size)
     skipped = peers.missing(flags.against, flags.device)
     for peer, reason in skipped.items():

@@ -179,10 +179,10 @@ def test_agreement_is_the_share_of_positions_at_which_an_exit_chooses_what_the_m
     model, sample = random_model(torch.float32, pack=True), VARIED
     runner = Runner(model, 60, max_rows=4, compile=True)
     found = agreement(runner, make_sampler(SAMPLING[sampling]), runner.prefill_states(sample, 0, {1, 2}), 1)
-    chosen = {}
+    chosen, estimated = {}, SAMPLING[sampling] if SAMPLING[sampling].is_plain else SAMPLING["greedy"]
     for depth in (1, 2, N_LAYER):
         logits = model.head(model.run_layers(runner.embed(sample), torch.arange(len(sample)), 0, depth))
-        chosen[depth] = [choose(row, index + 1, SAMPLING[sampling]) for index, row in enumerate(logits)]
+        chosen[depth] = [choose(row, index + 1, estimated) for index, row in enumerate(logits)]
     for depth in (1, 2):
         assert found[depth] == [a == b for a, b in zip(chosen[depth], chosen[N_LAYER], strict=True)]
-    assert list(found) == [1, 2] and 0 < sum(found[2]) < len(sample)
+    assert list(found) == [1, 2, N_LAYER] and all(found[N_LAYER]) and 0 < sum(found[2]) < len(sample)

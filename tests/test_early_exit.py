@@ -124,7 +124,7 @@ def test_a_policy_that_proposes_is_refused(policy):
     assert policy.split("+")[0] in str(caught.value)
 
 
-def test_rejection_sampling_settings_serve_early_exit_too():
+def test_rejection_sampling_is_refused_where_nothing_is_verified():
     config = GenerateConfig(NEW, SamplingConfig(0.8, seed=3, verification="rejection"))
-    texts = [Generation.collect(early_exit(make_runner(), PROMPT, config, make_policy("static:2", 4))) for _ in "ab"]
-    assert texts[0].tokens == texts[1].tokens and len(texts[0].tokens) == NEW
+    with pytest.raises(ValueError, match="does not go with --verification rejection"):
+        Generation.collect(early_exit(make_runner(), PROMPT, config, make_policy("static:2", 4)))

@@ -343,7 +343,7 @@ def test_a_drafted_row_is_the_full_models_up_to_the_depth_it_has_reached(precisi
     ("entropy:0.0,candidates=1-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 * 2 + 1),
     ("saturation:1.0,candidates=1-2-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 + 1),
     ("confidence:0.0,candidates=2-3,stop=1.0", 2 + N_LAYER, 1 + 1),
-    ("consistent_tokens:3,candidates=1-2,num_draft_tokens=2", 2 * 2 + N_LAYER, 2 * 2 + 1),
+    ("consistent_tokens:2,candidates=1-2,num_draft_tokens=2", 2 * 2 + N_LAYER, 2 * 2 + 1),
 ])  # fmt: skip
 def test_visits_of_layers_and_heads_are_counted_as_by_hand(pack, policy, layers, heads):
     runner = Runner(random_model(torch.float32, pack), 64, max_rows=8, compile=pack)

@@ -16,6 +16,8 @@ POLICIES = (
     "none", "static:2", "static:1,stop=0.05", "static:3,stop=svip", "static:2,stop=adaptive,num_draft_tokens=5",
     "confidence:0.05,candidates=1-2-4", "margin:0.02,candidates=1-3,stop=0.03", "entropy:4.5,candidates=1-2-3",
     "confidence:0.05,candidates=1-2-3,decay=4", "layer_skip_proportion:0.5", "skip_set:MASK",
+    "consistent_tokens:2,candidates=1-2-3,stop=0.03", "consistent_tokens:2,num_draft_tokens=0",
+    "saturation:0.2,stop=0.03",
     "skip_set:MASK+confidence:0.05,candidates=1-2-4", "prompt_lookup", "prompt_lookup:min_ngram=1+static:2",
 )  # fmt: skip
 

@@ -310,7 +310,7 @@ def test_only_a_plain_coupled_sampler_has_a_draw_and_the_rejecting_one_stands_in
         assert CoupledSampler(SamplingConfig(**{"temperature": 0.8} | settings)).draw(7) is None
     sampler = RejectionSampler(SamplingConfig(1.0, verification="rejection"))
     logits = torch.randn(3, 20)
-    assert sampler.draw(7) is None and sampler.choices(Exit.of_logits(logits), 7) == logits.argmax(-1).tolist()
+    assert sampler.draw(7) is None and sampler.guesses(Exit.of_logits(logits), 7) == logits.argmax(-1).tolist()
 
 
 # ---- noise ----
