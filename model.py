@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import cpu
 from kernels.attention import attention, new_cache
 from kernels.exit_head import Head
-from kernels.linear import is_packed, linear, pack, unpack_rows
+from kernels.linear import is_packed, linear, pack, pack_quantised, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
 
@@ -164,7 +165,13 @@ class Linear(nn.Module):
         self.register_buffer("scale", None)  # of a quantised weight, see quantize.py
 
     def pack_weight(self) -> None:
-        self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+        """Lay the weight out for the CPU kernel where it can take it; a quantised one then holds its scales itself."""
+        if self.scale is None:
+            packed = pack(self.weight.data)
+        elif (packed := pack_quantised(self.weight.data, self.scale)) is not None:
+            self.scale = None
+        if packed is not None:
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.out_features, self.scale)
@@ -275,12 +282,18 @@ class Transformer(nn.Module):
         return 0 if self.cos is None else self.cos.shape[0]
 
     def pack_weights(self) -> None:
-        """Lay out every linear for the CPU kernels; a tied embedding is then read from the packed LM head."""
+        """Lay out every linear for the CPU kernels, quantised ones too; nothing where these do not know the dtype.
+
+        A tied embedding is then read from the packed LM head, unless that is quantised.
+        """
+        if not cpu.supports(self.norm.weight):
+            return
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack_weight()
-        if self.args.tie_embeddings and is_packed(self.lm_head.weight):
-            self.embedding.weight = self.lm_head.weight
+        head = self.lm_head.weight
+        if self.args.tie_embeddings and is_packed(head) and head.is_floating_point():
+            self.embedding.weight = head
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [..., T] -> hidden [..., T, D]."""

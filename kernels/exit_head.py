@@ -59,8 +59,11 @@ class Head(NamedTuple):
         """The head over the first n_vocab tokens only, a view. Raises ValueError unless 2 <= n_vocab <= its own."""
         if not 2 <= n_vocab <= self.n_vocab:
             raise ValueError(f"n_vocab must be in 2..{self.n_vocab}, got {n_vocab}")
-        strips = -(-n_vocab // BLOCK) * BLOCK // STRIP
-        weight = self.weight[: strips if is_packed(self.weight) else n_vocab]
+        blocks = -(-n_vocab // BLOCK)
+        rows = n_vocab
+        if is_packed(self.weight):
+            rows = blocks * (BLOCK // STRIP if self.weight.is_floating_point() else 1)
+        weight = self.weight[:rows]
         return self._replace(weight=weight, scale=None if self.scale is None else self.scale[:n_vocab], n_vocab=n_vocab)
 
     def logits(self, hidden: Tensor) -> Tensor:

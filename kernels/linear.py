@@ -1,8 +1,9 @@
 """Linear layer for a few rows: every weight byte is read once, whatever the number of rows.
 
-A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed by `pack()` into strips of 16 columns for the C++ op
-of `cpp/linear.h`: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]. The packed op gives each row the same bits at every row
-count and every thread count, so a verified draft token sees the same logits as a token decoded alone.
+A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed for the C++ op of `cpp/linear.h`: into strips of 16
+columns by `pack()`, bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]; quantised weights into blocks of 32 columns by
+`pack_quantised()`. The packed op gives each row the same bits at every row count and every thread count, so a verified
+draft token sees the same logits as a token decoded alone.
 """
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torc
            ) -> torch.Tensor:
     """Return x [..., K] times a plain, packed or quantised weight, [..., out_features], in x's dtype.
 
-    scale: of a quantised weight, see dequantise_int8 (weight int8) and dequantise_int4 (weight uint8).
+    scale: of a quantised weight, see dequantise_int8 (weight int8) and dequantise_int4 (weight uint8); packed ones have
+    their scales within.
     """
     if weight.dim() > 2:
         return torch.ops.skipfast_cpu.linear.default(x.contiguous(), weight, out_features)
@@ -62,7 +64,7 @@ def _linear_on_gpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | 
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Return whether the weight came out of `pack()` in packed form."""
+    """Return whether the weight came out of `pack()` or `pack_quantised()` in packed form."""
     return weight.dim() > 2
 
 
@@ -81,6 +83,30 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.bfloat16:  # pairs along K, as the bf16 dot-product instruction reads them
         return weight.view(-1, STRIP, k // 2, 2).permute(0, 2, 1, 3).contiguous()
     return weight.view(-1, STRIP, k).permute(0, 2, 1).contiguous()
+
+
+def pack_quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """Pack a quantised CPU weight and its scales into one tensor for the C++ op, N padded with zeros to 32's multiple.
+
+    int8 [N, K], scale fp32 [N] -> int8 [N/32, K + 4, 32]: 32 columns side by side, and their scales behind them. int4
+    as in dequantise_int4 -> uint8 [N/32, K/group, 64 + 16 group]: the scales of a group, then its values in the order
+    of `cpp/weight.h`. None where the op cannot take it: ops not loaded, not on the CPU, odd K.
+    """
+    if weight.dim() != 2 or not cpu.supports(scale) or weight.shape[1] % 2:
+        return None
+    padding = -len(weight) % BLOCK
+    weight, scale = F.pad(weight.detach(), (0, 0, 0, padding)), F.pad(scale, (0, 0) * (scale.dim() - 1) + (0, padding))
+    blocks = len(weight) // BLOCK
+    if weight.dtype == torch.int8:
+        tail = scale.view(blocks, BLOCK).view(torch.int8).view(blocks, -1, BLOCK)
+        return torch.cat((weight.view(blocks, BLOCK, -1).transpose(1, 2), tail), 1)
+    groups = scale.shape[1]
+    heads = scale.view(blocks, BLOCK, groups).transpose(1, 2).contiguous().view(torch.uint8)
+    nibbles = weight.view(blocks, 2, STRIP, groups, -1)
+    nibbles = torch.cat((nibbles & 15, nibbles >> 4), -1)  # block, strip, column, group, features in order
+    nibbles = nibbles.view(*nibbles.shape[:4], -1, 2, 2, 2)  # 8 features: j / 2, j % 2, h
+    low, high = nibbles.permute(0, 3, 4, 1, 2, 7, 5, 6).unbind(-1)
+    return torch.cat((heads, (low | high << 4).flatten(2)), -1)
 
 
 def unpack_rows(packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -517,9 +517,13 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.mark.parametrize("needs, march", [
-    ("avx2", "haswell"), ("avx512bw", "skylake-avx512"), ("amx_bf16", "native -mno-amx-tile -mno-amx-bf16"),
-], ids=["avx2", "avx512", "without_amx"])
+OTHER_MACHINES = {
+    "avx2": ("avx2", "haswell"), "avx512": ("avx512bw", "skylake-avx512"),
+    "without_amx": ("amx_bf16", "native -mno-amx-tile -mno-amx-bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("needs, march", OTHER_MACHINES.values(), ids=OTHER_MACHINES)
 def test_rows_stand_alone_with_older_instructions_too(needs, march):
     if needs not in cpu._cpu_flags():
         pytest.skip(f"this processor has no {needs}")

@@ -157,8 +157,9 @@ struct Attention {
       for (int64_t i = 0; i < count; i += row_tile) {
         const int64_t height = std::min(row_tile, count - i);
         for (int64_t b = 0; b < used; b += BLOCK)
-          tile_of<T>(height)(key_strip(g, begin + b), e * STRIP, words + i * interleaved_features<T>(e) / PER_WORD<T>, e,
-                             scores + i * CHUNK + b, CHUNK, true);
+          tile_of<T>(height).multiply(key_strip(g, begin + b), e * STRIP,
+                                      words + i * interleaved_features<T>(e) / PER_WORD<T>, e,
+                                      scores + i * CHUNK + b, CHUNK, true);
       }
       for (int64_t i = 0; i < count; i += VALUE_QUERIES) {
         const int64_t some = std::min<int64_t>(VALUE_QUERIES, count - i);

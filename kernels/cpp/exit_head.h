@@ -94,19 +94,16 @@ struct ExitHead {
     static thread_local Scratch scratch;
     const int64_t stride = RUN * BLOCK, first = run * RUN, last = std::min(first + RUN, linear.blocks());
     float* z = scratch.get(linear.rows * stride);
-    float acc[MAX_TILE * BLOCK];
-    for (int64_t b = first; b < last; b++)
-      for (int64_t r = 0; r < linear.rows; r += linear.tile) {
-        const int64_t height = std::min(linear.tile, linear.rows - r);
-        tile_of<T>(height)(linear.w + b * linear.k * BLOCK, linear.k * STRIP,
-                           linear.words_at(r, height), linear.k, acc, BLOCK, true);
-        for (int64_t m = 0; m < height; m++) {  // rounded as the plain head rounds, so that both choose one token
-          T rounded[BLOCK];
-          store(rounded, load(acc + m * BLOCK)), store(rounded + LANES, load(acc + m * BLOCK + LANES));
-          float* to = z + (r + m) * stride + (b - first) * BLOCK;
-          store(to, load(rounded)), store(to + LANES, load(rounded + LANES));
+    for (int64_t r = 0; r < linear.rows; r += linear.tile) {
+      const int64_t height = std::min(linear.tile, linear.rows - r);
+      for (int64_t b = first; b < last; b += STREAMS)
+        linear.whole_blocks(b, std::min(b + STREAMS, last), r, height, z + r * stride + (b - first) * BLOCK, stride);
+      for (float* to = z + r * stride; to < z + (r + height) * stride; to += stride)
+        for (int64_t i = 0; i < (last - first) * BLOCK; i += LANES) {  // as the plain head rounds: one token for both
+          T rounded[LANES];
+          store(rounded, load(to + i)), store(to + i, load(rounded));
         }
-      }
+    }
     const int64_t n = std::min(linear.n, last * BLOCK) - first * BLOCK;
     for (int64_t r = 0; r < linear.rows; r++)
       partials[run * linear.rows + r] = reduce(z + r * stride, n, first * BLOCK, r);

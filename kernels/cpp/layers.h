@@ -9,15 +9,17 @@ namespace skipfast {
 // nine a layer. Pointers stay valid while their owner keeps the tensors.
 struct LayerTable {
   struct Layer {
-    const void *attention_norm, *wqkv, *wo, *mlp_norm, *w13, *w2;
+    const void* attention_norm;
+    Weight wqkv, wo;
+    const void* mlp_norm;
+    Weight w13, w2;
     void *k_cache, *v_cache;
   };
-  static constexpr int64_t TENSORS = 8;
   int64_t bf16, n_layer, d, f, heads, groups, e, slots;
   double eps;
   const float *cos, *sin;  // [slots, E] each
   const Layer* layers() const { return reinterpret_cast<const Layer*>(this + 1); }
-  static int64_t words(int64_t n_layer) { return int64_t(sizeof(LayerTable)) / 8 + n_layer * TENSORS; }
+  static int64_t words(int64_t n_layer) { return int64_t(sizeof(LayerTable) + n_layer * sizeof(Layer)) / 8; }
 };
 
 template <typename T>
@@ -30,8 +32,8 @@ struct LayerRun {
     static thread_local Scratch all[5];
     return (T*)all[which].get(elements * int64_t(sizeof(T)) / int64_t(sizeof(float)) + 1);
   }
-  void multiply(const T* x, const void* w, T* y, int64_t k, int64_t n) const {
-    Linear<T>{x, (const T*)w, y, rows, k, n, 1, nullptr}.run();
+  void multiply(const T* x, const Weight& w, T* y, int64_t k, int64_t n) const {
+    Linear<T>{x, w, y, rows, k, n, 1, nullptr}.run();
   }
 
   void run_attention(const LayerTable::Layer& layer, const int64_t* positions) const {

@@ -4,14 +4,11 @@
 #include <utility>
 
 #include "amx.h"
+#include "stream.h"
 #include "threads.h"
-#include "vec.h"
+#include "weight.h"
 
 namespace skipfast {
-
-constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels/linear.py: a cache line for every k
-constexpr int BLOCK = 32;  // columns computed together: two strips
-constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
 
 // What the micro-kernel reads for x: pairs of bf16 where an instruction multiplies them, else fp32.
 #if defined(SKIPFAST_AVX512) && defined(__AVX512BF16__)
@@ -65,9 +62,6 @@ inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, W
   }
 }
 
-// Loops over the rows of a tile must be unrolled early, else the accumulators live in memory (a factor of two).
-#define UNROLL _Pragma("GCC unroll 16")
-
 // The sums of M rows and V strips.
 template <int M, int V>
 struct Sums {
@@ -91,8 +85,6 @@ struct Sums {
     for (int v = 0; v < V; v++) sum[m][v] = fma(w[v], value, sum[m][v]);
   }
 };
-
-inline void prefetch_ahead(const void* p) { prefetch((const char*)p + PREFETCH_BYTES); }
 
 // acc[m][0..16 V) (+)= row m of x over k features * w, V strips that lie `apart` elements apart. `first` starts from
 // zero. k is even for bf16.
@@ -196,28 +188,57 @@ void multiply_amx(const bf16* w, int64_t apart, const uint32_t* x, int64_t k, fl
   _tile_stored(1, acc + LANES, stride * 4);
   memory_barrier();
 }
-template <size_t... M>
-constexpr auto amx_table(std::index_sequence<M...>) {
-  return std::array{multiply_amx<int(M) + 1>...};
-}
 #endif
 
-template <typename T>
-using Tile = void (*)(const T*, int64_t, const Word<T>*, int64_t, float*, int64_t, bool);
-template <typename T, size_t... M>
-constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
-  return {multiply_tile<T, int(M) + 1>...};
+// The micro-kernel for M rows: sums over k features of one block, its strips `apart` elements apart.
+template <typename T, int M, bool AMX>
+inline void multiply_block(const T* w, int64_t apart, const Word<T>* x, int64_t k, float* acc, int64_t stride,
+                           bool first) {
+#if defined(SKIPFAST_AMX)
+  if constexpr (AMX) return multiply_amx<M>(w, apart, x, k, acc, stride, first);
+#endif
+  if constexpr (!AMX) multiply_tile<T, M>(w, apart, x, k, acc, stride, first);
 }
-// The micro-kernel for a number of rows in 1..tile_limit.
+
+// The same with a scale for every `group` features; they begin each group of `scales`. k is a multiple of `group`.
+template <typename T, int M, bool AMX>
+void multiply_groups(const T* w, int64_t apart, const Word<T>* x, int64_t k, float* acc, int64_t stride, bool first,
+                     int64_t group, const uint8_t* scales) {
+  alignas(64) float part[M * BLOCK];
+  const int64_t bytes = Weight{nullptr, Format::INT4, group}.group_bytes();
+  for (int64_t i = 0; i < k; i += group, w += group * STRIP, x += group * M / PER_WORD<T>, scales += bytes) {
+    multiply_block<T, M, AMX>(w, apart, x, group, part, BLOCK, true);
+    UNROLL
+    for (int v = 0; v < 2; v++) {
+      const Vec scale = load((const bf16*)scales + v * LANES);
+      UNROLL
+      for (int m = 0; m < M; m++) {
+        float* sum = acc + m * stride + v * LANES;
+        store(sum, fma(load(part + m * BLOCK + v * LANES), scale, first && !i ? splat(0.0f) : load(sum)));
+      }
+    }
+  }
+}
+
 template <typename T>
-inline Tile<T> tile_of(int64_t rows) {
+struct Tile {
+  void (*multiply)(const T*, int64_t, const Word<T>*, int64_t, float*, int64_t, bool);
+  void (*multiply_groups)(const T*, int64_t, const Word<T>*, int64_t, float*, int64_t, bool, int64_t, const uint8_t*);
+};
+template <typename T, bool AMX, size_t... M>
+constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
+  return {Tile<T>{multiply_block<T, int(M) + 1, AMX>, multiply_groups<T, int(M) + 1, AMX>}...};
+}
+// The micro-kernels for a number of rows in 1..tile_limit.
+template <typename T>
+inline const Tile<T>& tile_of(int64_t rows) {
 #if defined(SKIPFAST_AMX)
   if constexpr (std::is_same_v<T, bf16>) {
-    static constexpr auto amx = amx_table(std::make_index_sequence<AMX_TILE>{});
+    static constexpr auto amx = tile_table<T, true>(std::make_index_sequence<AMX_TILE>{});
     if (have_amx()) return amx[rows - 1];
   }
 #endif
-  static constexpr auto table = tile_table<T>(std::make_index_sequence<VECTOR_TILE>{});
+  static constexpr auto table = tile_table<T, false>(std::make_index_sequence<VECTOR_TILE>{});
   return table[rows - 1];
 }
 // Rows per tile. With many registers tiles of equal height are best (13 rows are 7 + 6, not 12 + 1); with few, 4 rows
@@ -231,6 +252,7 @@ inline int64_t tile_height(int64_t rows, int64_t limit) {
 constexpr int64_t GROUP = 4;            // column blocks that share a pass over x when there are many rows
 constexpr int64_t PANEL_TILES = 8;      // row tiles whose partial sums are held at once
 constexpr int64_t CHUNK_BYTES = 1024;   // of k per pass: 4 blocks of weight stay in the second-level cache
+constexpr int64_t EXPANDED = 128;      // features of a quantised block expanded at once for few rows: whole groups
 constexpr int64_t LINEAR_BYTES_PER_THREAD = 256 << 10;
 
 template <typename T>
@@ -242,7 +264,8 @@ inline void store_block(const float* acc, T* y, int64_t columns) {
 
 template <typename T>
 struct Linear {
-  const T *x, *w;
+  const T* x;
+  Weight w;
   T* y;
   int64_t rows, k, n;
   int64_t tile;          // rows per tile
@@ -254,38 +277,101 @@ struct Linear {
     return words + (r * interleaved_features<T>(k) + k0 * height) / PER_WORD<T>;
   }
 
-  // Few rows: one tile, the weight block streams past once.
-  void few_rows(int64_t block) const {
-    float acc[MAX_TILE * BLOCK];
-    tile_of<T>(rows)(w + block * k * BLOCK, k * STRIP, words, k, acc, BLOCK, true);
-    for (int64_t m = 0; m < rows; m++) store_block(acc + m * BLOCK, y + m * n + block * BLOCK, n - block * BLOCK);
+  // Features of a block as micro-kernels read them, strips `apart` elements apart.
+  struct Piece {
+    int64_t block, first, features;
+    const T* w;
+    int64_t apart;
+  };
+  // room: [features * BLOCK], for what has to be expanded.
+  Piece piece(int64_t block, int64_t first, int64_t features, T* room) const {
+    if (w.format == Format::PLAIN)
+      return {block, first, features, (const T*)w.data + block * k * BLOCK + first * STRIP, k * STRIP};
+    if (w.format == Format::INT8) expand_int8(w.int8_block(block, k) + first * BLOCK, features, room);
+    else expand_int4(w.int4_group(block, k, first), features, w.group, room);
+    return {block, first, features, room, features * STRIP};
+  }
+  // acc (+)= `height` rows from row r on, times a piece. Pieces of a block come in order.
+  void multiply(const Piece& p, int64_t r, int64_t height, float* acc, int64_t stride) const {
+    const Tile<T>& kernels = tile_of<T>(height);
+    const Word<T>* rows_of_x = words_at(r, height, p.first);
+    if (w.format != Format::INT4)
+      return kernels.multiply(p.w, p.apart, rows_of_x, p.features, acc, stride, p.first == 0);
+    kernels.multiply_groups(p.w, p.apart, rows_of_x, p.features, acc, stride, p.first == 0, w.group,
+                            w.int4_group(p.block, k, p.first));
+  }
+  // What the sums of a row still lack.
+  void finish(float* acc, int64_t block) const {
+    if (w.format != Format::INT8) return;
+    const float* scales = (const float*)(w.int8_block(block, k) + k * BLOCK);
+    for (int v = 0; v < BLOCK; v += LANES) store(acc + v, mul(load(acc + v), load(scales + v)));
+  }
+
+  bool streams() const { return use_amx<T>() && rows <= stream_rows_limit(w.format); }
+
+  // acc[m][32 (block - first)..) = a tile of rows times blocks first..last-1, which stream past once.
+  void whole_blocks(int64_t first, int64_t last, int64_t r, int64_t height, float* acc, int64_t stride) const {
+    const FlushDenormals scope(w.format != Format::PLAIN);
+    if (streams()) stream_blocks(w, first, last, k, (const float*)words, height, acc, stride);
+    alignas(64) T room[EXPANDED * BLOCK];
+    const int64_t step = w.format == Format::PLAIN ? k : EXPANDED;
+    for (int64_t i = 0; i < k && !streams(); i += step)
+      for (int64_t b = first; b < last; b++)
+        multiply(piece(b, i, std::min(step, k - i), room), r, height, acc + (b - first) * BLOCK, stride);
+    for (int64_t b = first; b < last; b++)
+      for (int64_t m = 0; m < height; m++) finish(acc + m * stride + (b - first) * BLOCK, b);
+  }
+  // Blocks that a task for few rows takes.
+  int64_t blocks_per_task() const { return w.format == Format::PLAIN ? 1 : STREAMS; }
+
+  // Few rows: one tile.
+  void few_rows(int64_t task) const {
+    float acc[MAX_TILE * STREAMS * BLOCK];
+    const int64_t first = task * blocks_per_task(), last = std::min(first + blocks_per_task(), blocks());
+    constexpr int64_t stride = STREAMS * BLOCK;
+    whole_blocks(first, last, 0, rows, acc, stride);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t b = first; b < last; b++)
+        store_block(acc + m * stride + (b - first) * BLOCK, y + m * n + b * BLOCK, n - b * BLOCK);
   }
 
   // Many rows: a group of blocks, k in chunks, so that weight and x are reused from the near caches. Same sums.
   void many_rows(int64_t group) const {
-    static thread_local Scratch scratch;
+    static thread_local Scratch scratch, scratch_room;
+    const FlushDenormals scope(w.format != Format::PLAIN);
     const int64_t first_block = group * GROUP, last_block = std::min(first_block + GROUP, blocks());
     const int64_t chunk = CHUNK_BYTES / int64_t(sizeof(T)), stride = GROUP * BLOCK;
     const int64_t panel = tile * PANEL_TILES;
     float* acc = scratch.get(panel * stride);
+    T* room = w.format == Format::PLAIN ? nullptr : (T*)scratch_room.get(chunk * stride);
+    Piece pieces[GROUP];
     for (int64_t top = 0; top < rows; top += panel) {
       const int64_t bottom = std::min(top + panel, rows);
-      for (int64_t k0 = 0; k0 < k; k0 += chunk)
-        for (int64_t r = top; r < bottom; r += tile) {
-          const int64_t height = std::min(tile, bottom - r);
-          for (int64_t b = first_block; b < last_block; b++)
-            tile_of<T>(height)(w + b * k * BLOCK + k0 * STRIP, k * STRIP, words_at(r, height, k0),
-                               std::min(chunk, k - k0),
-                               acc + (r - top) * stride + (b - first_block) * BLOCK, stride, k0 == 0);
-        }
-      for (int64_t r = top; r < bottom; r++)
+      for (int64_t k0 = 0; k0 < k; k0 += chunk) {
         for (int64_t b = first_block; b < last_block; b++)
-          store_block(acc + (r - top) * stride + (b - first_block) * BLOCK, y + r * n + b * BLOCK, n - b * BLOCK);
+          pieces[b - first_block] = piece(b, k0, std::min(chunk, k - k0), room + (b - first_block) * chunk * BLOCK);
+        for (int64_t r = top; r < bottom; r += tile)
+          for (int64_t b = first_block; b < last_block; b++)
+            multiply(pieces[b - first_block], r, std::min(tile, bottom - r),
+                     acc + (r - top) * stride + (b - first_block) * BLOCK, stride);
+      }
+      for (int64_t r = top; r < bottom; r++)
+        for (int64_t b = first_block; b < last_block; b++) {
+          float* sums = acc + (r - top) * stride + (b - first_block) * BLOCK;
+          finish(sums, b);
+          store_block(sums, y + r * n + b * BLOCK, n - b * BLOCK);
+        }
     }
   }
 
   void interleave(int64_t threads) {
     static thread_local Scratch scratch;
+    if (streams()) {
+      float* wide = scratch.get(rows * k);
+      for (int64_t i = 0; i < rows * k; i++) wide[i] = widen(x[i]);
+      words = (const Word<T>*)wide;
+      return;
+    }
     if constexpr (std::is_same_v<T, float> || BF16_DOT)
       if (rows == 1 && uintptr_t(x) % 4 == 0 && interleaved_features<T>(k) == k) {  // already a tile of height one
         words = (const Word<T>*)x;
@@ -308,7 +394,7 @@ struct Linear {
     tile = tile_height(rows, tile_limit<T>());
     interleave(few ? 1 : threads);
     if (few)
-      for_each_task(blocks(), threads, [&](int64_t block) { few_rows(block); });
+      for_each_task((blocks() + blocks_per_task() - 1) / blocks_per_task(), threads, [&](int64_t i) { few_rows(i); });
     else
       for_each_task((blocks() + GROUP - 1) / GROUP, threads, [&](int64_t group) { many_rows(group); });
   }

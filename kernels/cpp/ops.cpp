@@ -72,29 +72,51 @@ Tensor new_result(const Tensor& x, int64_t last_size) {
 template <typename T>
 inline T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
 
-template <typename T>
-void linear_as(const Tensor& x, const Tensor& packed, const Tensor& y, int64_t rows, int64_t k, int64_t n) {
-  Linear<T>{(const T*)x.data_ptr(), (const T*)packed.data_ptr(), (T*)y.data_ptr(), rows, k, n, 1, nullptr}.run();
+// A packed weight as the kernels take it, and its shape.
+struct CheckedWeight {
+  Weight weight;
+  int64_t features, columns;  // columns with padding
+
+  bool fits(int64_t k, int64_t n) const { return features == k && n <= columns && n > columns - BLOCK; }
+};
+
+// like: any tensor of the dtype of the rows.
+CheckedWeight weight_of(const char* op, const Tensor& packed, const Tensor& like) {
+  check_contiguous(op, "packed", packed);
+  if (dtype_of(packed) == aoti_torch_dtype_int8()) {
+    const int64_t k = packed.dim() == 3 ? packed.size(1) - Weight::INT8_TAIL / BLOCK : 1;
+    STD_TORCH_CHECK(k % 2 == 0 && packed.size(2) == BLOCK, op,
+                    ": an int8 weight must be [N/32, K + 4, 32], K even; see linear.pack_quantised");
+    return {{packed.data_ptr(), Format::INT8, 0}, k, packed.size(0) * BLOCK};
+  }
+  if (dtype_of(packed) == aoti_torch_dtype_uint8()) {
+    const int64_t group = packed.dim() == 3 ? (packed.size(2) - Weight::GROUP_HEAD) * 2 / BLOCK : 0;
+    const Weight weight{packed.data_ptr(), Format::INT4, group};
+    STD_TORCH_CHECK((group == 32 || group == 64 || group == 128) && weight.group_bytes() == packed.size(2), op,
+                    ": an int4 weight must be [N/32, K/group, 64 + 16 group], group 32, 64 or 128; see "
+                    "linear.pack_quantised");
+    return {weight, packed.size(1) * group, packed.size(0) * BLOCK};
+  }
+  const bool pairs = is_bf16(like);
+  check_same_dtype(op, "packed", packed, like);
+  STD_TORCH_CHECK(packed.dim() == (pairs ? 4 : 3) && packed.size(2) == STRIP && (!pairs || packed.size(3) == 2), op,
+                  ": packed must be [N/16, K/2, 16, 2] (bfloat16) or [N/16, K, 16] (float32); see linear.pack");
+  return {{packed.data_ptr(), Format::PLAIN, 0}, packed.size(1) * (pairs ? 2 : 1), packed.size(0) * STRIP};
 }
 
 Tensor linear(Tensor x, Tensor packed, int64_t out_features) {
-  const bool pairs = is_bf16(x);
   check_dtype("linear", "x", x);
-  check_same_dtype("linear", "packed", packed, x);
   check_contiguous("linear", "x", x);
-  check_contiguous("linear", "packed", packed);
   STD_TORCH_CHECK(x.dim() >= 1, "linear: x must have at least one dimension");
   const int64_t k = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(packed.dim() == (pairs ? 4 : 3) && packed.size(2) == STRIP && (!pairs || packed.size(3) == 2),
-                  "linear: packed must be [N/16, K/2, 16, 2] (bfloat16) or [N/16, K, 16] (float32); see linear.pack");
-  const int64_t packed_k = packed.size(1) * (pairs ? 2 : 1), padded = packed.size(0) * STRIP;
-  STD_TORCH_CHECK(packed_k == k, "linear: x has ", k, " features, the weight takes ", packed_k);
-  STD_TORCH_CHECK(out_features <= padded && out_features > padded - BLOCK, "linear: out_features must be in ",
-                  padded - BLOCK + 1, "..", padded, " for this weight, got ", out_features);
+  const CheckedWeight w = weight_of("linear", packed, x);
+  STD_TORCH_CHECK(w.features == k, "linear: x has ", k, " features, the weight takes ", w.features);
+  STD_TORCH_CHECK(w.fits(k, out_features), "linear: out_features must be in ", w.columns - BLOCK + 1, "..", w.columns,
+                  " for this weight, got ", out_features);
   Tensor y = new_result(x, out_features);
   const int64_t rows = k ? x.numel() / k : 0;
-  if (pairs) linear_as<bf16>(x, packed, y, rows, k, out_features);
-  else linear_as<float>(x, packed, y, rows, k, out_features);
+  if (is_bf16(x)) Linear<bf16>{data<bf16>(x), w.weight, data<bf16>(y), rows, k, out_features, 1, nullptr}.run();
+  else Linear<float>{data<float>(x), w.weight, data<float>(y), rows, k, out_features, 1, nullptr}.run();
   return y;
 }
 
@@ -199,17 +221,16 @@ Draw draw_of(const char* op, double temperature, int64_t seed, int64_t position)
 
 std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor packed, int64_t n_vocab, double eps,
                                              bool want_stats, double temperature, int64_t seed, int64_t position) {
-  const bool pairs = is_bf16(hidden);
   check_dtype("exit_head", "hidden", hidden);
-  for (const Tensor* one : {&norm, &packed}) check_same_dtype("exit_head", "every weight", *one, hidden);
-  for (const Tensor* one : {&hidden, &norm, &packed}) check_contiguous("exit_head", "every tensor", *one);
-  STD_TORCH_CHECK(hidden.dim() == 2 && packed.dim() == (pairs ? 4 : 3) && packed.size(2) == STRIP,
-                  "exit_head: hidden must be [T, D], the weight packed");
+  check_same_dtype("exit_head", "norm", norm, hidden);
+  check_contiguous("exit_head", "hidden", hidden), check_contiguous("exit_head", "norm", norm);
+  const CheckedWeight w = weight_of("exit_head", packed, hidden);
+  STD_TORCH_CHECK(hidden.dim() == 2, "exit_head: hidden must be [T, D]");
   const int64_t rows = hidden.size(0), d = hidden.size(1);
-  STD_TORCH_CHECK(packed.size(1) * (pairs ? 2 : 1) == d && norm.numel() == d, "exit_head: hidden has ", d,
-                  " features, the weight ", packed.size(1) * (pairs ? 2 : 1), ", the norm ", norm.numel());
-  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= packed.size(0) * STRIP, "exit_head: n_vocab must be in 1..",
-                  packed.size(0) * STRIP, ", got ", n_vocab);
+  STD_TORCH_CHECK(w.features == d && norm.numel() == d, "exit_head: hidden has ", d, " features, the weight ",
+                  w.features, ", the norm ", norm.numel());
+  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= w.columns, "exit_head: n_vocab must be in 1..", w.columns, ", got ",
+                  n_vocab);
   const Draw draw = draw_of("exit_head", temperature, seed, position);
   const bool sampled = draw.temperature > 0;
   Tensor tokens = new_tensor({rows}, aoti_torch_dtype_int64());
@@ -221,10 +242,10 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor 
                         sampled ? data<int64_t>(samples) : nullptr};
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Head<T> head{data<T>(norm), data<T>(packed), d, n_vocab, float(eps)};
+    const Head<T> head{data<T>(norm), w.weight, d, n_vocab, float(eps)};
     head.run(data<T>(hidden), rows, draw, answers);
   };
-  if (rows && pairs) run(bf16{});
+  if (rows && is_bf16(hidden)) run(bf16{});
   else if (rows) run(0.0f);
   return {tokens, stats, samples};
 }
@@ -232,44 +253,41 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor 
 // ---------------------------------------------------------------------------------------------------------------------
 // layers
 // ---------------------------------------------------------------------------------------------------------------------
-inline int64_t packed_columns(const Tensor& packed) { return packed.size(0) * STRIP; }
-inline int64_t packed_features(const Tensor& packed) { return packed.size(1) * (packed.dim() == 4 ? 2 : 1); }
-
 // Check the tensors of every layer (kernels.layers.TENSORS each, one after the other) and write down where they are.
 Tensor layer_table(std::vector<Tensor> tensors, Tensor cos, Tensor sin, int64_t heads, double eps) {
-  constexpr int64_t each = LayerTable::TENSORS;
+  constexpr int64_t each = 8;
+  const char* op = "layer_table";
   const int64_t n_layer = int64_t(tensors.size()) / each;
-  STD_TORCH_CHECK(n_layer > 0 && n_layer * each == int64_t(tensors.size()), "layer_table: ", each, " tensors a layer");
+  STD_TORCH_CHECK(n_layer > 0 && n_layer * each == int64_t(tensors.size()), op, ": ", each, " tensors a layer");
   const Tensor &first_norm = tensors[0], &first_v = tensors[7];
-  check_dtype("layer_table", "every tensor", first_norm);
-  STD_TORCH_CHECK(first_v.dim() == 3, "layer_table: v_cache must be [G, S, E]");
-  const int64_t d = first_norm.numel(), f = packed_features(tensors[5]), groups = first_v.size(0);
-  const int64_t slots = first_v.size(1), e = first_v.size(2);
+  check_dtype(op, "every norm", first_norm);
+  STD_TORCH_CHECK(first_v.dim() == 3, op, ": v_cache must be [G, S, E]");
+  const int64_t d = first_norm.numel(), f = weight_of(op, tensors[5], first_norm).features;
+  const int64_t groups = first_v.size(0), slots = first_v.size(1), e = first_v.size(2);
   for (const Tensor* one : {&cos, &sin}) {
-    check_contiguous("layer_table", "cos and sin", *one);
-    STD_TORCH_CHECK(dtype_of(*one) == aoti_torch_dtype_float32() && one->numel() == slots * e,
-                    "layer_table: cos and sin must be float32 [S, 1, E]");
+    check_contiguous(op, "cos and sin", *one);
+    STD_TORCH_CHECK(dtype_of(*one) == aoti_torch_dtype_float32() && one->numel() == slots * e, op,
+                    ": cos and sin must be float32 [S, 1, E]");
   }
-  auto takes = [](const Tensor& w, int64_t features, int64_t columns) {
-    return packed_features(w) == features && columns <= packed_columns(w) && columns > packed_columns(w) - BLOCK;
-  };
   Tensor result = new_tensor({LayerTable::words(n_layer)}, aoti_torch_dtype_int64());
   auto* table = reinterpret_cast<LayerTable*>(data<int64_t>(result));
   *table = {is_bf16(first_norm), n_layer, d, f, heads, groups, e, slots, eps, data<float>(cos), data<float>(sin)};
-  auto* pointers = reinterpret_cast<void**>(table + 1);
+  auto* layers = reinterpret_cast<LayerTable::Layer*>(table + 1);
   for (int64_t i = 0; i < n_layer; i++) {
     const Tensor* t = &tensors[i * each];
-    for (int64_t j = 0; j < each; j++) {
-      check_contiguous("layer_table", "every tensor", t[j]);
-      check_same_dtype("layer_table", "every tensor", t[j], first_norm);
-      pointers[i * each + j] = t[j].data_ptr();
+    auto weight = [&](int64_t at) { return weight_of(op, t[at], first_norm); };
+    const CheckedWeight wqkv = weight(1), wo = weight(2), w13 = weight(4), w2 = weight(5);
+    for (int64_t at : {0, 3, 6, 7}) {
+      check_contiguous(op, "every tensor", t[at]);
+      check_same_dtype(op, "every tensor", t[at], first_norm);
     }
-    check_caches("layer_table", t[6], t[7]);
+    check_caches(op, t[6], t[7]);
     STD_TORCH_CHECK(groups > 0 && e % 2 == 0 && heads % groups == 0 && t[0].numel() == d && t[3].numel() == d &&
-                        takes(t[1], d, (heads + 2 * groups) * e) && takes(t[2], heads * e, d) &&
-                        takes(t[4], d, 2 * f) && takes(t[5], f, d) && t[7].size(0) == groups &&
-                        t[7].size(1) == slots && t[7].size(2) == e,
-                    "layer_table: layer ", i, " does not fit ", d, " features and ", heads, " heads of ", e);
+                        wqkv.fits(d, (heads + 2 * groups) * e) && wo.fits(heads * e, d) && w13.fits(d, 2 * f) &&
+                        w2.fits(f, d) && t[7].size(0) == groups && t[7].size(1) == slots && t[7].size(2) == e,
+                    op, ": layer ", i, " does not fit ", d, " features and ", heads, " heads of ", e);
+    layers[i] = {t[0].data_ptr(), wqkv.weight, wo.weight, t[3].data_ptr(), w13.weight, w2.weight, t[6].data_ptr(),
+                 t[7].data_ptr()};
   }
   return result;
 }
@@ -322,14 +340,17 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor hea
                   double leave_threshold, int64_t stay_measure, double stay_threshold, std::vector<int64_t> skips,
                   std::vector<int64_t> proposed, int64_t draft_vocab, double temperature, int64_t seed) {
   const LayerTable& table = table_of("play_round", table_tensor);
-  for (const Tensor* one : {&embedding, &norm, &head}) {
+  for (const Tensor* one : {&embedding, &norm}) {
     check_contiguous("play_round", "every weight", *one);
     STD_TORCH_CHECK(is_bf16(*one) == bool(table.bf16), "play_round: every weight must have the layers' dtype");
   }
+  check_same_dtype("play_round", "embedding", embedding, norm);
+  const CheckedWeight w = weight_of("play_round", head, norm);
   const bool packed = embedding.dim() > 2, given = !proposed.empty();
-  STD_TORCH_CHECK(packed_features(head) == table.d && norm.numel() == table.d && n_vocab <= packed_columns(head) &&
-                      (packed ? packed_features(embedding) : embedding.size(1)) == table.d &&
-                      (packed ? packed_columns(embedding) : embedding.size(0)) >= n_vocab,
+  const CheckedWeight table_of_tokens = packed ? weight_of("play_round", embedding, norm)
+                                               : CheckedWeight{{}, embedding.size(1), embedding.size(0)};
+  STD_TORCH_CHECK(w.features == table.d && norm.numel() == table.d && n_vocab <= w.columns &&
+                      table_of_tokens.features == table.d && table_of_tokens.columns >= n_vocab,
                   "play_round: embedding, norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
   STD_TORCH_CHECK(0 < draft_vocab && draft_vocab <= n_vocab, "play_round: draft_vocab must be in 1..", n_vocab,
                   ", got ", draft_vocab);
@@ -362,8 +383,8 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor hea
     using T = decltype(zero);
     static thread_local Scratch scratch;
     T* hidden = (T*)scratch.get(2 * (drafts + 1) * table.d);
-    const Head<T> draft_head{data<T>(norm), data<T>(head), table.d, draft_vocab, eps};
-    const Head<T> full_head{data<T>(norm), data<T>(head), table.d, n_vocab, eps};
+    const Head<T> draft_head{data<T>(norm), w.weight, table.d, draft_vocab, eps};
+    const Head<T> full_head{data<T>(norm), w.weight, table.d, n_vocab, eps};
     Round<T> round{table, data<T>(embedding), packed, draft_head, full_head, draw, exits,
                    {leave_measure, leave_threshold}, {stay_measure, stay_threshold}, skips, own, position,
                    {hidden, depth.data()}, {hidden + (drafts + 1) * table.d, depth.data() + drafts + 1}};

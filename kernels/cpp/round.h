@@ -9,7 +9,8 @@ namespace skipfast {
 // The end of a model: final norm, then the fused head over the first n_vocab tokens.
 template <typename T>
 struct Head {
-  const T *norm, *weight;
+  const T* norm;
+  Weight weight;
   int64_t d, n_vocab;
   float eps;
 

@@ -54,6 +54,9 @@ inline Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lane_mask
 inline Vec load(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
 #if defined(__AVX512BF16__)
@@ -98,6 +101,10 @@ inline __m256 widen8(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 inline Vec load(const bf16* p) { return {widen8(p), widen8(p + 8)}; }
+inline __m256 widen8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline Vec load(const int8_t* p) { return {widen8(p), widen8(p + 8)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
 inline __m256i round8(__m256 a) {
   __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -153,6 +160,7 @@ struct Vec {
 inline Vec splat(float value) { EACH(value) }
 inline Vec load(const float* p) { EACH(p[i]) }
 inline Vec load(const bf16* p) { EACH(widen(p[i])) }
+inline Vec load(const int8_t* p) { EACH(float(p[i])) }
 inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof(a.v)); }
 inline void store(bf16* p, Vec a) {
   for (int i = 0; i < LANES; i++) p[i] = narrow<bf16>(a.v[i]);
@@ -267,7 +275,7 @@ inline Vec vec_of(Bits a) {
   std::memcpy(&out, &a, sizeof(out));
   return out;
 }
-inline Vec to_floats(Bits a) {  // of numbers below 2^31
+inline Vec to_floats(Bits a) {  // of signed integers
   using Signed = int32_t __attribute__((vector_size(4 * LANES)));
   using Floats = float __attribute__((vector_size(4 * LANES)));
   const Floats floats = __builtin_convertvector((Signed)a, Floats);
