@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from plan import DraftPlan, DraftPolicy
 from rounds import Drafter, agreement
 from runner import Runner
-from sampling import SamplingConfig, make_sampler
+from sampling import SamplingConfig
 
 SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan at least once
 SAMPLE_TEXT = """The keeper of the lighthouse wrote down the weather every evening: wind from the west, a calm sea, and
@@ -31,7 +31,7 @@ def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampli
     most = max(max(plan.num_draft_tokens, len(plan.proposed)) for plan in plans)
     sample = list(sample)[: max(1, runner.cache_length - most - 1)] or [0]
     states = runner.prefill_states(sample, 0, {depth for plan in plans for depth in plan.exits})
-    agreed = agreement(runner, make_sampler(sampling), states, 1 + len(sample) - len(states[runner.n_layer]))
+    agreed = agreement(runner, runner.sampler(sampling), states, 1 + len(sample) - len(states[runner.n_layer]))
     policy.calibrate(time_rounds(runner, policy, plans, sample, sampling), agreed)
 
 
@@ -39,14 +39,15 @@ def time_rounds(
     runner: Runner, policy: DraftPolicy, plans: Sequence[DraftPlan], sample: Sequence[int], sampling: SamplingConfig
 ) -> dict[DraftPlan, float]:
     """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
-    drafter, position = Drafter(runner, policy, make_sampler(sampling), ()), len(sample) - 1
+    drafter, position = Drafter(runner, policy, runner.sampler(sampling), ()), len(sample) - 1
     limit, taken = runner.cache_length - len(sample), {plan: [] for plan in plans}
     end = time.perf_counter() + SECONDS
     for turn in range(TURNS + 1):
-        if turn and time.perf_counter() > end:
+        if turn and runner.agreed(time.perf_counter() > end):
             break
         for plan, times in taken.items():
             start = time.perf_counter()
             drafter.round(plan, sample[-1], position, limit)
             times.append(time.perf_counter() - start)
-    return {plan: statistics.median(times[1:] or times) for plan, times in taken.items()}  # the first may build things
+    # the first may build things
+    return runner.agreed({plan: statistics.median(times[1:] or times) for plan, times in taken.items()})

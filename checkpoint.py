@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kernels.linear import is_packed
 from model import Linear, ModelArgs, Transformer
+from tp import Group
 
 Progress = Callable[[int, int, str], None]  # (tensors done, tensors in total, name of the last one)
 
@@ -74,14 +75,36 @@ class Source:
     generation_config: dict
     fused: bool  # our format: tensors under our names
 
-    def read(self, name: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        """Read our parameter `name`, fused if need be, in `dtype`. Raises ValueError for NaN and inf."""
-        shape, _ = pieces(name, self.args, fused=True)[name]
+    def read(self, name: str, dtype: torch.dtype, device: str = "cpu", group: Group | None = None) -> Tensor:
+        """Read our parameter `name`, fused if need be, in `dtype`. Raises ValueError for NaN and inf.
+
+        group: read only what this rank has of it.
+        """
+        if group:
+            windows = self.windows(name, group)
+            shape = [sum(rows.stop - rows.start for _, (rows, *_) in windows)]
+            shape += [columns.stop - columns.start for columns in windows[0][1][1:]]
+        else:
+            windows = [(piece, (slice(0, shape[0]),)) for piece, (shape, _) in
+                       pieces(name, self.args, self.fused).items()]  # fmt: skip
+            shape, _ = pieces(name, self.args, fused=True)[name]
         tensor, row = torch.empty(shape, dtype=dtype, device=device), 0
-        for piece, (shape, _) in pieces(name, self.args, self.fused).items():
-            _read_into(tensor[row : row + shape[0]], self.files[piece], piece)
-            row += shape[0]
+        for piece, window in windows:
+            count = window[0].stop - window[0].start
+            _read_into(tensor[row : row + count], self.files[piece], piece, window if group else None)
+            row += count
         return tensor
+
+    def windows(self, name: str, group: Group) -> list[tuple[str, tuple[slice, ...]]]:
+        """What a rank reads for our parameter `name`: tensors of the file, and the slices of them, top to bottom."""
+        found, above = [], 0
+        for piece, (shape, keys) in pieces(name, self.args, fused=False).items():
+            rows, *columns = group.window(name, self.args, shape, keys)
+            if self.fused:  # the pieces lie in one tensor, one below the other
+                piece, rows = name, slice(above + rows.start, above + rows.stop)
+                above += shape[0]
+            found.append((piece, (rows, *columns)))
+        return found
 
 
 def our_names(args: ModelArgs) -> Iterator[str]:
@@ -115,29 +138,33 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
 
 def load(
     source: str | Path | Source, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | None = None, group: Group | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Load a Llama from a converted file or folder, a Hugging Face folder, a hub id "org/name", or an opened Source.
 
     `dtype` None keeps the checkpoint's own. `pack` lays linears out for the CPU kernels if these are loaded. Parameters
-    do not require gradients. Raises ValueError in one line naming the file, tensor or config key at fault.
+    do not require gradients. group: load this rank's part of the model only. Raises ValueError in one line naming the
+    file, tensor or config key at fault.
     """
     opened = source if isinstance(source, Source) else open_source(source)
     dtype = resolve_dtype(opened.args, dtype)
     args = replace(opened.args, dtype=_dtype_name(dtype))
     with torch.device("meta"):
-        model = Transformer(args)
+        model = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
     names, size = list(our_names(args)), 0
     for done, name in enumerate(names, start=1):
         module = model.get_submodule(name.removesuffix(".weight"))
-        module.weight = nn.Parameter(opened.read(name, dtype, device), requires_grad=False)
+        module.weight = nn.Parameter(opened.read(name, dtype, device, group), requires_grad=False)
         size += module.weight.nbytes
         if args.tie_embeddings and module is model.embedding:
-            module = model.lm_head
-            module.weight = model.embedding.weight
+            module, weight = model.lm_head, model.embedding.weight
+            if group:
+                rows, _ = group.window("lm_head.weight", args, weight.shape, "vocab_size, hidden_size")
+                weight = nn.Parameter(weight[rows], requires_grad=False)
+            module.weight = weight
         if pack and device == "cpu" and isinstance(module, Linear):
             module.pack_weight()
-            if args.tie_embeddings and is_packed(model.lm_head.weight):
+            if args.tie_embeddings and not group and is_packed(model.lm_head.weight):
                 model.embedding.weight = model.lm_head.weight
         if progress:
             progress(done, len(names), name)
@@ -223,28 +250,30 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Tensor], dict[str, str]]]:
-    """Open one weight file, memory-mapped, as (tensor names, read a tensor by name, metadata)."""
+def _opened(file: Path) -> Iterator[tuple[Iterable[str], Callable[..., Tensor], dict[str, str]]]:
+    """Open one weight file, memory-mapped, as (tensor names, read a tensor by name or slices of it, metadata)."""
     if not file.exists():
         raise ValueError(f"{file} is missing, though the index of its folder names it")
     try:
         if file.suffix == ".bin":
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            yield state.keys(), state.__getitem__, {}
+            yield state.keys(), lambda name, window=None: state[name][window] if window else state[name], {}
         else:
             with safe_open(file, framework="pt") as opened:
-                yield opened.keys(), opened.get_tensor, opened.metadata() or {}
+                slices = lambda name, window=None: (
+                    opened.get_slice(name)[window] if window else opened.get_tensor(name))  # fmt: skip
+                yield opened.keys(), slices, opened.metadata() or {}
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is truncated, corrupt or no weight file ({_first_line(error)})") from error
 
 
-def _read_into(target: Tensor, file: Path, name: str) -> None:
-    """Copy one tensor of a file into `target`, casting; ValueError naming it unless every element is finite.
+def _read_into(target: Tensor, file: Path, name: str, window: tuple[slice, ...] | None = None) -> None:
+    """Copy one tensor of a file, or a window of it, into `target`, casting; ValueError naming it unless all is finite.
 
     The file is opened for this tensor alone: pages of it count as memory for as long as they stay mapped.
     """
     with _opened(file) as (_, read, _):
-        stored = read(name)
+        stored = read(name, window)
         if stored.dtype not in (*DTYPES, torch.float64):
             raise ValueError(f"{file}: tensor {name!r} has dtype {stored.dtype}, only plain floats can be loaded")
         target.copy_(stored)

@@ -21,6 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import checkpoint
+import tp
 from kernels import cpu, gpu
 from model import ModelArgs, Transformer
 from plan import Round
@@ -89,7 +90,8 @@ class Session:
     tokenizer: Tokenizer | None
     compile_s: float = 0.0  # spent on building and loading the CPU kernels
     model: Transformer | None = None
-    weight_bytes: int = 0
+    weight_bytes: int = 0  # of this rank
+    group: tp.Group | None = None  # the ranks that share the model, if there are several
 
     @property
     def args(self) -> ModelArgs:
@@ -104,7 +106,9 @@ class Session:
             notice(f"{reason}: using torch's own operators, which are slower")
         self.compile_s = time.perf_counter() - start
         dtype = PRECISIONS[self.flags.precision] if self.flags.precision else None
-        loaded = checkpoint.load(self.source, dtype, self.flags.device, progress=LoadBar())
+        loaded = checkpoint.load(self.source, dtype, self.flags.device, progress=LoadBar(), group=self.group)
+        if self.group:
+            self.group.meet()
         self.model, self.weight_bytes = loaded.model, loaded.bytes
         return self.model
 
@@ -112,8 +116,13 @@ class Session:
         return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
 
 
-def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Session:
-    """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it."""
+def open_session(
+    flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None
+) -> Session:  # fmt: skip
+    """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it.
+
+    group: the ranks that share the model.
+    """
     if flags.threads is not None:
         most = 4 * (os.cpu_count() or 1)
         if not 1 <= flags.threads <= most:
@@ -121,7 +130,14 @@ def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Ses
         torch.set_num_threads(flags.threads)
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+    if group and flags.device == "cuda":
+        if group.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"nproc_per_node: torch sees {torch.cuda.device_count()} CUDA devices here, one is needed "
+                             f"for each rank")  # fmt: skip
+        torch.cuda.set_device(group.local_rank)
     source, tokenizer = checkpoint.open_source(flags.checkpoint_path), None
+    if group:
+        tp.check(source.args, group.size)
     try:
         tokenizer = load_tokenizer(source.folder)
     except ValueError:
@@ -129,7 +145,7 @@ def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True) -> Ses
             raise
     if tokenizer is not None:
         check_vocabulary(tokenizer, source.args.vocab_size)
-    return Session(flags, source, tokenizer)
+    return Session(flags, source, tokenizer, group=group)
 
 
 class LoadBar:

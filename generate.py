@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cli
+import tp
 from calibrate import SAMPLE_TEXT, calibrate
 from model import Transformer
 from plan import DraftPolicy, Round, RoundContext
 from policies import POLICIES, make_policy
 from rounds import Drafter, Rows, agreement
 from runner import Runner, check_num_draft_tokens
-from sampling import SamplingConfig, make_sampler
+from sampling import SamplingConfig
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 COMPARE_REPEATS = 9
@@ -57,7 +58,7 @@ def decode(
     Raises ValueError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
     """
     tokens = list(prompt)
-    drafter = Drafter(runner, policy, make_sampler(config.sampling), config.eos_ids)
+    drafter = Drafter(runner, policy, runner.sampler(config.sampling), config.eos_ids)
     first, ended = prefill(drafter, tokens, config, cached, finished)
     yield first
 
@@ -88,7 +89,7 @@ def early_exit(
     """
     check_unverified(policy, config.sampling)
     tokens = list(prompt)
-    drafter = Drafter(runner, policy, make_sampler(config.sampling), config.eos_ids, verified=False)
+    drafter = Drafter(runner, policy, runner.sampler(config.sampling), config.eos_ids, verified=False)
     first, ended = prefill(drafter, tokens, config, 0, finished)
     yield first
 
@@ -309,7 +310,7 @@ def compare_with_autoregressive(
 
 def share_equal(runner: Runner, prompt: Sequence[int], text: Sequence[int], sampling: SamplingConfig) -> float:
     """The share of `text` that the full model would have chosen after the same tokens. Overwrites the cache."""
-    sampler, tokens = make_sampler(sampling), [*prompt, *text]
+    sampler, tokens = runner.sampler(sampling), [*prompt, *text]
     runner.prefill(prompt[:-1] or prompt)
     equal, first = 0, len(prompt)
     while first < len(tokens):
@@ -342,6 +343,7 @@ def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateCo
     if flags.draft_vocab is not None:
         result["draft_vocab_coverage"] = sum(t < flags.draft_vocab for t in generation.tokens) / len(generation.tokens)
     result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": str(policy)}}
+    result["config"] |= {"ranks": session.group.size if session.group else 1}
     result["config"] |= {"backend": runner.backend, "precision": str(session.model.norm.weight.dtype)[6:]}
     result["verified"] = not flags.no_verify
     print_result(result, session.args.n_layer)
@@ -421,7 +423,7 @@ def run_interactive(
     messages: list[dict] = []
     turns: list[dict] = []
     cli.notice("type a prompt and press Enter; an empty line or Ctrl-D ends")
-    while line := read_line():
+    while line := session.group.led(read_line) if session.group else read_line():
         said = [*messages, {"role": "user", "content": line}]
         try:
             if flags.chat:
@@ -495,16 +497,18 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    flags = parse_flags()
-    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))  # bad values end here, before any loading
-    cli.check_writable(flags.json)
-    session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None)
-    config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
-    policy = policy_from_flags(flags, session.args.n_layer)
-    run = run_interactive if flags.interactive else run_once
-    result = run(session, flags, config, policy)
-    if flags.json:
-        cli.write_json(flags.json, result)
+    with tp.joined() as group:
+        flags, leads = parse_flags(), group is None or group.leads
+        config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))  # bad values end before any loading
+        if leads:
+            cli.check_writable(flags.json)
+        session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None, group=group)
+        config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
+        policy = policy_from_flags(flags, session.args.n_layer)
+        run = run_interactive if flags.interactive else run_once
+        result = run(session, flags, config, policy)
+        if flags.json and leads:
+            cli.write_json(flags.json, result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import cpu
 from kernels.attention import attention, new_cache
-from kernels.exit_head import Head
+from kernels.exit_head import Head, Shard
 from kernels.linear import is_packed, linear, pack, pack_quantised, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -267,6 +267,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embedding.weight
         self.cos: Tensor | None = None  # [S, 1, E] fp32
         self.sin: Tensor | None = None
+        self.group = None  # of the ranks that have the other parts of this model, see tp.py
+        self.shard: Shard | None = None  # of the vocabulary
 
     def setup_cache(self, length: int) -> None:
         """Allocate `length` KV slots per layer (2·L·G·E·length elements), or a few more, and the rotary table."""
@@ -323,7 +325,7 @@ class Transformer(nn.Module):
     def ends(self) -> Head:
         """The final norm and the LM head as the exit kernels take them."""
         norm, head = self.norm, self.lm_head
-        return Head(norm.weight, norm.eps, head.weight, head.scale, self.args.vocab_size)
+        return Head(norm.weight, norm.eps, head.weight, head.scale, head.out_features, self.shard)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids [T] at `positions` [T] -> logits [T, V], through every layer."""

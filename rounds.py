@@ -126,8 +126,11 @@ class Drafter:
             draft.tokens.append(token)
             draft.exit_layers.append(depth)
             draft.head_visits += (asked + 1) * self.runner.draft_head_share
-            asked_stop = plan.ask_to_stop and self.policy.should_stop(exit)
-            if asked_stop or (plan.stop_unless and not plan.stop_unless.holds(exit.stats())) or token in self.eos_ids:
+            stop = plan.ask_to_stop and self.policy.should_stop(exit)
+            if plan.ask_to_stop or plan.stop_unless:
+                unsure = plan.stop_unless and not plan.stop_unless.holds(exit.stats())
+                stop = self.runner.agreed(bool(stop or unsure))
+            if stop or token in self.eos_ids:
                 break  # nothing can be emitted after an end of text
         draft.resume_layer = min(rows.waiting, default=0)
         return draft
@@ -147,9 +150,9 @@ class Drafter:
                 continue
             exit = runner.exit(hidden, self.sampler.draw(rows.end), draft=True)
             exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
-            if stop == exits[-1] or (
+            if stop == exits[-1] or runner.agreed(bool(
                 plan.leave_if.holds(exit.stats()) if plan.leave_if else self.policy.should_exit(stop, exit)
-            ):
+            )):  # fmt: skip
                 break
             asked += exit.asked
         return exit, depth, asked

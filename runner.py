@@ -1,10 +1,10 @@
 """How decoding becomes fast: what runs a layer, and the number of rows a call is made with.
 
 `generate.decode` speaks to the model only through a Runner. No other file of the engine mentions torch.compile. A layer
-is run by one of three backends:
+is run by one of these backends:
   * "c++"      compiled, on a CPU whose weights are packed: a run of layers is one call into `kernels/cpp/layers.h`
   * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
-  * "eager"    operation by operation
+  * "eager"    operation by operation; named "c++ ops" where several ranks, which talk in between, use compiled ones
 
 Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
   * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows, so
@@ -30,7 +30,7 @@ from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
 from model import Linear, Transformer
 from plan import DraftPlan
-from sampling import SamplingConfig, accept
+from sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, accept, make_sampler
 
 PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
 MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
@@ -175,8 +175,10 @@ class Runner:
         sublayers = model.layers[0].attention, model.layers[0].mlp
         attention, mlp = (sum(weight.nbytes for weight in sublayer.parameters()) for sublayer in sublayers)
         self._attention_share = attention / (attention + mlp)
-        self.backend = "eager"
-        if compile and self.rows_independent:
+        self.backend, self.group = "eager", model.group
+        if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
+            self.backend = "c++ ops" if self.rows_independent else "eager"
+        elif compile and self.rows_independent:
             self.backend = "c++"
         elif compile and model.norm.weight.device.type == "cpu" and (reason := missing_compiler()):
             notice(reason)
@@ -197,6 +199,14 @@ class Runner:
         self._compiled_block, self._warm, self._graph_pool = None, False, None
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+
+    def agreed(self, value):
+        """`value`, or with several ranks that of rank 0: for whatever time or vector arithmetic decides, see tp.py."""
+        return self.group.agreed(value) if self.group else value
+
+    def sampler(self, config: SamplingConfig) -> CoupledSampler | RejectionSampler | LedSampler:
+        """The sampler for `config`."""
+        return make_sampler(config, self.group.agreed if self.group else None)
 
     def graph_pool(self):
         """One memory pool for the captured rounds of this runner: only one of them runs at a time."""
@@ -241,7 +251,7 @@ class Runner:
         times: dict[int, list[float]] = {count: [] for count in counts}
         end = time.perf_counter() + budget_s
         for turn in range(repeats if len(counts) > 1 else 0):
-            if turn >= 3 and time.perf_counter() > end:
+            if turn >= 3 and self.agreed(time.perf_counter() > end):
                 break
             for count, taken in times.items():
                 torch.set_num_threads(count)
@@ -253,6 +263,7 @@ class Runner:
         for count in counts[1:]:
             if statistics.median(times[count]) < 0.95 * statistics.median(times[best]):
                 best = count
+        best = self.agreed(best)
         torch.set_num_threads(best)
         return best
 

@@ -11,7 +11,7 @@ last bits of a vectorised logarithm may depend on where an element lies in a lar
 how many rows it is computed with. One SamplingConfig chooses by one arithmetic, whatever drafts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,8 +178,32 @@ class RejectionSampler:
         return len(drafted), self._draw(probabilities(logits[len(drafted)], self.config))
 
 
-def make_sampler(config: SamplingConfig) -> CoupledSampler | RejectionSampler:
-    """The sampler for `config`. Greedy decoding is deterministic, so both rules coincide and the coupled one serves."""
-    if config.verification == "rejection" and config.temperature > 0:
-        return RejectionSampler(config)
-    return CoupledSampler(config)
+class LedSampler:
+    """A sampler of one of several ranks, whose answers are rank 0's: for choices that take more than comparing.
+
+    Every rank asks its own sampler, because all of them are needed for logits.
+    """
+
+    def __init__(self, sampler: CoupledSampler | RejectionSampler, agreed: Callable):
+        self.sampler, self.agreed, self.config, self.draw = sampler, agreed, sampler.config, sampler.draw
+
+    def choices(self, exit: Exit, position: int) -> list[int]:
+        return self.agreed(list(self.sampler.choices(exit, position)))
+
+    def draft(self, exit: Exit, position: int) -> int:
+        return self.agreed(self.sampler.draft(exit, position))
+
+    def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
+        return self.agreed(self.sampler.verify(drafted, exit, position))
+
+
+def make_sampler(
+    config: SamplingConfig, agreed: Callable | None = None
+) -> CoupledSampler | RejectionSampler | LedSampler:  # fmt: skip
+    """The sampler for `config`. Greedy decoding is deterministic, so both rules coincide and the coupled one serves.
+
+    agreed: what makes a value of every rank that of rank 0, where there are several.
+    """
+    rejecting = config.verification == "rejection" and config.temperature > 0
+    sampler = RejectionSampler(config) if rejecting else CoupledSampler(config)
+    return LedSampler(sampler, agreed) if agreed and config.temperature and not config.is_plain else sampler

@@ -2,16 +2,22 @@
 
 A policy that asks at an exit whether to stop needs the token and a confidence, a sampler one coupled sample, not V
 numbers. With packed weights on a CPU the C++ op reduces each run of columns while it is near, on a GPU the kernel of
-`gpu/exit_head.py`; elsewhere the reference computes the logits.
+`gpu/exit_head.py`; elsewhere the reference computes the logits. With tensor parallelism each rank reduces its shard of
+the vocabulary to `Partials`, and every rank merges those of all.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import gpu
-from kernels.linear import BLOCK, STRIP, is_packed, linear
+from kernels.linear import is_packed, linear, rows_of
+from kernels.noise import gumbel_noise
 from kernels.rms_norm import rms_norm
+
+LOWEST = -1.0e30  # below every logit, and exp(LOWEST - anything) is 0 where that of -inf - -inf is NaN
 
 
 class ExitStats(NamedTuple):
@@ -46,28 +52,129 @@ class Draw(NamedTuple):
                     torch.tensor([self.temperature], dtype=torch.float32, device=device))
 
 
+class Partials(NamedTuple):
+    """What is known of m rows after some runs of the vocabulary: all that `merge` needs of them.
+
+    values: fp32 [4, m, runs], or [5, m, runs] when sampling: the largest logit, the second largest, the sum of
+    exp(z - largest), the sum of exp(z - largest)·(z - largest), the largest logit / temperature + Gumbel noise.
+    ids: int32 [1 or 2, m, runs]: global ids of the largest logit and of the largest noisy score, ties to the lowest.
+    Runs of several ranks go side by side in the last dimension, in any order.
+    """
+
+    values: Tensor
+    ids: Tensor
+
+
+def partials_of(logits: Tensor, v_offset: int, draw: Draw | None, want_stats: bool = True) -> Partials:
+    """The partials [4 or 5, m, 1] and [1 or 2, m, 1] of one run, of fp32 logits [m, n]; its first token is v_offset.
+
+    Without want_stats only tokens and samples mean anything. A run may be empty.
+    """
+    n = logits.shape[-1]
+    if n < 2:  # tokens that do not exist are never chosen and add nothing to a sum
+        logits = F.pad(logits, (0, 2 - n), value=LOWEST)
+    if want_stats:
+        top, second = logits.topk(2).values.unbind(-1)
+        down = logits - top[:, None]
+        values = [top, second, down.exp().sum(-1), (down.exp() * down).sum(-1)]
+    else:
+        top = logits.amax(-1)
+        values = [top, torch.full_like(top, LOWEST), torch.ones_like(top), torch.zeros_like(top)]
+    ids = [logits.argmax(-1)]
+    if draw is not None:
+        every = torch.arange(v_offset, v_offset + logits.shape[-1], device=logits.device)
+        noise = torch.stack([gumbel_noise(draw.seed, position, every) for position in draw.positions])
+        scores = logits / draw.temperature + noise
+        values, ids = [*values, scores.amax(-1)], [*ids, scores.argmax(-1)]
+    return Partials(torch.stack(values)[..., None], (torch.stack(ids)[..., None] + v_offset).int())
+
+
+def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the `Partials` of runs that together are the vocabulary.
+
+    Returns tokens int64 [m]; statistics fp32 [m, 4], the numbers of ExitStats in order; samples int64 [m], or none.
+    Tokens and samples come from comparisons alone, so they are the same wherever the same partials are merged.
+    """
+    top, second, total, weighted = values[:4]
+    best = top.amax(-1, keepdim=True)
+    no_id = torch.iinfo(ids.dtype).max
+    tokens = torch.where(top == best, ids[0], no_id).amin(-1)
+    runner_up = torch.where(ids[0] == tokens[:, None], second, top).amax(-1)
+    down = top - best
+    mass = (down.exp() * total).sum(-1)
+    moment = (down.exp() * (weighted + total * down)).sum(-1)
+    best = best[:, 0]
+    margin = (1 - (runner_up - best).exp()) / mass
+    stats = torch.stack([1 / mass, margin, mass.log() - moment / mass, best + mass.log()], -1)
+    if len(values) == 4:
+        return tokens.long(), stats, tokens.new_empty(0, dtype=torch.int64)
+    noisy = values[4]
+    samples = torch.where(noisy == noisy.amax(-1, keepdim=True), ids[1], no_id).amin(-1)
+    return tokens.long(), stats, samples.long()
+
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary a rank's head has: token ids bounds[rank] .. bounds[rank + 1] - 1.
+
+    gather: a tensor of every rank, of one shape, in rank order: [...] -> [ranks, ...].
+    """
+
+    bounds: tuple[int, ...]
+    rank: int
+    gather: Callable[[Tensor], Tensor]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many tokens each rank has."""
+        return [end - first for first, end in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    def trimmed(self, n_vocab: int) -> "Shard":
+        return self._replace(bounds=tuple(min(bound, n_vocab) for bound in self.bounds))
+
+    def gather_partials(self, values: Tensor, ids: Tensor) -> Partials:
+        """A rank's Partials of one run -> those of all ranks side by side, in one message."""
+        found = self.gather(torch.cat((values.view(torch.int32), ids))[..., 0]).movedim(0, -1).contiguous()
+        return Partials(found[: len(values)].view(torch.float32), found[len(values) :])
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """A rank's logits [..., n] -> those of the whole vocabulary."""
+        parts = self.gather(F.pad(logits, (0, max(self.sizes) - logits.shape[-1])))
+        return torch.cat([part[..., :n] for part, n in zip(parts, self.sizes, strict=True)], -1)
+
+
 class Head(NamedTuple):
-    """The end of a model: final norm [D] and its epsilon; LM head, plain, packed or quantised, of n_vocab tokens."""
+    """The end of a model: final norm [D] and its epsilon; LM head, plain, packed or quantised, of n_vocab tokens.
+
+    shard: where these are a part of the vocabulary.
+    """
 
     norm: Tensor
     eps: float
     weight: Tensor
     scale: Tensor | None  # of a quantised weight
     n_vocab: int
+    shard: Shard | None = None
 
     def trimmed(self, n_vocab: int) -> "Head":
         """The head over the first n_vocab tokens only, a view. Raises ValueError unless 2 <= n_vocab <= its own."""
-        if not 2 <= n_vocab <= self.n_vocab:
-            raise ValueError(f"n_vocab must be in 2..{self.n_vocab}, got {n_vocab}")
-        blocks = -(-n_vocab // BLOCK)
-        rows = n_vocab
-        if is_packed(self.weight):
-            rows = blocks * (BLOCK // STRIP if self.weight.is_floating_point() else 1)
-        weight = self.weight[:rows]
-        return self._replace(weight=weight, scale=None if self.scale is None else self.scale[:n_vocab], n_vocab=n_vocab)
+        most, shard = self.n_vocab, self.shard
+        if shard:
+            most, shard = shard.bounds[-1], shard.trimmed(n_vocab)
+        if not 2 <= n_vocab <= most:
+            raise ValueError(f"n_vocab must be in 2..{most}, got {n_vocab}")
+        if shard:
+            n_vocab = shard.sizes[shard.rank]
+        weight = self.weight[: rows_of(self.weight, n_vocab)]
+        scale = None if self.scale is None else self.scale[:n_vocab]
+        return self._replace(weight=weight, scale=scale, n_vocab=n_vocab, shard=shard)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> fp32 logits [..., n_vocab]."""
+        """hidden [..., D] -> fp32 logits [..., n_vocab], of the whole vocabulary where ranks share it."""
+        return self.shard.gather_logits(self.own_logits(hidden)) if self.shard else self.own_logits(hidden)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        if not self.n_vocab:  # a trimmed vocabulary lies on other ranks
+            return hidden.new_empty(*hidden.shape[:-1], 0, dtype=torch.float32)
         return linear(rms_norm(hidden, self.norm, self.eps), self.weight, self.n_vocab, self.scale).float()
 
 
@@ -122,7 +229,7 @@ class Exit:
         return self._logits is not None or self._tokens is not None
 
     def _fused_on(self, device: str) -> bool:
-        if self.head is None:
+        if self.head is None or self.head.shard:
             return False
         if device == "cpu":
             return is_packed(self.head.weight)
@@ -154,8 +261,9 @@ class Exit:
         return self._stats
 
     def can_sample(self) -> bool:
-        """Whether there is a fused kernel, and so `samples`: the choice of `sampling.choose` without its logits."""
-        return self._fused_on("cpu") or self._fused_on("cuda")
+        """Whether there is a fused kernel or a shard, and so `samples`: the choice of `sampling.choose` without all
+        logits."""
+        return self._fused_on("cpu") or self._fused_on("cuda") or bool(self.head and self.head.shard)
 
     def samples(self) -> Tensor:
         """What `draw` chooses in each row, int64 [T]. Always from the fused kernel: one arithmetic for every choice.
@@ -171,14 +279,27 @@ class Exit:
     def _pass_through_head(self, want_stats: bool) -> None:
         """Find the tokens, the samples if there is a draw, and the statistics if wanted (on a GPU always)."""
         head = self.head
-        if self._fused_on("cpu"):  # rows do not depend on one another: no padding
+        if head.shard:
+            found = merge(*head.shard.gather_partials(*self._own_partials(want_stats)))
+        elif self._fused_on("cpu"):  # rows do not depend on one another: no padding
             found = exit_head(self.hidden[: self.rows], head, want_stats, self.draw)
         else:
             rows = rms_norm(self.hidden, head.norm, head.eps)[: self.rows]
             draw = () if self.draw is None else self.draw.on(rows.device, self.rows)
             found = torch.ops.skipfast.exit_head_rows.default(rows, head.weight, head.scale, head.n_vocab, 0, *draw)
         self._tokens, stats, samples = found
-        if want_stats or len(stats):
+        if want_stats or (len(stats) and not head.shard):
             self._stats = ExitStats(self._tokens, *stats.unbind(-1))
         if self.draw is not None:
             self._samples = samples
+
+    def _own_partials(self, want_stats: bool) -> Partials:
+        """Of this rank's shard of the vocabulary."""
+        head, offset = self.head, self.head.shard.bounds[self.head.shard.rank]
+        draw = None if self.draw is None else self.draw.on(self.hidden.device, self.rows)
+        fused = gpu.supports(self.hidden) and head.weight.dtype in (torch.bfloat16, torch.int8) and head.n_vocab > 1
+        if not fused:
+            return partials_of(head.own_logits(self.hidden)[: self.rows], offset, draw, want_stats)
+        rows = rms_norm(self.hidden, head.norm, head.eps)[: self.rows]
+        return Partials(*torch.ops.skipfast.exit_head_partials.default(
+            rows, head.weight, head.scale, head.n_vocab, offset, *(draw or ())))  # fmt: skip

@@ -68,6 +68,14 @@ def is_packed(weight: torch.Tensor) -> bool:
     return weight.dim() > 2
 
 
+def rows_of(weight: torch.Tensor, out_features: int) -> int:
+    """Return how many entries of the weight's first dimension hold its first `out_features` columns."""
+    if not is_packed(weight):
+        return out_features
+    blocks = -(-out_features // BLOCK)
+    return blocks * (BLOCK // STRIP) if weight.is_floating_point() else blocks
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Pack a CPU weight [N, K] for the C++ op, N padded with zeros to a multiple of 32.
 

@@ -23,9 +23,10 @@ ALLOWED = {
     "runner": {"kernels", "model", "plan", "sampling"},
     "rounds": {"kernels", "plan", "runner", "sampling"},
     "calibrate": {"plan", "rounds", "runner", "sampling"},
-    "checkpoint": {"kernels", "model"},
-    "cli": {"checkpoint", "kernels", "model", "plan", "sampling", "tokenizer"},
-    "generate": {"calibrate", "cli", "model", "plan", "policies", "rounds", "runner", "sampling"},
+    "tp": {"kernels", "model"},
+    "checkpoint": {"kernels", "model", "tp"},
+    "cli": {"checkpoint", "kernels", "model", "plan", "sampling", "tokenizer", "tp"},
+    "generate": {"calibrate", "cli", "model", "plan", "policies", "rounds", "runner", "sampling", "tp"},
     "convert_hf_checkpoint": {"checkpoint", "cli", "tokenizer"},
     "scripts": MODULES - {"tests"},
 }

@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy import stats
 
-import generate
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu
 from kernels.exit_head import Exit, Head
@@ -144,7 +143,7 @@ class ForgetsResidual(RejectionSampler):
 
 @pytest.mark.parametrize(("wrong", "policy"), [(AcceptsAll, make_policy(DRAFTS, 2)), (ForgetsResidual, Proposes())])
 def test_a_wrong_acceptance_rule_does_not_pass_the_test_of_distributions(runner, exact, monkeypatch, wrong, policy):
-    monkeypatch.setattr(generate, "make_sampler", wrong)
+    monkeypatch.setattr(runner, "sampler", wrong)
     texts, _ = sample(runner, policy, 800)
     assert p_value(texts, exact) < 1e-6
 

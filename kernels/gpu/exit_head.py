@@ -13,37 +13,22 @@ the token is the argmax of the plain head's logits, ties to the lowest id.
 The public functions are `exit_head_rows` and, for tensor parallelism, `exit_head_partials` and `merge`.
 """
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.exit_head import Draw
+from kernels.exit_head import Draw, Partials, merge, partials_of
 from kernels.gpu import ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 from kernels.linear import linear_reference
-from kernels.noise import gumbel_noise
 
 PROGRAMS_PER_SM = 2  # that fit together with the shared memory of the tiles in the table
 SMS_WITHOUT_GPU = 132  # of an H100 or H200
 SLOTS = 64  # partials that the last program reads per step
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and exp(LOWEST - anything) is 0 where that of -inf - -inf is NaN
 NO_ID = tl.constexpr(2**31 - 1)  # above every token id
-
-
-class Partials(NamedTuple):
-    """What is known of m rows after some runs of the vocabulary: all that `merge` needs of them.
-
-    values: fp32 [4, m, runs], or [5, m, runs] when sampling: the largest logit, the second largest, the sum of
-    exp(z - largest), the sum of exp(z - largest)·(z - largest), the largest logit / temperature + Gumbel noise.
-    ids: int32 [1 or 2, m, runs]: global ids of the largest logit and of the largest noisy score, ties to the lowest.
-    Runs of several ranks go side by side in the last dimension, in any order.
-    """
-
-    values: Tensor
-    ids: Tensor
 
 
 # ---- noise: kernels.noise.gumbel_noise on unsigned 32-bit arithmetic, to the bit up to the logarithm ----
@@ -302,26 +287,6 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offs
     return Partials(values, ids), (tokens, stats, samples)
 
 
-def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the `Partials` of runs that together are the vocabulary -> (tokens, stats, samples) of `exit_head_rows`."""
-    top, second, total, weighted = values[:4]
-    best = top.amax(-1, keepdim=True)
-    no_id = torch.iinfo(ids.dtype).max
-    tokens = torch.where(top == best, ids[0], no_id).amin(-1)
-    runner_up = torch.where(ids[0] == tokens[:, None], second, top).amax(-1)
-    down = top - best
-    mass = (down.exp() * total).sum(-1)
-    moment = (down.exp() * (weighted + total * down)).sum(-1)
-    best = best[:, 0]
-    margin = (1 - (runner_up - best).exp()) / mass
-    stats = torch.stack([1 / mass, margin, mass.log() - moment / mass, best + mass.log()], -1)
-    if len(values) == 4:
-        return tokens.long(), stats, tokens.new_empty(0, dtype=torch.int64)
-    noisy = values[4]
-    samples = torch.where(noisy == noisy.amax(-1, keepdim=True), ids[1], no_id).amin(-1)
-    return tokens.long(), stats, samples.long()
-
-
 # ---- reference ----
 
 
@@ -334,15 +299,7 @@ def partials_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab:
         logits = linear_reference(x, weight).float()
     else:
         logits = (linear_reference(x.float(), weight.float()) * scale[:n_vocab]).bfloat16().float()
-    top, second = logits.topk(2).values.unbind(-1)
-    down = logits - top[:, None]
-    values, ids = [top, second, down.exp().sum(-1), (down.exp() * down).sum(-1)], [logits.argmax(-1)]
-    if draw is not None:
-        every = torch.arange(v_offset, v_offset + n_vocab, device=x.device)
-        noise = torch.stack([gumbel_noise(draw.seed, position, every) for position in draw.positions])
-        scores = logits / draw.temperature + noise
-        values, ids = [*values, scores.amax(-1)], [*ids, scores.argmax(-1)]
-    return Partials(torch.stack(values)[..., None], (torch.stack(ids)[..., None] + v_offset).int())
+    return partials_of(logits, v_offset, draw)
 
 
 # ---- operators ----

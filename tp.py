@@ -1,0 +1,225 @@
+"""Tensor parallelism: every rank runs the same program with a part of each layer's heads and features.
+
+`torchrun --nproc_per_node=N generate.py …` starts N ranks; `joined` makes them one Group. What is cut, and how, stands
+in TABLE; checkpoint.py reads each rank's part of the file, and `parallelize` makes the model's linears fit. A rank's
+model is a smaller Llama of the same width and depth, so everything above it, from the runner to the policies, is the
+same with any number of ranks.
+
+Exact: a row's bits may not depend on how many rows a call has, so nothing is all-reduced (a ring adds in an order that
+depends on the size of the message): partial sums are gathered and added in rank order. In step: all ranks run one
+decoding loop on the same tokens. A greedy or coupled choice compares numbers that were gathered, so every rank makes
+the same one, and a plan is Python's arithmetic on tokens and counts: a static plan needs no word between ranks. What
+vector units compute (statistics, hidden states, other samplers) might differ between unlike machines, and time always
+does: there `Group.agreed` lets rank 0 decide.
+"""
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from kernels.exit_head import Shard
+from model import Linear, ModelArgs, Transformer
+
+# How a linear is cut. colwise: its outputs (whole heads); rowwise: its inputs, and outputs are summed; vocab: its
+# outputs, of which ranks exchange what `kernels.exit_head.merge` needs. Whatever is not here every rank has whole: the
+# norms, and the embedding, of which a token reads one row: cut, it would save memory and cost a message per token.
+TABLE = (
+    ("attention.wqkv", "colwise"),
+    ("attention.wo", "rowwise"),
+    ("mlp.w13", "colwise"),
+    ("mlp.w2", "rowwise"),
+    ("lm_head", "vocab"),
+)
+TIMEOUT_SECONDS = 60  # a rank that keeps the others waiting longer has failed
+MEETING_SECONDS = 1800  # the same while weights are read
+PARTING_SECONDS = 10
+POLL_SECONDS = 0.02
+all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # before torch 2.13
+
+
+def check(args: ModelArgs, size: int) -> None:
+    """Raise ValueError unless a model of this shape can be cut for `size` ranks."""
+    sizes = {"num_attention_heads": args.n_head, "hidden_size": args.dim, "intermediate_size": args.ffn_dim}
+    for key, value in sizes.items():
+        if value % size:
+            raise ValueError(f"{size} ranks do not divide {key} {value} of this model: start a number that does")
+    if args.n_kv_head % size and size % args.n_kv_head:
+        raise ValueError(f"{size} ranks neither divide num_key_value_heads {args.n_kv_head} of this model nor are a "
+                         f"multiple of it: start a number that does")  # fmt: skip
+    if args.vocab_size < 2 * size:
+        raise ValueError(f"{size} ranks are too many for vocab_size {args.vocab_size}: start {args.vocab_size // 2}")
+
+
+def span(count: int, rank: int, size: int) -> tuple[int, int]:
+    """Which of `count` things (heads, features, tokens) a rank has, first and end; fewer things than ranks repeat."""
+    first = count * rank // size
+    return first, max(first + 1, count * (rank + 1) // size)
+
+
+class Group:
+    """The ranks that run one model, seen from one of them."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size, self.leads = rank, size, rank == 0
+        self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        self.store = distributed.PrefixStore("skipfast", distributed.distributed_c10d._get_default_store())
+        self.meetings = 0
+
+    # ---- numbers ----
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of every rank, all of one shape, in rank order: [...] -> [ranks, ...]."""
+        found = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        all_gather(found, tensor.contiguous())
+        return found.view(self.size, *tensor.shape)
+
+    def summed(self, partial: Tensor) -> Tensor:
+        """The sum of every rank's tensor, in fp32 and rank order, rounded to its dtype."""
+        first, *others = self.gather(partial)
+        total = first.float()
+        for other in others:
+            total = total + other
+        return total.to(partial.dtype)
+
+    def agreed(self, value):
+        """Rank 0's value: a bool or an int in one small message, anything that can be pickled in two."""
+        if isinstance(value, bool | int):
+            number = torch.tensor([value])
+            distributed.broadcast(number, 0)
+            return type(value)(number.item())
+        values = [value]
+        distributed.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        return values[0]
+
+    # ---- the model ----
+
+    def local_args(self, args: ModelArgs) -> ModelArgs:
+        """The shape of this rank's model: its heads and features; width, depth and vocabulary are the whole model's."""
+        check(args, self.size)
+        of = lambda count: max(1, count // self.size)
+        return replace(args, n_head=of(args.n_head), n_kv_head=of(args.n_kv_head), ffn_dim=of(args.ffn_dim))
+
+    def parallelize(self, model: Transformer) -> Transformer:
+        """Give a model of `local_args` linears that sum over ranks, and a part of the LM head; weights are empty."""
+        model.group, args = self, model.args
+        bounds = tuple(args.vocab_size * rank // self.size for rank in range(self.size + 1))
+        model.shard = Shard(bounds, self.rank, self.gather)
+        for owner in (model, *model.layers):
+            for name, kind in TABLE:
+                parent, _, child = name.rpartition(".")
+                if owner is model and kind == "vocab":
+                    setattr(owner, child, Linear(args.dim, bounds[self.rank + 1] - bounds[self.rank]))
+                elif owner is not model and kind == "rowwise":
+                    parent = owner.get_submodule(parent)
+                    setattr(parent, child, SummedLinear(getattr(parent, child), self))
+        return model
+
+    def window(self, name: str, args: ModelArgs, shape: tuple[int, ...], keys: str) -> tuple[slice, ...]:
+        """Which part of a tensor of the whole model's file this rank has, as slices of its dimensions.
+
+        name: our parameter that the tensor is in; shape, keys: of the tensor, see `checkpoint.pieces`.
+        """
+        kind = next((kind for module, kind in TABLE if name.endswith(module + ".weight")), None)
+        window = [slice(0, count) for count in shape]
+        if kind:
+            dim = 1 if kind == "rowwise" else 0
+            unit = args.head_dim if "head_dim" in keys.split(", ")[dim] else 1
+            first, end = span(shape[dim] // unit, self.rank, self.size)
+            window[dim] = slice(first * unit, end * unit)
+        return tuple(window)
+
+    # ---- waiting without a limit of seconds, and failing ----
+
+    def meet(self, seconds: float = MEETING_SECONDS) -> None:
+        """Wait until every rank is here, longer than a message may take: one may have slow files."""
+        self.meetings += 1
+        name, end = f"meeting {self.meetings}", time.monotonic() + seconds
+        self.store.add(name, 1)
+        self._wait(lambda: self.store.add(name, 0) == self.size or time.monotonic() > end)
+
+    def led(self, make: Callable[[], str]) -> str:
+        """What `make` returns on rank 0, which alone calls it; the others wait as long as a human types."""
+        self.meetings += 1
+        name = f"line {self.meetings}"
+        if self.leads:
+            self.store.set(name, make())
+        self._wait(lambda: self.store.check([name]))
+        return self.store.get(name).decode()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if self.store.check(["failed"]):
+                raise RuntimeError("another rank failed")
+            time.sleep(POLL_SECONDS)
+
+    def failed_first(self) -> bool:
+        """Report that this rank failed; whether no other did before. Those in its wake have nothing to say."""
+        try:
+            return self.store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
+        except RuntimeError:  # distributed.DistError: the store has gone with the rank that failed
+            return False
+
+
+class SummedLinear(Linear):
+    """A linear of which each rank has some inputs: its output is summed over the ranks."""
+
+    def __init__(self, whole: Linear, group: Group):
+        super().__init__(whole.weight.shape[1], whole.out_features)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.summed(super().forward(x))
+
+
+@contextmanager
+def joined() -> Iterator[Group | None]:
+    """The group of the ranks that torchrun started, of which only rank 0 speaks; None, and no cost, for one process.
+
+    A rank that fails says so and leaves, at once; the others find it gone (a closed connection, torchrun's signal, or
+    at the latest TIMEOUT_SECONDS of silence) and leave without a word: exit code 2 for a user's mistake, else 1. With
+    several ranks the process ends with the block.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield None
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    group = Group(distributed.get_rank(), size)
+    if not group.leads:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        yield group
+        _leave(group, 0)
+    except SystemExit as error:  # argparse has spoken, on every rank
+        _leave(group, error.code)
+    except BaseException as error:
+        _fail(group, error)
+
+
+def _leave(group: Group, code: int) -> None:
+    """End the process once all ranks are done, without destroying the process group, which may crash or wait."""
+    with suppress(RuntimeError):  # rank 0 may hold the store, and is gone first
+        group.meet(PARTING_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail(group: Group, error: BaseException) -> None:
+    """Print the error of the rank that failed first, and end the process at once."""
+    mistake = isinstance(error, ValueError)
+    if group.failed_first() and not isinstance(error, KeyboardInterrupt):
+        if not mistake:
+            traceback.print_exception(error, file=sys.__stderr__)
+        where = "" if mistake else f"rank {group.rank} of {group.size} failed: {type(error).__name__}: "
+        print(f"error: {where}" + " ".join(str(error).split()), file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1)
