@@ -15,21 +15,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kernels.formats import PLAIN, Format, check_group
 from kernels.linear import is_packed
 from model import Linear, ModelArgs, Transformer
 from tp import Group
 
 Progress = Callable[[int, int, str], None]  # (tensors done, tensors in total, name of the last one)
+ReadWeights = Callable[[str], tuple[Tensor, Tensor | None]]  # our parameter -> its weight and, if quantised, its scale
 
 VERSION = "1"
 WEIGHTS = "model.safetensors"
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # and their names in safetensors
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
 HUB_LEFT_OUT = ["*/*.json", "*/*.safetensors", "*/*.bin"]  # other formats of the same weights in subfolders
@@ -64,6 +67,14 @@ class Checkpoint:
     bytes: int  # weight bytes; a tied embedding counts once, padding of packed weights not at all
 
 
+class Stored(NamedTuple):
+    """A tensor of a file: its shape and dtype, and the config keys behind the shape."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    keys: str
+
+
 @dataclass
 class Source:
     """An opened checkpoint: every tensor is known to be there in the right shape, none is read yet."""
@@ -74,20 +85,28 @@ class Source:
     hf_config: dict
     generation_config: dict
     fused: bool  # our format: tensors under our names
+    format: Format = PLAIN
+
+    def weights(
+        self, name: str, dtype: torch.dtype, format: Format = PLAIN, device: str = "cpu", group: Group | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Our parameter `name`, and its scale if it is quantised: in the file already, or now to `format`.
+
+        group: only what this rank has of it.
+        """
+        if self.format.covers(name):
+            return self._read_quantised(name, device, group)
+        weight = self.read(name, dtype, device, group)
+        return format.quantise(weight) if format.covers(name) else (weight, None)
 
     def read(self, name: str, dtype: torch.dtype, device: str = "cpu", group: Group | None = None) -> Tensor:
         """Read our parameter `name`, fused if need be, in `dtype`. Raises ValueError for NaN and inf.
 
         group: read only what this rank has of it.
         """
-        if group:
-            windows = self.windows(name, group)
-            shape = [sum(rows.stop - rows.start for _, (rows, *_) in windows)]
-            shape += [columns.stop - columns.start for columns in windows[0][1][1:]]
-        else:
-            windows = [(piece, (slice(0, shape[0]),)) for piece, (shape, _) in
-                       pieces(name, self.args, self.fused).items()]  # fmt: skip
-            shape, _ = pieces(name, self.args, fused=True)[name]
+        windows = self.windows(name, group)
+        rows = sum(window[0].stop - window[0].start for _, window in windows)
+        shape = [rows, *(columns.stop - columns.start for columns in windows[0][1][1:])]
         tensor, row = torch.empty(shape, dtype=dtype, device=device), 0
         for piece, window in windows:
             count = window[0].stop - window[0].start
@@ -95,24 +114,76 @@ class Source:
             row += count
         return tensor
 
-    def windows(self, name: str, group: Group) -> list[tuple[str, tuple[slice, ...]]]:
-        """What a rank reads for our parameter `name`: tensors of the file, and the slices of them, top to bottom."""
+    def _read_quantised(self, name: str, device: str, group: Group | None) -> tuple[Tensor, Tensor]:
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for piece, (rows, columns) in self.windows(name, group):
+            for part, tensor, window in zip(
+                found, (piece, scale_name(piece)), self.format.windows(rows, columns), strict=True
+            ):
+                part.append(_read_stored(self.files[tensor], tensor, window).to(device))
+        weight, scale = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found)
+        return weight, scale
+
+    def windows(self, name: str, group: Group | None) -> list[tuple[str, tuple[slice, ...]]]:
+        """What is to be read for our parameter `name`: tensors of the file, and the slices of them, top to bottom."""
+        origin = name
+        if name == "lm_head.weight" and name not in self.files:
+            origin = "embedding.weight"  # a tied head has no tensor of its own
+        if not group:
+            shapes = pieces(origin, self.args, self.fused).items()
+            return [(piece, tuple(slice(0, size) for size in shape)) for piece, (shape, _) in shapes]
         found, above = [], 0
-        for piece, (shape, keys) in pieces(name, self.args, fused=False).items():
+        for piece, (shape, keys) in pieces(origin, self.args, fused=False).items():
             rows, *columns = group.window(name, self.args, shape, keys)
             if self.fused:  # the pieces lie in one tensor, one below the other
-                piece, rows = name, slice(above + rows.start, above + rows.stop)
+                piece, rows = origin, slice(above + rows.start, above + rows.stop)
                 above += shape[0]
             found.append((piece, (rows, *columns)))
         return found
 
 
-def our_names(args: ModelArgs) -> Iterator[str]:
-    """Yield the model's parameter names in loading order; a tied LM head has no tensor of its own."""
+def scale_name(name: str) -> str:
+    """The tensor that holds the scale of the quantised weight `name`."""
+    return name.removesuffix("weight") + "scale"
+
+
+def head_is_shared(args: ModelArgs, format: Format) -> bool:
+    """Whether the LM head is the embedding, in one format, and so has no tensor of its own."""
+    return args.tie_embeddings and format.covers("lm_head.weight") == format.covers("embedding.weight")
+
+
+def our_names(args: ModelArgs, format: Format = PLAIN) -> Iterator[str]:
+    """Yield the model's parameter names in loading order; without the LM head where it is the embedding."""
     names = [f"{name}.weight" for name in dict.fromkeys(row[0] for row in NAMES)]
-    yield from (name for name in names if "{}" not in name and not (args.tie_embeddings and name == "lm_head.weight"))
+    shared = head_is_shared(args, format)
+    yield from (name for name in names if "{}" not in name and not (shared and name == "lm_head.weight"))
     for layer in range(args.n_layer):
         yield from (name.format(layer) for name in names if "{}" in name)
+
+
+def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, fused: bool) -> dict[str, Stored]:
+    """Every tensor that a file of a model has, in the order of the file."""
+    found = {}
+    for name in our_names(args, format):
+        for piece, (shape, keys) in pieces(name, args, fused).items():
+            if not format.covers(name):
+                found[piece] = Stored(shape, dtype, keys)
+                continue
+            weight, scale = format.shapes(*shape)
+            found |= {piece: Stored(*weight, keys), scale_name(piece): Stored(*scale, keys)}
+    return found
+
+
+def check_format(format: Format, args: ModelArgs, ranks: int = 1) -> None:
+    """Raise ValueError unless a model of this shape, or its part on each of several ranks, can have this format."""
+    if args.tie_embeddings and format.embedding and not format.lm_head:
+        raise ValueError(f"quantize {format}: the embedding of this model is its LM head, so lm_head=no,embedding=yes "
+                         "cannot be")  # fmt: skip
+    if format.mode == "int4":
+        sizes = {"hidden_size": args.dim, "num_attention_heads*head_dim": args.n_head * args.head_dim // ranks,
+                 "intermediate_size": args.ffn_dim // ranks}  # fmt: skip
+        for key, features in sizes.items():
+            check_group(format.group, features, key + (f" on each of {ranks} ranks" if ranks > 1 else ""))
 
 
 def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -138,37 +209,70 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
 
 def load(
     source: str | Path | Source, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
-    progress: Progress | None = None, group: Group | None = None,
+    progress: Progress | None = None, group: Group | None = None, format: Format = PLAIN,
 ) -> Checkpoint:  # fmt: skip
     """Load a Llama from a converted file or folder, a Hugging Face folder, a hub id "org/name", or an opened Source.
 
     `dtype` None keeps the checkpoint's own. `pack` lays linears out for the CPU kernels if these are loaded. Parameters
-    do not require gradients. group: load this rank's part of the model only. Raises ValueError in one line naming the
-    file, tensor or config key at fault.
+    do not require gradients. group: load this rank's part of the model only. format: quantise while loading. Raises
+    ValueError in one line naming the file, tensor or config key at fault.
     """
     opened = source if isinstance(source, Source) else open_source(source)
     dtype = resolve_dtype(opened.args, dtype)
     args = replace(opened.args, dtype=_dtype_name(dtype))
     with torch.device("meta"):
         model = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
-    names, size = list(our_names(args)), 0
+    names = list(our_names(args, opened.format or format))
+    if group and args.tie_embeddings and "lm_head.weight" not in names:
+        names.insert(1, "lm_head.weight")  # a rank has all of the embedding and a part of the head
+    size = _fill(model, names, opened, dtype, format, device, pack, progress, group)
+    return Checkpoint(model, args, opened.folder, opened.hf_config, opened.generation_config, size)
+
+
+def load_drafter(
+    source: Source, model: Transformer, n_layer: int, format: Format, progress: Progress | None = None,
+    group: Group | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Load low-bit copies of the LM head and of the first n_layer layers of `model`, which is the same checkpoint.
+
+    They share its embedding, and are packed as it is. Raises ValueError as `load` does.
+    """
+    norm = model.norm.weight
+    args = replace(source.args, n_layer=n_layer, tie_embeddings=False, dtype=_dtype_name(norm.dtype))
+    with torch.device("meta"):
+        draft = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
+    draft.embedding = model.embedding
+    names = [name for name in our_names(args) if name != "embedding.weight"]
+    pack = is_packed(model.layers[0].mlp.w2.weight)
+    size = _fill(draft, names, source, norm.dtype, format, norm.device.type, pack, progress, group)
+    return Checkpoint(draft, args, source.folder, source.hf_config, source.generation_config, size)
+
+
+def _fill(
+    model: Transformer, names: list[str], source: Source, dtype: torch.dtype, format: Format, device: str, pack: bool,
+    progress: Progress | None, group: Group | None,
+) -> int:  # fmt: skip
+    """Give a model on the meta device the weights of our parameters `names` -> their bytes."""
+    size = 0
     for done, name in enumerate(names, start=1):
         module = model.get_submodule(name.removesuffix(".weight"))
-        module.weight = nn.Parameter(opened.read(name, dtype, device, group), requires_grad=False)
-        size += module.weight.nbytes
-        if args.tie_embeddings and module is model.embedding:
-            module, weight = model.lm_head, model.embedding.weight
-            if group:
-                rows, _ = group.window("lm_head.weight", args, weight.shape, "vocab_size, hidden_size")
-                weight = nn.Parameter(weight[rows], requires_grad=False)
-            module.weight = weight
+        weight, scale = source.weights(name, dtype, format, device, group)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        size += weight.nbytes
+        if scale is not None:
+            module.scale = scale
+            size += scale.nbytes
+        shared = module is model.embedding and "lm_head.weight" not in names
+        if shared:
+            module = model.lm_head
+            module.weight, module.scale = model.embedding.weight, scale
         if pack and device == "cpu" and isinstance(module, Linear):
             module.pack_weight()
-            if args.tie_embeddings and not group and is_packed(model.lm_head.weight):
-                model.embedding.weight = model.lm_head.weight
+            if shared and scale is None and is_packed(module.weight):
+                model.embedding.weight = module.weight
         if progress:
             progress(done, len(names), name)
-    return Checkpoint(model, args, opened.folder, opened.hf_config, opened.generation_config, size)
+    return size
 
 
 def resolve_dtype(args: ModelArgs, dtype: torch.dtype | None) -> torch.dtype:
@@ -193,12 +297,12 @@ def open_source(source: str | Path) -> Source:
             shapes |= {name: tuple(read(name).shape) for name in names}
             files |= {name: file for name in names}
     # The format is decided here and nowhere else, by what the file says of itself.
-    fused = metadata.get("format") == "skipfast"
+    fused, format = metadata.get("format") == "skipfast", PLAIN
     config_file = weights[0] if fused else folder / "config.json"
     if fused:
-        for key, supported in (("version", VERSION), ("quantize", "none")):
-            if metadata.get(key) != supported:
-                raise ValueError(f"{config_file}: {key} {metadata.get(key)!r} is not supported, only {supported!r}")
+        if (version := metadata.get("version")) != VERSION:
+            raise ValueError(f"{config_file}: version {version!r} is not supported, only {VERSION!r}")
+        format = Format.parse(metadata.get("quantize", ""), f"{config_file}: quantize")
         hf_config = _parse_json(config_file, metadata.get("config", ""))
         generation_config = _parse_json(config_file, metadata.get("generation_config", "{}"))
     elif path.is_dir():
@@ -211,19 +315,19 @@ def open_source(source: str | Path) -> Source:
         args = ModelArgs.from_hf_config(hf_config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from error
-    _check_tensors(weights[0] if len(weights) == 1 else folder, args, fused, shapes)
-    return Source(folder, files, args, hf_config, generation_config, fused)
+    _check_tensors(weights[0] if len(weights) == 1 else folder, args, fused, format, shapes)
+    return Source(folder, files, args, hf_config, generation_config, fused, format)
 
 
-def _check_tensors(path: Path, args: ModelArgs, fused: bool, shapes: dict[str, tuple[int, ...]]) -> None:
-    known = set()
-    for name in our_names(args):
-        for piece, (shape, keys) in pieces(name, args, fused).items():
-            if piece not in shapes:
-                why = "tie_word_embeddings is false" if name == "lm_head.weight" else f"there are {args.n_layer} layers"
-                raise ValueError(f"{path}: tensor {piece!r} is missing (by its config {why})")
-            _check_shape(path, piece, shapes[piece], shape, keys)
-            known.add(piece)
+def _check_tensors(
+    path: Path, args: ModelArgs, fused: bool, format: Format, shapes: dict[str, tuple[int, ...]]
+) -> None:  # fmt: skip
+    known = stored_tensors(args, format, torch.float32, fused)
+    for name, stored in known.items():
+        if name not in shapes:
+            why = "tie_word_embeddings is false" if name == "lm_head.weight" else f"there are {args.n_layer} layers"
+            raise ValueError(f"{path}: tensor {name!r} is missing (by its config {why})")
+        _check_shape(path, name, shapes[name], stored.shape, stored.keys)
     for name, shape in shapes.items():
         if name == "lm_head.weight" and args.tie_embeddings:  # some tools write the tied head a second time
             _check_shape(path, name, shape, *pieces(name, args, fused)[name])
@@ -282,6 +386,15 @@ def _read_into(target: Tensor, file: Path, name: str, window: tuple[slice, ...] 
             raise ValueError(f"{file}: tensor {name!r} holds {problem}")
 
 
+def _read_stored(file: Path, name: str, window: tuple[slice, ...]) -> Tensor:
+    """A window of a tensor that belongs to a quantised weight, as it is."""
+    with _opened(file) as (_, read, _):
+        stored = read(name, window).clone()
+    if stored.is_floating_point() and not _is_finite(stored):
+        raise ValueError(f"{file}: tensor {name!r} holds NaN or inf")
+    return stored
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # aminmax carries NaN and inf through, needs no temporary and is 50 times as fast as isfinite
     return all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
@@ -331,19 +444,42 @@ def _parse_json(path: Path, text: str | bytes | None = None) -> dict:
     return content
 
 
-def save(model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None) -> None:
-    """Write a model with unpacked weights to one file of our format, in the dtype it has."""
+def save(
+    model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None,
+    format: Format = PLAIN,
+) -> None:  # fmt: skip
+    """Write a model with unpacked weights to one file of our format, in the dtype it has.
+
+    format: of the model's weights. Raises ValueError if they are packed or have another.
+    """
     if is_packed(model.lm_head.weight):
         raise ValueError("packed weights cannot be saved: load the model with pack=False")
     dtype = model.norm.weight.dtype
-    metadata = _metadata(hf_config, generation_config or {}, dtype)
-    _write_weights(Path(path), model.args, dtype, metadata, model.state_dict().__getitem__)
+    metadata = _metadata(hf_config, generation_config or {}, dtype, format)
+    _write_weights(Path(path), model.args, dtype, metadata, format, weights_of(model))
 
 
-def convert(source: Source, path: Path, dtype: torch.dtype, progress: Progress | None = None) -> int:
-    """Stream an opened checkpoint into one file of our format, a tensor in memory at a time; returns weight bytes."""
-    metadata = _metadata(source.hf_config, source.generation_config, dtype)
-    return _write_weights(path, source.args, dtype, metadata, lambda name: source.read(name, dtype), progress)
+def weights_of(model: Transformer) -> ReadWeights:
+    """What reads a model's weights and scales by our names."""
+    def read(name):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        return module.weight, getattr(module, "scale", None)
+
+    return read
+
+
+def convert(
+    source: Source, path: Path, dtype: torch.dtype, progress: Progress | None = None, format: Format = PLAIN,
+    read: ReadWeights | None = None,
+) -> int:  # fmt: skip
+    """Stream an opened checkpoint into one file of our format, a tensor in memory at a time; returns weight bytes.
+
+    format: of the file; what is quantised already stays so. read: where weights of this format come from instead.
+    """
+    format = source.format or format
+    metadata = _metadata(source.hf_config, source.generation_config, dtype, format)
+    read = read or (lambda name: source.weights(name, dtype, format))
+    return _write_weights(path, source.args, dtype, metadata, format, read, progress)
 
 
 def export_hf(
@@ -359,7 +495,7 @@ def export_hf(
     if generation_config is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation_config = {key: hf_config[key] for key in ids if hf_config.get(key) is not None}
-    _write_weights(folder / WEIGHTS, args, dtype, {"format": "pt"}, state.__getitem__)
+    _write_weights(folder / WEIGHTS, args, dtype, {"format": "pt"}, PLAIN, lambda name: (state[name], None))
     write_json(folder / "config.json", hf_config | hf_config_from_args(replace(args, dtype=_dtype_name(dtype))))
     write_json(folder / "generation_config.json", generation_config)
 
@@ -386,36 +522,40 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
-def _metadata(hf_config: dict, generation_config: dict, dtype: torch.dtype) -> dict[str, str]:
+def _metadata(hf_config: dict, generation_config: dict, dtype: torch.dtype, format: Format) -> dict[str, str]:
     config = json.dumps(hf_config | {"torch_dtype": _dtype_name(dtype), "dtype": _dtype_name(dtype)})
     generation = {"generation_config": json.dumps(generation_config)}
-    return {"format": "skipfast", "version": VERSION, "quantize": "none", "config": config, **generation}
+    return {"format": "skipfast", "version": VERSION, "quantize": str(format), "config": config, **generation}
 
 
 def _write_weights(
-    path: Path, args: ModelArgs, dtype: torch.dtype, metadata: dict[str, str], read: Callable[[str], Tensor],
+    path: Path, args: ModelArgs, dtype: torch.dtype, metadata: dict[str, str], format: Format, read: ReadWeights,
     progress: Progress | None = None,
 ) -> int:  # fmt: skip
-    """Write a safetensors file, asking `read` for one of our tensors at a time; returns their bytes.
+    """Write a safetensors file, asking `read` for one of our parameters at a time; returns their bytes.
 
     safetensors' own save_file wants them all in memory. Rows of a fused tensor follow each other in the file as its
     pieces do, so only the header knows whether the names are ours or Hugging Face's.
     """
     header: dict[str, dict] = {"__metadata__": metadata}
-    names, size = list(our_names(args)), 0
-    for name in names:
-        for piece, (shape, _) in pieces(name, args, fused=metadata["format"] == "skipfast").items():
-            start, size = size, size + math.prod(shape) * dtype.itemsize
-            header[piece] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, size]}
+    names, size = list(our_names(args, format)), 0
+    for name, stored in stored_tensors(args, format, dtype, fused=metadata["format"] == "skipfast").items():
+        start, size = size, size + math.prod(stored.shape) * stored.dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS[stored.dtype], "shape": stored.shape, "data_offsets": [start, size]}
+    expected = stored_tensors(args, format, dtype, fused=True)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     with _replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for done, name in enumerate(names, start=1):
-            tensor = read(name)
-            _check_shape(path, name, tuple(tensor.shape), *pieces(name, args, fused=True)[name])
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-            del tensor  # before the next one is read
+            for each, tensor in zip((name, scale_name(name)), read(name), strict=True):
+                if (tensor is None) != (each not in expected):
+                    raise ValueError(f"{path}: {name} is not what the format {str(format)!r} has")
+                if tensor is not None:
+                    _check_shape(path, each, tuple(tensor.shape), expected[each].shape, expected[each].keys)
+                    written = tensor.detach().to("cpu", expected[each].dtype).contiguous().flatten()
+                    file.write(written.view(torch.uint8).numpy())
+            tensor = written = None  # before the next one is read
             if progress:
                 progress(done, len(names), name)
     return size

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import tp
 from kernels import cpu, gpu
+from kernels.formats import PLAIN, Format
 from model import ModelArgs, Transformer
 from plan import Round
 from sampling import VERIFICATIONS, SamplingConfig
@@ -49,12 +50,15 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint_path --device --precision --threads --json."""
+def add_model_flags(parser: argparse.ArgumentParser, quantize: bool = True) -> None:
+    """--checkpoint_path --device --precision --threads --json, and --quantize unless the program has its own."""
     parser.add_argument("--checkpoint_path", default=str(DEMO), metavar="PATH",
                         help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
+    if quantize:
+        parser.add_argument("--quantize", metavar="FORMAT",
+                            help="weights while loading: int8, int4, or as in int4:group=64,lm_head=no,embedding=yes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: measured at start)")
     parser.add_argument("--json", metavar="PATH", help="write the results here as one JSON object")
 
@@ -93,9 +97,23 @@ class Session:
     weight_bytes: int = 0  # of this rank
     group: tp.Group | None = None  # the ranks that share the model, if there are several
 
+    format: Format = PLAIN  # to quantise to while loading
+
     @property
     def args(self) -> ModelArgs:
         return self.source.args
+
+    @property
+    def quantize(self) -> str:
+        """The format of the weights, in words: the file's or the one asked for."""
+        return str(self.source.format or self.format)
+
+    def quantises(self, format: Format, flag: str = "quantize") -> None:
+        """Raise ValueError unless the weights can be brought to this format."""
+        if format and self.source.format:
+            raise ValueError(f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
+                             f"({self.source.format})")  # fmt: skip
+        checkpoint.check_format(format, self.args, self.group.size if self.group else 1)
 
     def load(self) -> Transformer:
         """Read the weights, with a progress bar; on a CPU, build the kernels on first use."""
@@ -106,7 +124,9 @@ class Session:
             notice(f"{reason}: using torch's own operators, which are slower")
         self.compile_s = time.perf_counter() - start
         dtype = PRECISIONS[self.flags.precision] if self.flags.precision else None
-        loaded = checkpoint.load(self.source, dtype, self.flags.device, progress=LoadBar(), group=self.group)
+        loaded = checkpoint.load(
+            self.source, dtype, self.flags.device, progress=LoadBar(), group=self.group, format=self.format
+        )
         if self.group:
             self.group.meet()
         self.model, self.weight_bytes = loaded.model, loaded.bytes
@@ -145,18 +165,24 @@ def open_session(
             raise
     if tokenizer is not None:
         check_vocabulary(tokenizer, source.args.vocab_size)
-    return Session(flags, source, tokenizer, group=group)
+    session = Session(flags, source, tokenizer, group=group)
+    if text := getattr(flags, "quantize", None):
+        session.format = Format.parse(text)
+        session.quantises(session.format)
+    elif source.format:
+        checkpoint.check_format(source.format, source.args, group.size if group else 1)
+    return session
 
 
 class LoadBar:
     """A tqdm bar behind checkpoint.load's progress callback; silent for models that load at once."""
 
-    def __init__(self):
-        self.bar: tqdm | None = None
+    def __init__(self, what: str = "loading"):
+        self.what, self.bar = what, None
 
     def __call__(self, done: int, total: int, name: str) -> None:
         if self.bar is None:
-            self.bar = tqdm(total=total, desc="loading", unit="tensor", delay=1.0, leave=False)
+            self.bar = tqdm(total=total, desc=self.what, unit="tensor", delay=1.0, leave=False)
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.bar.close()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+from kernels.formats import PLAIN, Format
 
 COPIED = ("tokenizer*", "*.model", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "LICENSE*")  # fmt: skip
@@ -32,31 +33,46 @@ def default_output(source: str) -> Path:
     return Path("checkpoints") / source
 
 
-def convert(source: str, output: Path, precision: str | None, force: bool) -> dict:
-    """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
+def copied_files(source: checkpoint.Source) -> dict[str, Path]:
+    """The files that a converted checkpoint takes over as they are: name -> path."""
+    return {file.name: file for pattern in COPIED for file in source.folder.glob(pattern) if file.is_file()}
 
-    All files are complete in a temporary folder before the first is moved into place. Raises ValueError for a user's
-    mistake.
-    """
-    output = Path(output).expanduser()
+
+def check_output(source: checkpoint.Source, output: Path, force: bool) -> Path:
+    """Return the file that will hold the weights. Raises ValueError unless `output` may be written."""
+    output = output.expanduser()
     as_file = output.suffix == ".safetensors"
     if not force and output.exists() and (as_file or not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output_path {output} exists already: choose another or pass --force")
     if output.exists() and output.is_dir() == as_file:
         raise ValueError(f"output_path {output} is a {'folder' if as_file else 'file'}, cannot be replaced")
-    opened = checkpoint.open_source(source)
     target = output if as_file else output / checkpoint.WEIGHTS
-    if target.resolve() in {file.resolve() for file in opened.files.values()} or (
-        not as_file and output.resolve() == opened.folder.resolve()
+    if target.resolve() in {file.resolve() for file in source.files.values()} or (
+        not as_file and output.resolve() == source.folder.resolve()
     ):
         raise ValueError(f"output_path {output} is the source itself: choose another")
-    dtype = checkpoint.resolve_dtype(opened.args, cli.PRECISIONS.get(precision))
-    copied = {file.name: file for pattern in COPIED for file in opened.folder.glob(pattern) if file.is_file()}
-    folder = target.parent
     if as_file and not force:
-        for name, file in copied.items():
-            if (folder / name).exists() and not filecmp.cmp(file, folder / name, shallow=False):
-                raise ValueError(f"{folder / name} belongs to another model: choose an output_path in another folder")
+        for name, file in copied_files(source).items():
+            there = target.parent / name
+            if there.exists() and not filecmp.cmp(file, there, shallow=False):
+                raise ValueError(f"{there} belongs to another model: choose an output_path in another folder")
+    return target
+
+
+def convert(
+    source: str, output: Path, precision: str | None, force: bool, format: Format = PLAIN,
+    read: checkpoint.ReadWeights | None = None,
+) -> dict:  # fmt: skip
+    """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
+
+    format, read: see `checkpoint.convert`. All files are complete in a temporary folder before the first is moved into
+    place. Raises ValueError for a user's mistake.
+    """
+    output = Path(output).expanduser()
+    opened = checkpoint.open_source(source)
+    target = check_output(opened, output, force)
+    folder, as_file, copied = target.parent, target == output, copied_files(opened)
+    dtype = checkpoint.resolve_dtype(opened.args, cli.PRECISIONS.get(precision))
 
     started = time.perf_counter()
     beside = folder if folder.exists() else folder.parent
@@ -72,7 +88,7 @@ def convert(source: str, output: Path, precision: str | None, force: bool) -> di
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(1)
 
-            size = checkpoint.convert(opened, staging / target.name, dtype, progress)
+            size = checkpoint.convert(opened, staging / target.name, dtype, progress, format, read)
         written = checkpoint.open_source(staging / target.name)
         for name, file in copied.items():
             shutil.copyfile(file, staging / name)

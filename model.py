@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernels import cpu
 from kernels.attention import attention, new_cache
 from kernels.exit_head import Head, Shard
+from kernels.formats import dequantised
 from kernels.linear import is_packed, linear, pack, pack_quantised, unpack_rows
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
@@ -162,7 +163,7 @@ class Linear(nn.Module):
         super().__init__()
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.register_buffer("scale", None)  # of a quantised weight, see quantize.py
+        self.register_buffer("scale", None)  # of a quantised weight, see kernels/formats.py
 
     def pack_weight(self) -> None:
         """Lay the weight out for the CPU kernel where it can take it; a quantised one then holds its scales itself."""
@@ -260,6 +261,7 @@ class Transformer(nn.Module):
         self.args = args
         # from_pretrained skips nn.Embedding's own random fill, which on the meta device costs seconds of imports.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim), freeze=False)
+        self.embedding.register_buffer("scale", None)  # of a quantised embedding
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.lm_head = Linear(args.dim, args.vocab_size)
@@ -299,9 +301,10 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [..., T] -> hidden [..., T, D]."""
-        if is_packed(self.embedding.weight):
-            return unpack_rows(self.embedding.weight, tokens)
-        return self.embedding(tokens)
+        weight, scale = self.embedding.weight, self.embedding.scale
+        if scale is not None:
+            return dequantised(weight[tokens], scale[tokens]).to(self.norm.weight.dtype)
+        return unpack_rows(weight, tokens) if is_packed(weight) else self.embedding(tokens)
 
     def run_layers(
         self, hidden: Tensor, positions: Tensor, start: int, stop: int,

@@ -1,57 +1,300 @@
-"""Weight-only quantisation in memory: int8 with a scale per row, int4 with a scale per group of features.
+"""Quantise a checkpoint's weights to int8 or int4, and say what that changes.
 
-A quantised linear stays a `model.Linear`: its `weight` becomes int8 or packed uint8 and its `scale` is set, and
-`kernels.linear.linear` does the rest. Rounding is to nearest; embeddings and norms stay as they are.
+By default every weight is rounded to the nearest level. `--calibrate TEXT` instead lets the weights not yet rounded
+make up for the error of those that are, on what each linear sees of a text (GPTQ, arXiv 2210.17323). A program that is
+to use a checkpoint so without a second file has `--quantize`; the arithmetic of both is in kernels/formats.py.
 """
 
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+import checkpoint
+import cli
+import convert_hf_checkpoint
+from calibrate import SAMPLE_TEXT
+from kernels.formats import PLAIN, Format, levels_int4, levels_int8, pack_int4, scale_int4, scale_int8
 from kernels.linear import is_packed
-from model import Linear, Transformer
+from model import Linear, ModelArgs, Transformer, rope_table
+from runner import Runner
 
-MODES = ("int8", "int4")
-GROUPS = (32, 64, 128)
-
-
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> int8 [N, K] and fp32 scale [N]: the largest magnitude of a row becomes 127."""
-    weight = weight.float()
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+WINDOW = 512  # tokens of a text that are looked at together
+CALIBRATION_WINDOWS = 32
+DAMPING = 0.01  # of the mean curvature, added to every feature's
+COLUMNS = 128  # whose errors are passed on together: whole groups
+WINDOWS_AT_ONCE, ROWS_AT_ONCE = 4, 64
 
 
-def quantise_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> uint8 [N, K/2] and bf16 scale [N, K/group]; the layout is that of `dequantise_int4`.
-
-    The value of largest magnitude in a group becomes -8, the one level that has no positive twin, so a scale can be
-    negative. Raises ValueError if the group does not divide K.
-    """
-    n, k = weight.shape
-    if group not in GROUPS or k % group:
-        raise ValueError(f"group must be one of {GROUPS} and divide the {k} input features, got {group}")
-    weight = weight.float().view(n, k // group, group)
-    largest = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
-    scale = (largest / -8).to(torch.bfloat16)
-    levels = weight / torch.where(scale == 0, 1, scale.float())
-    levels = (levels.round().clamp(-8, 7) + 8).to(torch.uint8)
-    low, high = levels.chunk(2, dim=-1)
-    return (low | high << 4).flatten(1), scale[..., 0].contiguous()
-
-
-def quantise(model: Transformer, mode: str, group: int = 32, lm_head: bool = True) -> Transformer:
-    """Quantise every linear of the model in place, one after the other. Raises ValueError for an unknown mode."""
-    if mode not in MODES:
-        raise ValueError(f"quantisation must be one of {', '.join(MODES)}, got {mode!r}")
-    for module in model.modules():
-        if not isinstance(module, Linear) or (module is model.lm_head and not lm_head):
-            continue
-        if module.scale is not None:
-            raise ValueError("the model is quantised already")
-        if is_packed(module.weight):
-            raise ValueError("the weights are packed for the CPU kernels: quantise before packing")
-        weight = module.weight.data
-        low, scale = quantise_int8(weight) if mode == "int8" else quantise_int4(weight, group)
-        module.weight = nn.Parameter(low, requires_grad=False)  # a tied embedding keeps the old tensor
-        module.scale = scale
+def quantise(model: Transformer, format: Format | str) -> Transformer:
+    """Quantise what `format` covers of a model in memory, in place. Raises ValueError for an unknown format."""
+    format = Format.parse(format) if isinstance(format, str) else format
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | nn.Embedding) and format.covers(name):
+            check_plain(module)
+            store(module, *format.quantise(module.weight.data))
     return model
+
+
+def check_plain(module: nn.Module) -> None:
+    if module.scale is not None:
+        raise ValueError("the model is quantised already")
+    if is_packed(module.weight):
+        raise ValueError("the weights are packed for the CPU kernels: quantise before packing")
+
+
+def store(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
+    module.weight = nn.Parameter(weight, requires_grad=False)  # a tied embedding keeps the old tensor
+    module.scale = scale
+
+
+# ---- calibrated rounding ----
+
+
+@torch.no_grad()
+def calibrate_weights(
+    model: Transformer, format: Format, tokens: Tensor, progress: checkpoint.Progress | None = None
+) -> None:
+    """Quantise a model with plain weights, in place and layer by layer, by what each linear sees of a text.
+
+    tokens: ids [windows, T]. Layers see what the quantised layers below make of the text.
+    """
+    states = model.embed(tokens)  # [windows, T, D]
+    cos, sin = rope_table(model.args, tokens.shape[1], states.device)
+    parts = len(model.layers) + 1
+    for index, layer in enumerate(model.layers):
+        run = lambda state, layer=layer: layer(state, cos, sin, None)
+        linears = [module for module in layer.modules() if isinstance(module, Linear)]
+        for linear, curvature in curvatures(linears, run, states).items():
+            store(linear, *gptq(linear.weight.data, curvature, format))
+        states = torch.cat([run(some) for some in states.split(WINDOWS_AT_ONCE)])
+        if progress:
+            progress(index + 1, parts, f"layer {index}")
+    if format.covers("lm_head"):
+        curvature = sum(gram(model.norm(some)) for some in states.split(WINDOWS_AT_ONCE))
+        store(model.lm_head, *gptq(model.lm_head.weight.data, curvature, format))
+    if format.covers("embedding"):  # its rows are looked up, not summed: no error can be made up for
+        store(model.embedding, *format.quantise(model.embedding.weight.data))
+    if progress:
+        progress(parts, parts, "lm_head")
+
+
+def gram(x: Tensor) -> Tensor:
+    """x [..., K] -> Σ x·xᵀ, fp32 [K, K]."""
+    x = x.flatten(0, -2).float()
+    return x.T @ x
+
+
+def curvatures(linears: Sequence[Linear], run: Callable[[Tensor], Tensor], states: Tensor) -> dict[Linear, Tensor]:
+    """Σ x·xᵀ, fp32 [K, K], over the inputs x that each linear gets while `run` takes states [windows, T, D]."""
+    found: dict[Linear, Tensor] = {}
+
+    def see(linear, inputs):
+        found[linear] = found.get(linear, 0) + gram(inputs[0])
+
+    hooks = [linear.register_forward_pre_hook(see) for linear in linears]
+    for some in states.split(WINDOWS_AT_ONCE):
+        run(some)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def gptq(weight: Tensor, curvature: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Round weight [N, K] feature by feature, changing those to come so that outputs change least (GPTQ, algorithm 1).
+
+    curvature: Σ x·xᵀ over inputs, [K, K]. Returns the stored weight and its scale. Scales are those of rounding to
+    nearest: of the whole row for int8, for int4 of the group as the errors before it have left it.
+    """
+    weight, k = weight.float().clone(), weight.shape[1]
+    inverse = inverse_root(curvature)
+    levels, scale, scales = torch.empty_like(weight), scale_int8(weight), []
+    for first in range(0, k, COLUMNS):
+        part = weight[:, first : first + COLUMNS]
+        errors, own = torch.empty_like(part), inverse[first : first + COLUMNS, first : first + COLUMNS]
+        for i in range(part.shape[1]):
+            if format.mode == "int4" and i % format.group == 0:
+                scales.append(scale_int4(part[:, None, i : i + format.group]))
+                scale = scales[-1][:, 0].float()
+            column, level = part[:, i : i + 1], levels[:, first + i]
+            if format.mode == "int8":
+                level.copy_(levels_int8(column, scale)[:, 0])
+            else:
+                level.copy_(levels_int4(column[..., None], scale[:, None])[:, 0, 0])
+            errors[:, i] = (column[:, 0] - level * scale) / own[i, i]
+            part[:, i + 1 :] -= errors[:, i, None] * own[i, i + 1 :]
+        weight[:, first + COLUMNS :] -= errors @ inverse[first : first + COLUMNS, first + COLUMNS :]
+    if format.mode == "int8":
+        return levels.to(torch.int8), scale
+    return pack_int4(levels.view(len(levels), -1, format.group)), torch.cat(scales, 1)
+
+
+def inverse_root(curvature: Tensor) -> Tensor:
+    """The upper triangular U with UᵀU = curvature⁻¹; features that never occurred are kept apart."""
+    diagonal = curvature.diagonal().clone()
+    damped = curvature + torch.diag(torch.where(diagonal == 0, 1.0, DAMPING * diagonal.mean()))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+# ---- what it changes ----
+
+
+def windows_of(tokens: Sequence[int], length: int, most: int) -> Tensor:
+    """Up to `most` windows of `length` tokens, spread evenly over a text, which may be shorter -> [windows, length]."""
+    length = min(length, len(tokens))
+    count = min(most, len(tokens) // length)
+    starts = [index * (len(tokens) - length) // max(count - 1, 1) for index in range(count)]
+    return torch.tensor([tokens[start : start + length] for start in starts])
+
+
+@torch.no_grad()
+def losses_and_choices(model: Transformer, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token after the first of windows [n, T], as the engine computes it: its loss in nats, fp32
+    [n, T - 1], and the token the model would have chosen, [n, T - 1]."""
+    runner = Runner(model, windows.shape[1], max_rows=1, compile=True, notice=lambda line: None)
+    losses, choices = [], []
+    for window in tqdm(windows.tolist(), desc="measuring", unit="window", leave=False, delay=1.0):
+        hidden = runner.prefill_states(window)[runner.n_layer][:-1]
+        targets = torch.tensor(window[1:], device=hidden.device)
+        for rows, wanted in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+            logits = model.head(rows)
+            losses.append(F.cross_entropy(logits, wanted, reduction="none").cpu())
+            choices.append(logits.argmax(-1).cpu())
+    shape = len(windows), -1
+    return torch.cat(losses).view(shape), torch.cat(choices).view(shape)
+
+
+def weight_sizes(args: ModelArgs, format: Format, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the weights that are quantised, of the same in bf16, and of all weights before and after."""
+    size = lambda tensors: sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors.values())
+    before, after = (checkpoint.stored_tensors(args, each, dtype, fused=True) for each in (PLAIN, format))
+    low = {name: each for name, each in after.items() if format.covers(name.replace(".scale", ".weight"))}
+    elements = sum(math.prod(checkpoint.pieces(name, args, fused=True)[name][0]) for name in low if "weight" in name)
+    return {"quantised": size(low), "the_same_in_bf16": 2 * elements, "before": size(before), "after": size(after)}
+
+
+def compare(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """What losses_and_choices found of the plain and of the quantised model -> the numbers of a report."""
+    (loss, choices), (new_loss, new_choices) = before, after
+    return {
+        "tokens": loss.numel(),
+        "loss": loss.mean().item(),
+        "quantised_loss": new_loss.mean().item(),
+        "loss_change": (new_loss.mean() / loss.mean() - 1).item(),
+        "equal_greedy_tokens": (choices == new_choices).float().mean().item(),
+    }
+
+
+# ---- the program ----
+
+
+def read_tokens(session: cli.Session, path: str | None) -> list[int]:
+    """The ids of a text: a file's, else of the checkpoint's own held-out prompts, else of a sample in this project."""
+    own = session.source.folder / "heldout_prompts.jsonl"
+    if path:
+        text = cli.read_text(path)
+    elif own.exists():
+        text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(str(own)).splitlines())
+    else:
+        text = SAMPLE_TEXT
+    tokens = session.tokenizer.encode(text)
+    if len(tokens) < 2:
+        raise ValueError(f"{path} holds {len(tokens)} tokens: give a text")
+    return tokens
+
+
+def run(session: cli.Session, flags: argparse.Namespace, format: Format, output: Path) -> dict:
+    """Quantise, write, and measure both models on one text -> the report."""
+    args = session.args
+    length = min(WINDOW, args.max_seq_len)
+    seen = read_tokens(session, flags.calibrate) if flags.calibrate else None
+    windows = windows_of(read_tokens(session, flags.text), length, flags.windows) if session.tokenizer else None
+    before = None if windows is None else losses_and_choices(session.load(), windows)
+    session.model = read = None  # one model at a time
+    if seen:
+        whole = checkpoint.load(session.source, cli.PRECISIONS.get(flags.precision), pack=False).model
+        calibrate_weights(whole, format, windows_of(seen, length, CALIBRATION_WINDOWS), cli.LoadBar("calibrating"))
+        read = checkpoint.weights_of(whole)
+    record = convert_hf_checkpoint.convert(
+        flags.checkpoint_path, output, flags.precision, flags.force, format, read)  # fmt: skip
+    whole = read = None
+    report = {"quantize": str(format), "calibrated": bool(seen)} | record
+    report["weight_bytes"] = weight_sizes(args, format, checkpoint.resolve_dtype(args, getattr(torch, record["dtype"])))
+    if windows is not None:
+        after = losses_and_choices(checkpoint.load(output).model, windows)
+        report |= compare(before, after)
+    return report | cli.environment()
+
+
+def print_report(report: dict) -> None:
+    size = report["weight_bytes"]
+    share = size["quantised"] / size["the_same_in_bf16"]
+    rows = [
+        ["quantised weights", f"{size['quantised'] / 1e6:.1f} MB, {share:.3f} of bf16"],
+        ["all weights", f"{size['before'] / 1e6:.1f} MB → {size['after'] / 1e6:.1f} MB"],
+    ]
+    if "loss" in report:
+        rows += [
+            ["loss before, nats per token", f"{report['loss']:.4f}"],
+            ["loss after", f"{report['quantised_loss']:.4f} ({report['loss_change']:+.2%})"],
+            ["same greedy token", f"{report['equal_greedy_tokens']:.1%} of {report['tokens']}"],
+        ]
+    cli.print_table(f"{report['quantize']}: {report['output']}", ["", "this run"], rows)
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="example: python quantize.py --checkpoint_path checkpoints/demo --mode int4 --output_path /tmp/demo-int4",
+    )  # fmt: skip
+    cli.add_model_flags(parser, quantize=False)
+    parser.add_argument("--mode", required=True, metavar="FORMAT",
+                        help="int8 or int4, with settings as in int4:group=64,lm_head=no,embedding=yes "
+                        "(group: features that share a scale, 32, 64 or 128; by default the LM head is quantised and "
+                        "the embedding is not)")
+    parser.add_argument("--output_path", type=Path, help="a folder, or a file ending in .safetensors (default: "
+                        "skipfast-MODE inside the checkpoint's folder)")
+    parser.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text like those to come: round so that what "
+                        "linears make of it changes least (GPTQ), not to nearest")
+    parser.add_argument("--text", metavar="FILE", help="where to measure the loss: a UTF-8 text that the model was not "
+                        "trained on, nor calibrated (default: the checkpoint's held-out prompts, else a short sample)")
+    parser.add_argument("--windows", type=int, default=16, metavar="N", help=f"of up to {WINDOW} tokens of that text")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    flags = parse_flags()
+    format = Format.parse(flags.mode, "mode")
+    if not format:
+        raise ValueError("mode must be int8 or int4, got 'none': nothing to do")
+    if flags.windows < 1:
+        raise ValueError(f"windows must be 1 or more, got {flags.windows}")
+    if flags.device != "cpu":
+        raise ValueError(f"device must be cpu to write a checkpoint, got {flags.device}")
+    cli.check_writable(flags.json)
+    session = cli.open_session(flags, needs_tokenizer=bool(flags.calibrate or flags.text))
+    session.quantises(format)
+    output = flags.output_path or default_output(flags.checkpoint_path, format)
+    convert_hf_checkpoint.check_output(session.source, output, flags.force)
+    report = run(session, flags, format, output)
+    print_report(report)
+    if flags.json:
+        cli.write_json(flags.json, report)
+
+
+def default_output(source: str, format: Format) -> Path:
+    """skipfast-int4-group-64 and the like, where convert_hf_checkpoint.py would write."""
+    path = convert_hf_checkpoint.default_output(source)
+    return path.with_name(f"{path.name}-" + re.sub(r"\W+", "-", str(format)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

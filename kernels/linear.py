@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import cpu, gpu
+from kernels.formats import dequantised
 
 STRIP = 16  # output features that lie together; cpp/linear.h has the same constants
 BLOCK = 32  # packed weights hold a multiple of these
@@ -19,34 +20,12 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def dequantise_int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return weight * scale, fp32 [N, K], of an int8 weight [N, K] and the fp32 scale [N] of its rows."""
-    return weight.float() * scale[:, None]
-
-
-def dequantise_int4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return value * scale, fp32 [N, K], of packed uint8 [N, K/2] and scale bf16 [N, K/group].
-
-    Byte j of a group's group/2 bytes holds element j in its low and element j + group/2 in its high nibble, each as
-    value + 8 for a value in -8..7.
-    """
-    n, groups = scale.shape
-    packed = packed.view(n, groups, -1)
-    values = torch.cat((packed & 15, packed >> 4), -1).float() - 8
-    return (values * scale.float()[..., None]).view(n, -1)
-
-
-def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 weight [N, K] that an int8 weight or a packed int4 one (uint8) and its scale stand for."""
-    return dequantise_int8(weight, scale) if weight.dtype == torch.int8 else dequantise_int4(weight, scale)
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor | None = None
            ) -> torch.Tensor:
     """Return x [..., K] times a plain, packed or quantised weight, [..., out_features], in x's dtype.
 
-    scale: of a quantised weight, see dequantise_int8 (weight int8) and dequantise_int4 (weight uint8); packed ones have
-    their scales within.
+    scale: of a quantised weight, see formats.dequantise_int8 (weight int8) and dequantise_int4 (weight uint8); packed
+    ones have their scales within.
     """
     if weight.dim() > 2:
         return torch.ops.skipfast_cpu.linear.default(x.contiguous(), weight, out_features)

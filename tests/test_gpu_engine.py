@@ -7,7 +7,7 @@ import torch
 from test_exactness import Chaos, random_model, tokens_of
 
 from kernels import cpu, gpu
-from kernels.linear import dequantised
+from kernels.formats import dequantised
 from policies import make_policy
 from quantize import quantise, quantise_int4, quantise_int8
 from runner import DeviceRound, Runner

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.formats import dequantise_int4, dequantise_int8
 from kernels.gpu import ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
-from kernels.linear import dequantise_int4, dequantise_int8
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group
 FORMATS = {torch.bfloat16: "linear_bf16", torch.int8: "linear_int8", torch.uint8: "linear_int4"}
