@@ -74,6 +74,9 @@ class Auto(DraftPolicy):
         self.known: dict[tuple[int, int | None], tuple[float, int]] = {}
         self.start_prompt(())
 
+    def draft_depth(self, n_layer: int) -> int:
+        return self.exits[-1]
+
     def _timed_rows(self) -> list[int]:
         return sorted({1, 2, *(rows for rows in (4, 8) if rows <= self.num_draft_tokens), self.num_draft_tokens + 1})
 

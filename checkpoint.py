@@ -329,9 +329,11 @@ def _check_tensors(
             raise ValueError(f"{path}: tensor {name!r} is missing (by its config {why})")
         _check_shape(path, name, shapes[name], stored.shape, stored.keys)
     for name, shape in shapes.items():
+        if name in known:
+            continue
         if name == "lm_head.weight" and args.tie_embeddings:  # some tools write the tied head a second time
             _check_shape(path, name, shape, *pieces(name, args, fused)[name])
-        elif name not in known and not name.endswith("rotary_emb.inv_freq"):  # old files: rope_table computes it
+        elif not name.endswith("rotary_emb.inv_freq"):  # old files: rope_table computes it
             raise ValueError(f"{path}: tensor {name!r} is not part of a Llama with {args.n_layer} layers")
 
 

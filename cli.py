@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import tp
 from kernels import cpu, gpu
 from kernels.formats import PLAIN, Format
 from model import ModelArgs, Transformer
-from plan import Round
+from plan import DraftPolicy, Round
 from sampling import VERIFICATIONS, SamplingConfig
 from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -75,6 +75,10 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
                         help="coupled: the sampled text is that of plain decoding; rejection: its distribution is")
     parser.add_argument("--num_draft_tokens", "--speculate_k", "--num_speculations", type=int, metavar="K",
                         help="tokens drafted per round (default: the policy's own)")
+    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
+    parser.add_argument("--draft_quantize", metavar="FORMAT",
+                        help="draft with copies of the early layers and the LM head of this format (int8, int4, …); "
+                        "the text stays that of the full model")
     parser.add_argument("--ignore_eos", action="store_true", help="do not end at an end-of-text token")
 
 
@@ -95,9 +99,11 @@ class Session:
     compile_s: float = 0.0  # spent on building and loading the CPU kernels
     model: Transformer | None = None
     weight_bytes: int = 0  # of this rank
+    draft_bytes: int = 0  # of low-bit copies
     group: tp.Group | None = None  # the ranks that share the model, if there are several
 
     format: Format = PLAIN  # to quantise to while loading
+    draft_format: Format = PLAIN  # of copies that only draft
 
     @property
     def args(self) -> ModelArgs:
@@ -131,6 +137,17 @@ class Session:
             self.group.meet()
         self.model, self.weight_bytes = loaded.model, loaded.bytes
         return self.model
+
+    def load_drafter(self, policies: Iterable[DraftPolicy]) -> Transformer | None:
+        """Read low-bit copies of what the policies draft with, if the flags ask for them. After `load`."""
+        depth = max(policy.draft_depth(self.args.n_layer) for policy in policies)
+        if not self.draft_format or not depth:
+            return None
+        loaded = checkpoint.load_drafter(self.source, self.model, depth, self.draft_format, LoadBar(), self.group)
+        if self.group:
+            self.group.meet()
+        self.draft_bytes = loaded.bytes
+        return loaded.model
 
     def eos_ids(self, flags: argparse.Namespace) -> tuple[int, ...]:
         return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
@@ -171,6 +188,9 @@ def open_session(
         session.quantises(session.format)
     elif source.format:
         checkpoint.check_format(source.format, source.args, group.size if group else 1)
+    if text := getattr(flags, "draft_quantize", None):
+        session.draft_format = Format.parse(text, "draft_quantize")
+        session.quantises(session.draft_format, "draft_quantize")
     return session
 
 

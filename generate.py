@@ -265,8 +265,8 @@ def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
     """The policy that the flags ask for. Raises ValueError if they cannot be obeyed together."""
     policy = make_policy(policy_text(flags, n_layer), n_layer, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
-        for flag, given in (("--interactive", flags.interactive), ("--draft_vocab", flags.draft_vocab is not None)):
-            if given:
+        for flag in ("--interactive", "--draft_vocab", "--draft_quantize"):
+            if getattr(flags, flag[2:]) not in (None, False):
                 raise ValueError(f"--no_verify does not go with {flag}")
         check_unverified(policy, cli.sampling_config(flags))
     if flags.interactive and flags.compare:
@@ -345,6 +345,8 @@ def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateCo
     result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": str(policy)}}
     result["config"] |= {"ranks": session.group.size if session.group else 1}
     result["config"] |= {"backend": runner.backend, "precision": str(session.model.norm.weight.dtype)[6:]}
+    result["config"] |= {"quantize": session.quantize, "draft_quantize": str(session.draft_format)}
+    result |= {"weight_bytes": session.weight_bytes, "draft_weight_bytes": session.draft_bytes}
     result["verified"] = not flags.no_verify
     print_result(result, session.args.n_layer)
     for line in explained:
@@ -396,9 +398,10 @@ def make_runner(
     flags, measures = session.flags, bool(policy.plans_to_time())
     check_draft_vocab(flags.draft_vocab, session.args.vocab_size)
     length = max(length, min(CALIBRATION_TOKENS, session.args.max_seq_len)) if measures else length
+    model = session.load()
     runner = Runner(
-        session.load(), length, 1 + policy.num_draft_tokens, flags.compile, notice=cli.notice,
-        draft_vocab=flags.draft_vocab,
+        model, length, 1 + policy.num_draft_tokens, flags.compile, notice=cli.notice, draft_vocab=flags.draft_vocab,
+        drafter=session.load_drafter([policy]),
     )  # fmt: skip
     if runner.backend == "inductor":
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
@@ -479,7 +482,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
     parser.add_argument("--policy", metavar="NAME:key=value,…",
                         help="where drafts leave the model (default: auto): " + ", ".join(POLICIES))
-    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
     parser.add_argument("--no_verify", action="store_true",
                         help="early exit: emit drafts unverified, another text than the full model's")
     parser.add_argument("--verbose", action="store_true", help="say what the policy chose and why")

@@ -53,6 +53,9 @@ class PromptLookup(DraftPolicy):
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"min_ngram must be in 1..max_ngram ({self.max_ngram}), got {self.min_ngram}")
 
+    def draft_depth(self, n_layer: int) -> int:
+        return 0
+
     def start_prompt(self, prompt: Sequence[int]) -> None:
         self.index = NgramIndex(range(self.max_ngram, self.min_ngram - 1, -1))
 

@@ -281,6 +281,12 @@ class Transformer(nn.Module):
             )
         self.cos, self.sin = rope_table(args, layer.attention.v_cache.shape[1], weight.device)
 
+    def share_cache(self, other: "Transformer") -> None:
+        """Use the cache of another model of the same shape, which may have more layers."""
+        for own, layer in zip(self.layers, other.layers, strict=False):
+            own.attention.k_cache, own.attention.v_cache = layer.attention.k_cache, layer.attention.v_cache
+        self.cos, self.sin = other.cos, other.sin
+
     @property
     def cache_length(self) -> int:
         return 0 if self.cos is None else self.cos.shape[0]

@@ -115,6 +115,10 @@ class DraftPolicy:
     def fit(self, n_layer: int) -> None:
         """Take a model's number of layers. Raise ValueError if the policy does not fit it."""
 
+    def draft_depth(self, n_layer: int) -> int:
+        """How many of the first layers a draft may need; 0 if none. After fit."""
+        return n_layer
+
     def start_prompt(self, prompt: Sequence[int]) -> None:
         """Forget the last prompt."""
 

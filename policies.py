@@ -73,6 +73,9 @@ class Autoregressive(DraftPolicy):
 
     name = "none"
 
+    def draft_depth(self, n_layer: int) -> int:
+        return 0
+
     def start_round(self, context: RoundContext) -> DraftPlan:
         return DraftPlan()
 
@@ -83,11 +86,15 @@ class SelfDrafting(DraftPolicy):
 
     num_draft_tokens: int = field(default=3, kw_only=True)
     stop: str = field(default="never", kw_only=True)
+    only_plan = DraftPlan()  # of a policy that has only one
 
     def __post_init__(self):
         if self.num_draft_tokens < 0:
             raise ValueError(f"num_draft_tokens must be 0 or more, got {self.num_draft_tokens}")
         self.stop_rule = StopRule(self.stop)
+
+    def draft_depth(self, n_layer: int) -> int:
+        return max(self.only_plan.exits, default=n_layer)
 
     def start_prompt(self, prompt: Sequence[int]) -> None:
         self.stop_rule.forget()
@@ -383,6 +390,9 @@ class Combined(DraftPolicy):
     def fit(self, n_layer: int) -> None:
         for part in self.parts:
             part.fit(n_layer)
+
+    def draft_depth(self, n_layer: int) -> int:
+        return max(part.draft_depth(n_layer) for part in self.parts)
 
     def start_prompt(self, prompt: Sequence[int]) -> None:
         for part in self.parts:

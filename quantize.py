@@ -252,7 +252,7 @@ def print_report(report: dict) -> None:
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="example: python quantize.py --checkpoint_path checkpoints/demo --mode int4 --output_path /tmp/demo-int4",
+        epilog="example: python quantize.py --checkpoint_path checkpoints/demo --mode int4 --output_path demo-int4",
     )  # fmt: skip
     cli.add_model_flags(parser, quantize=False)
     parser.add_argument("--mode", required=True, metavar="FORMAT",

@@ -27,11 +27,12 @@ class Rows:
     Attributes: end, the position after the last row; layer_visits, how often a layer's weights were read.
     """
 
-    def __init__(self, runner: Runner, position: int):
-        """position: of the first row."""
+    def __init__(self, runner: Runner, position: int, only_draft: bool = False):
+        """position: of the first row. only_draft: these are copies, so low-bit layers will do."""
         self.runner, self.start, self.end, self.layer_visits = runner, position, position, 0.0
+        self.only_draft = only_draft
         self.waiting: dict[int, list[Tensor]] = {}  # depth -> hidden states in order of position
-        self.copies: Rows | None = None  # of these rows, on their way above the first skipped sublayer
+        self.copies: Rows | None = None  # of these rows, on their way above where drafts are the full model's
 
     def enter(self, tokens: Sequence[int]) -> Tensor:
         """Let `tokens` wait at depth 0 -> the last one's hidden [1, D]."""
@@ -43,15 +44,15 @@ class Rows:
     def climb(self, start: int, stop: int, *skips: Collection[int]) -> Tensor:
         """Run the rows waiting at `start`, the shallowest, through layers start..stop-1 -> the last one's hidden."""
         hidden = joined(self.waiting.pop(start))
-        hidden = self.runner.run_layers(hidden, self.end - len(hidden), start, stop, *skips)
-        self.layer_visits += self.runner.layer_visits(start, stop, *skips)
+        hidden = self.runner.run_layers(hidden, self.end - len(hidden), start, stop, *skips, draft=self.only_draft)
+        self.layer_visits += self.runner.layer_visits(start, stop, *skips, draft=self.only_draft)
         self.waiting.setdefault(stop, []).append(hidden)
         return hidden[-1:]
 
     def climb_copy(self, own: int, start: int, stop: int, *skips: Collection[int]) -> Tensor:
-        """The same above `own`, where the first sublayer is left out: copies climb, the rows go on waiting at `own`."""
+        """The same above `own`, from where on a draft is not the full model's: copies climb, the rows wait at `own`."""
         if self.copies is None:
-            self.copies = Rows(self.runner, self.start)
+            self.copies = Rows(self.runner, self.start, only_draft=True)
         if start <= own:  # rows that have come to `own` since the last copy was made
             new = joined(self.waiting[own])[self.copies.end - self.start :]
             self.copies.waiting.setdefault(own, []).append(new)
@@ -112,7 +113,8 @@ class Drafter:
         tokens, runner = until_eos(round.drafted, self.eos_ids), self.runner
         return Draft(
             tokens, round.exit_layers[: len(tokens)], round.resume_layer,
-            runner.counted(round.layers, round.left_out), round.draft_heads * runner.draft_head_share,
+            runner.counted(round.layers) + runner.counted(round.draft_layers, round.left_out, draft=True),
+            round.draft_heads * runner.draft_head_share,
         )  # fmt: skip
 
     def draft(self, rows: Rows, plan: DraftPlan, token: int, limit: int) -> Draft:
@@ -139,7 +141,8 @@ class Drafter:
         """Let `token` climb until it leaves the model -> its exit, the depth, and heads asked before the last one."""
         runner, skips = self.runner, (plan.skip_attention, plan.skip_mlp)
         exits = plan.exits or (runner.n_layer,)
-        own = runner.n_layer if plan.first_skip is None or not self.verified else plan.first_skip
+        own = plan.first_skip if self.verified else None
+        own = 0 if runner.drafter else runner.n_layer if own is None else own
         hidden, depth, asked = rows.enter([token]), 0, 0
         for stop in sorted({*exits, own, *rows.waiting}):  # rows of an earlier round may wait between exits
             if stop > depth:  # up to `own` the row is the full model's and waits there

@@ -25,10 +25,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.exit_head import Draw, Exit
+from kernels.exit_head import Draw, Exit, Head
 from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
-from model import Linear, Transformer
+from model import Block, Linear, Transformer
 from plan import DraftPlan
 from sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, accept, make_sampler
 
@@ -63,7 +63,8 @@ class DeviceRound:
 
     def __init__(self, runner: "Runner", plan: DraftPlan, sampled: bool):
         self.runner, self.drafts, self.sampled = runner, plan.num_draft_tokens, sampled
-        self.resume_layer = plan.exits[0] if self.drafts else 0
+        self.exit_layer = plan.exits[0] if self.drafts else 0
+        self.resume_layer = 0 if runner.drafter else self.exit_layer
         device = runner.positions.device
         self.on_gpu = device.type == "cuda"
         self.token, self.position, self.seed = torch.zeros(3, 1, dtype=torch.int64, device=device)
@@ -78,9 +79,14 @@ class DeviceRound:
         runner, token, states, drafted = self.runner, self.token, [], []
         for i in range(self.drafts + 1):
             positions = self.position + self.offsets[i : i + 1]
-            states.append(runner._run_blocks(runner.model.embed(token), positions, 0, self.resume_layer))
+            states.append(runner.model.embed(token))
+            if self.resume_layer:
+                states[-1] = runner._run_blocks(states[-1], positions, 0, self.resume_layer)
             if i < self.drafts:
-                token = self.choose(states[-1], positions, draft=True)
+                draft = states[-1]
+                if self.resume_layer < self.exit_layer:
+                    draft = runner._run_blocks(draft, positions, self.resume_layer, self.exit_layer, draft=True)
+                token = self.choose(draft, positions, draft=True)
                 drafted.append(token)
         positions = self.position + self.offsets
         hidden = runner._run_blocks(torch.cat(states), positions, self.resume_layer, runner.n_layer)
@@ -152,6 +158,20 @@ class DeviceRound:
         return drafted, chosen
 
 
+def packed_layers(model: Transformer) -> PackedLayers:
+    tensors = [layer.tensors() for layer in model.layers]
+    return PackedLayers(tensors, model.cos, model.sin, model.args.n_head, model.args.norm_eps)
+
+
+def sublayer_bytes(layer: Block) -> tuple[int, int]:
+    """Bytes of the weights of a layer's attention and of its MLP."""
+    return tuple(sum(w.nbytes for w in (*part.parameters(), *part.buffers())) for part in (layer.attention, layer.mlp))
+
+
+def head_bytes(head: Head) -> int:
+    return head.weight.nbytes + (0 if head.scale is None else head.scale.nbytes)
+
+
 class Runner:
     """Runs a model for decoding with at most `max_rows` rows per call, `cache_length` tokens of prompt and text.
 
@@ -162,19 +182,28 @@ class Runner:
     def __init__(
         self, model: Transformer, cache_length: int, max_rows: int = 4, compile: bool = False,
         exact: bool = True, notice: Callable[[str], None] = print, draft_vocab: int | None = None,
+        drafter: Transformer | None = None,
     ):  # fmt: skip
-        """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper."""
+        """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper.
+
+        drafter: low-bit copies of the first layers and of the LM head, through which drafts go, and nothing else.
+        """
         check_num_draft_tokens(max_rows - 1)
         self.model = model.requires_grad_(False)
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
-        self.rows_independent = all(is_packed(m.weight) for m in model.modules() if isinstance(m, Linear))
+        self.drafter = drafter and drafter.requires_grad_(False)
+        linears = [m for one in (model, drafter) if one for m in one.modules() if isinstance(m, Linear)]
+        self.rows_independent = all(is_packed(linear.weight) for linear in linears)
         self._ends = model.ends()  # module attributes cost microseconds
-        self._draft_ends = self._ends if draft_vocab is None else self._ends.trimmed(draft_vocab)
-        self.draft_head_share = self._draft_ends.n_vocab / self._ends.n_vocab
-        sublayers = model.layers[0].attention, model.layers[0].mlp
-        attention, mlp = (sum(weight.nbytes for weight in sublayer.parameters()) for sublayer in sublayers)
+        self._draft_ends = drafter.ends() if drafter else self._ends
+        self.draft_head_share = head_bytes(self._draft_ends) / head_bytes(self._ends)
+        if draft_vocab is not None:
+            self._draft_ends = self._draft_ends.trimmed(draft_vocab)
+            self.draft_head_share *= draft_vocab / model.args.vocab_size
+        attention, mlp = sublayer_bytes(model.layers[0])
         self._attention_share = attention / (attention + mlp)
+        self._draft_share = sum(sublayer_bytes(drafter.layers[0])) / (attention + mlp) if drafter else 1.0
         self.backend, self.group = "eager", model.group
         if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
             self.backend = "c++ ops" if self.rows_independent else "eager"
@@ -190,12 +219,15 @@ class Runner:
         slots = cache_length + self.width
         if model.cache_length < slots:
             model.setup_cache(slots)  # else: share the cache that another runner of this model uses
+        if drafter:
+            drafter.share_cache(model)
         self.positions = torch.arange(slots, device=model.cos.device)
         self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
         self._rounds: dict[tuple[DraftPlan, bool], DeviceRound] = {}
         self._captured_cos = model.cos  # made anew with every cache
         self.compile_s = 0.0
         self._layers: PackedLayers | None = None  # for the "c++" backend
+        self._draft_layers: PackedLayers | None = None
         self._compiled_block, self._warm, self._graph_pool = None, False, None
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
@@ -235,6 +267,8 @@ class Runner:
         hidden = self.embed([0] * self.width)
         for skips in ((), ((0,), ()), ((), (0,)), ((0,), (0,))) if skips_sublayers else ((),):
             self.run_layers(hidden, 0, 0, self.n_layer, *skips)
+            if self.drafter:
+                self.run_layers(hidden, 0, 0, len(self.drafter.layers), *skips, draft=True)
         self._warm = True
         self.compile_s += time.perf_counter() - start
 
@@ -277,10 +311,11 @@ class Runner:
             each.ahead = None  # it continues another text
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
             self._rounds, self._graph_pool, self._captured_cos = {}, None, self.model.cos
+        if self.drafter:
+            self.drafter.share_cache(self.model)
         if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
-            args, model = self.model.args, self.model
-            tensors = [layer.tensors() for layer in model.layers]
-            self._layers = PackedLayers(tensors, model.cos, model.sin, args.n_head, args.norm_eps)
+            self._layers = packed_layers(self.model)
+            self._draft_layers = packed_layers(self.drafter) if self.drafter else None
         chunk = math.ceil(len(tokens) / math.ceil(len(tokens) / PREFILL_CHUNK))  # equal ones: the last is no remnant
         for first in range(0, len(tokens), chunk):
             hidden, below, states = self.embed(tokens[first : first + chunk]), 0, {}
@@ -296,41 +331,45 @@ class Runner:
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids -> hidden [T, D]."""
         weight = self.model.embedding.weight
-        if len(tokens) == 1 and not is_packed(weight):
+        if len(tokens) == 1 and not is_packed(weight) and weight.is_floating_point():
             return weight[tokens[0] : tokens[0] + 1]  # a view: the lookup would cost as much as a layer's arithmetic
         return self.model.embed(torch.tensor(tokens, device=self.positions.device))
 
     def run_layers(
         self, hidden: Tensor, position: int, start: int, stop: int,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), draft: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`."""
-        if self._layers:
-            return self._layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
+        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the drafter's, if any."""
+        if layers := (draft and self._draft_layers) or self._layers:
+            return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
         positions = self.positions[position : position + len(hidden)]
         parts = [
-            self._run_blocks(rows, at, start, stop, skip_attention, skip_mlp)
+            self._run_blocks(rows, at, start, stop, skip_attention, skip_mlp, draft)
             for rows, at in zip(hidden.split(self.width), positions.split(self.width), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def layer_visits(
-        self, start: int, stop: int, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = ()
-    ) -> float:
-        """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less."""
+        self, start: int, stop: int, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> float:  # fmt: skip
+        """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less, a layer
+        of the drafter what its bytes are of the model's."""
         left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
-        return self.counted(stop - start, left_out)
+        return self.counted(stop - start, left_out, draft)
 
-    def counted(self, layers: int, left_out: Sequence[int]) -> float:
+    def counted(self, layers: int, left_out: Sequence[int] = (0, 0), draft: bool = False) -> float:
         """So many layers, less the attentions and MLPs left out of them."""
         attention, mlp = left_out
-        return layers - attention * self._attention_share - mlp * (1 - self._attention_share)
+        read = layers - attention * self._attention_share - mlp * (1 - self._attention_share)
+        return read * self._draft_share if draft else read
 
     def _run_blocks(
         self, hidden: Tensor, positions: Tensor, start: int, stop: int,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), draft: bool = False,
     ) -> Tensor:  # fmt: skip
         """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
+        layers = (draft and self.drafter or self.model).layers
         rows, hidden = hidden.shape[0], self._pad(hidden)
         positions = torch.cat((positions, self._padding[: len(hidden) - rows]))
         cos, sin = self.model.cos[positions], self.model.sin[positions]
@@ -338,7 +377,7 @@ class Runner:
         with self._no_recompiling():
             for index in range(start, stop):
                 run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
-                hidden = run(self.model.layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
+                hidden = run(layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
         return hidden[:rows]
 
     def _no_recompiling(self):
@@ -359,12 +398,13 @@ class Runner:
             return None
         if self._layers:
             drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
-            exits = (plan.exits or (self.n_layer,)) if drafts else ()
+            exits = () if plan.proposed or not drafts else plan.exits or (self.n_layer,)
             return self._layers.play_round(
                 self.model.embedding.weight, self._ends, token, position, exits, drafts,
+                embedding_scale=self.model.embedding.scale, draft=self._draft_layers, draft_head=self._draft_ends,
                 leave_if=plan.leave_if, stop_unless=plan.stop_unless, skip_attention=plan.skip_attention,
-                skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], draft_vocab=self._draft_ends.n_vocab,
-                temperature=sampling.temperature, seed=sampling.seed,
+                skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], temperature=sampling.temperature,
+                seed=sampling.seed,
             )  # fmt: skip
         if not plan.is_static:
             return None
@@ -373,9 +413,12 @@ class Runner:
             self._rounds[key] = DeviceRound(self, plan, sampled)
         drafted, chosen = self._rounds[key].play(token, position, sampling)
         drafted, depth = drafted[:limit], plan.exits[0] if plan.exits else 0
-        layers = len(drafted) * depth + self.n_layer
-        exit_layers = [depth] * len(drafted)
-        return PlayedRound(drafted, exit_layers, chosen[: limit + 1], depth, layers, (0, 0), len(drafted))
+        layers, draft_layers = self.n_layer, len(drafted) * depth
+        if not self.drafter:
+            layers, draft_layers = layers + draft_layers, 0
+        resume, exit_layers = self._rounds[key].resume_layer, [depth] * len(drafted)
+        return PlayedRound(
+            drafted, exit_layers, chosen[: limit + 1], resume, layers, draft_layers, (0, 0), len(drafted))  # fmt: skip
 
     def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
         """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.

@@ -19,8 +19,8 @@ class PlayedRound(NamedTuple):
     """What a round drafted and the full model's token after each of its rows, and what was read for it.
 
     chosen: one more than drafted. exit_layers: of each draft, none if they were proposed. resume_layer: where the
-    shallowest row waited for verification. layers: layers read, of which `left_out` attentions and MLPs were not.
-    draft_heads: LM heads read while drafting.
+    shallowest row waited for verification. layers: layers read for the model's own states; draft_layers: for states
+    that only draft, of which `left_out` attentions and MLPs were not. draft_heads: LM heads read while drafting.
     """
 
     drafted: list[int]
@@ -28,6 +28,7 @@ class PlayedRound(NamedTuple):
     chosen: list[int]
     resume_layer: int
     layers: int
+    draft_layers: int
     left_out: tuple[int, int]
     draft_heads: int
 
@@ -52,24 +53,31 @@ class PackedLayers:
 
     def play_round(
         self, embedding: Tensor, head: Head, token: int, position: int, exits: Sequence[int], drafts: int, *,
+        embedding_scale: Tensor | None = None, draft: "PackedLayers | None" = None, draft_head: Head | None = None,
         leave_if: tuple[str, float] | None = None, stop_unless: tuple[str, float] | None = None,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), proposed: Sequence[int] = (),
-        draft_vocab: int | None = None, temperature: float = 0.0, seed: int = 0,
+        temperature: float = 0.0, seed: int = 0,
     ) -> "PlayedRound":  # fmt: skip
         """Play a whole round: draft at most `drafts` tokens after `token` at `position`, verify them all.
 
-        embedding: [V, D], plain or packed. head: its weight packed. exits, leave_if, stop_unless, skips, proposed: of a
-        plan.DraftPlan; a rule is a field of ExitStats and a threshold. draft_vocab: only the first so many tokens are
-        drafted. temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. The tokens are those of
-        the same round call by call. Raises RuntimeError for what is out of range.
+        embedding: [V, D], plain, packed or quantised with its scale. head: its weight packed. draft: low-bit copies of
+        the first layers, for drafts only; draft_head: their head (default: head), which may know fewer tokens. exits,
+        leave_if, stop_unless, skips, proposed: of a plan.DraftPlan; a rule is a field of ExitStats and a threshold.
+        temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. The tokens are those of the same
+        round call by call. Raises RuntimeError for what is out of range.
         """
         (leave, leave_at), (stay, stay_at) = (
             (ExitStats._fields.index(rule[0]) - 1, rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
         )
         skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
-        n, heads, layers, no_attention, no_mlp, resume, *rest = torch.ops.skipfast_cpu.play_round.default(
-            self.table, embedding, head.norm, head.weight, head.n_vocab, token, position, exits, drafts, leave,
-            leave_at, stay, stay_at, skips, proposed, draft_vocab or head.n_vocab, temperature, seed,
-        ).tolist()  # fmt: skip
+        draft_head = draft_head or head
+        n, heads, layers, draft_layers, no_attention, no_mlp, resume, *rest = (
+            torch.ops.skipfast_cpu.play_round.default(
+                self.table, embedding, embedding_scale, head.norm, head.weight, head.n_vocab, token, position, exits,
+                drafts, leave, leave_at, stay, stay_at, skips, proposed, draft and draft.table, draft_head.weight,
+                draft_head.n_vocab, temperature, seed,
+            ).tolist()
+        )  # fmt: skip
         exit_layers = [] if proposed else rest[n : 2 * n]
-        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, (no_attention, no_mlp), heads)
+        left_out = no_attention, no_mlp
+        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, draft_layers, left_out, heads)

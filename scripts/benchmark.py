@@ -310,7 +310,6 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "grid: static exits and numbers of drafts, and how near auto comes to the best of them")
     parser.add_argument("--no_verify", action="store_true",
                         help="also a row of early exit for each policy that can: another text than the full model's")
-    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
     parser.add_argument("--prompts", metavar="FILE",
                         help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`), or one of benchmarks/prompts: "
                         + ", ".join(sorted(path.stem for path in PROMPT_SETS.glob("*.jsonl"))))

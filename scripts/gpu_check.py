@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cli
-import quantize
 from generate import GenerateConfig, Generation, decode
 from kernels import gpu
 from kernels.attention import attention_reference
 from kernels.exit_head import exit_stats_reference
-from kernels.linear import dequantise_int4, dequantise_int8
+from kernels.formats import GROUPS, dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from model import ModelArgs, Transformer
 from policies import make_policy
+from quantize import quantise
 from runner import PREFILL_CHUNK, Runner
 from sampling import SamplingConfig, gumbel_noise
 
@@ -260,17 +260,17 @@ def make_weights(report: Report, n: int, k: int, mode: str, spread: float) -> tu
     if mode == "bf16":
         weight, exact = (plain, None), plain.double()
     elif mode == "int8":
-        weight = quantize.quantise_int8(plain)
+        weight = quantise_int8(plain)
         exact = dequantise_int8(*weight).double()
     else:
-        weight = quantize.quantise_int4(plain, int4_group(k))
+        weight = quantise_int4(plain, int4_group(k))
         exact = dequantise_int4(*weight).double()
     copies = math.ceil(report.shapes.cold_bytes / nbytes(weight))
     return [weight, *(tuple(t if t is None else t.clone() for t in weight) for _ in range(copies - 1))], exact
 
 
 def int4_group(features: int) -> int:
-    return max(group for group in quantize.GROUPS if features % group == 0)
+    return max(group for group in GROUPS if features % group == 0)
 
 
 def nbytes(tensors: tuple[Tensor | None, ...]) -> int:
@@ -412,9 +412,9 @@ def quantise_model(model: Transformer, mode: str) -> None:
     if mode == "bf16":
         return
     group = int4_group(math.gcd(model.args.dim, model.args.ffn_dim))
-    quantize.quantise(model, mode, group, lm_head=mode == "int8")
+    quantise(model, {"int8": "int8", "int4": f"int4:group={group},lm_head=no"}[mode])
     if mode == "int4":
-        weight, scale = quantize.quantise_int8(model.lm_head.weight.data)
+        weight, scale = quantise_int8(model.lm_head.weight.data)
         model.lm_head.weight, model.lm_head.scale = nn.Parameter(weight, requires_grad=False), scale
 
 

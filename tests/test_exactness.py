@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -36,12 +37,13 @@ COMBINATIONS = (
 
 
 def random_model(
-    dtype: torch.dtype, pack: bool, tie: bool = False, seed: int = 0, late_scale: float = 0.3, sharpness: float = 1.0
-) -> Transformer:
+    dtype: torch.dtype, pack: bool, tie: bool = False, seed: int = 0, late_scale: float = 0.3, sharpness: float = 1.0,
+    ffn_dim: int = 96,
+) -> Transformer:  # fmt: skip
     """A random Llama whose late layers write little, so that early exits are sometimes right, and surer with sharpness.
     """
     args = ModelArgs(
-        dim=64, n_layer=N_LAYER, n_head=4, n_kv_head=2, head_dim=16, ffn_dim=96, vocab_size=130, max_seq_len=256,
+        dim=64, n_layer=N_LAYER, n_head=4, n_kv_head=2, head_dim=16, ffn_dim=ffn_dim, vocab_size=130, max_seq_len=256,
         norm_eps=1e-5, rope_base=10000.0, tie_embeddings=tie,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +94,60 @@ def test_drafting_with_quantised_weights_changes_no_token(mode, sampling):
     for policy in ("static:2", "static:1,num_draft_tokens=7", Chaos(2)):
         found = tokens_of(Runner(model, 80, max_rows=8), PROMPT, policy, SAMPLING[sampling])
         assert found.tokens == expected, policy
+
+
+def low_bit_copies(model: Transformer, mode: str, n_layer: int, pack: bool) -> Transformer:
+    """What checkpoint.load_drafter makes, of a model in memory with plain weights."""
+    copy = Transformer(dataclasses.replace(model.args, n_layer=n_layer)).to(model.norm.weight.dtype)
+    copy.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in copy.state_dict()})
+    copy.embedding = model.embedding
+    quantise(copy, mode)
+    if pack:
+        copy.pack_weights()
+    return copy
+
+
+@pytest.mark.parametrize("backend", ["c++", "eager", "inductor"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("precision", PRECISION)
+def test_drafting_with_low_bit_copies_changes_no_token(precision, mode, backend, skip_file):
+    if backend == "inductor" and (mode, precision) != ("int4", "bf16"):
+        pytest.skip("compiling takes seconds: one of each is enough")
+    pack, accepted = backend == "c++", Counter()
+    if pack and (reason := cpu.load()):
+        pytest.skip(f"C++ kernels not available: {reason}")
+    model = random_model(PRECISION[precision], pack=False)
+    drafter = low_bit_copies(model, mode, N_LAYER, pack)
+    if pack:
+        model.pack_weights()
+    runner = Runner(model, 80, max_rows=8, compile=backend != "eager", drafter=drafter)
+    assert runner.backend == backend
+    runner.warm_up(skips_sublayers=True)
+    policies = (
+        "static:2", "static:1,num_draft_tokens=7", "confidence:0.3,candidates=1-2-3", "skip_set:FILE", "saturation",
+        "skip_set:FILE+confidence:0.1,candidates=1-2-3", "prompt_lookup+static:2", "static:2,stop=0.3",
+    )  # fmt: skip
+    for sampling in SAMPLING.values():
+        expected = tokens_of(runner, PROMPT, "none", sampling).tokens
+        for policy in [*(example(text, skip_file, N_LAYER) for text in policies), Chaos(5)]:
+            found = tokens_of(runner, PROMPT, policy, sampling)
+            assert found.tokens == expected, str(policy)
+            accepted[str(policy)] += sum(step.accepted for step in found.rounds)
+            assert all(step.resume_layer == 0 for step in found.rounds)
+    assert all(accepted.values()), "no draft was ever accepted: this test compared nothing"
+
+
+def test_low_bit_copies_are_what_drafts_read():
+    """Their layers and head count what their bytes are of the model's, and the model's own run once a round."""
+    model = random_model(torch.bfloat16, pack=False)
+    drafter = low_bit_copies(model, "int8", 2, pack=False)
+    whole, cheap = Runner(model, 80, max_rows=4), Runner(model, 80, max_rows=4, drafter=drafter)
+    head = (drafter.lm_head.weight.nbytes + drafter.lm_head.scale.nbytes) / model.lm_head.weight.nbytes
+    assert 0.5 < head < 0.6
+    step = tokens_of(cheap, PROMPT, "static:2,num_draft_tokens=3", SamplingConfig()).rounds[0]
+    assert N_LAYER + 3 * 2 * 0.5 < step.layer_visits < N_LAYER + 3 * 2 * 0.6
+    assert abs(step.head_visits - 1 - 3 * head) < 1e-6
+    assert tokens_of(whole, PROMPT, "static:2", SamplingConfig()).rounds[0].layer_visits == N_LAYER + 3 * 2
 
 
 def test_drafting_with_all_layers_accepts_everything():

@@ -7,9 +7,9 @@ import torch
 from test_exactness import Chaos, random_model, tokens_of
 
 from kernels import cpu, gpu
-from kernels.formats import dequantised
+from kernels.formats import dequantised, quantise_int4, quantise_int8
 from policies import make_policy
-from quantize import quantise, quantise_int4, quantise_int8
+from quantize import quantise
 from runner import DeviceRound, Runner
 from sampling import SamplingConfig
 
@@ -54,7 +54,7 @@ def gpu_kernels(monkeypatch):
 def test_drafting_with_the_gpu_kernels_changes_no_token(gpu_kernels, mode):
     model = random_model(torch.bfloat16, pack=False)
     if mode:
-        quantise(model, mode, group=32, lm_head=mode == "int8")
+        quantise(model, {"int8": "int8", "int4": "int4:lm_head=no"}[mode])
     prompt = list(range(3, 22))
     runs = [("static:2,num_draft_tokens=2", SamplingConfig())]
     if mode is None:  # the interpreter takes seconds a round
@@ -163,10 +163,10 @@ def test_a_cache_that_another_runner_made_longer_is_used_from_the_next_text_on(m
 
 def test_quantising_twice_and_groups_that_do_not_divide_are_refused():
     model = random_model(torch.bfloat16, pack=False)
-    with pytest.raises(ValueError, match="one of int8, int4"):
+    with pytest.raises(ValueError, match="one of none, int8, int4"):
         quantise(model, "int3")
     with pytest.raises(ValueError, match="divide the 64 input features"):
-        quantise(model, "int4", group=128)
+        quantise(model, "int4:group=128")
     quantise(model, "int8")
     with pytest.raises(ValueError, match="quantised already"):
         quantise(model, "int8")

@@ -14,12 +14,12 @@ import torch
 from kernels import cpu
 from kernels.attention import attention, attention_reference, new_cache, plain_keys
 from kernels.exit_head import Draw, Exit, Head, exit_head, exit_stats_reference
+from kernels.formats import quantise_int4, quantise_int8
 from kernels.layers import PackedLayers
 from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.noise import gumbel_noise, uniform
 from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.swiglu import swiglu, swiglu_reference
-from quantize import quantise_int4, quantise_int8
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -359,11 +359,12 @@ def test_a_round_in_one_call_says_what_it_says_call_by_call(dtype, drafts, setti
     _, head = make_head(dtype, 200, 64)
     embedding = torch.randn(200, 64).to(dtype)
     layers.run(embedding[torch.arange(position)], 0, 0, 3)  # a prompt
-    found = layers.play_round(embedding, head, token, position, (exit_layer,), drafts, **settings)
-    assert layers.play_round(pack(embedding), head, token, position, (exit_layer,), drafts, **settings) == found
-
+    settings = dict(settings)
+    draft_head = head.trimmed(settings.pop("draft_vocab", 200))
+    where = token, position, (exit_layer,), drafts
+    found = layers.play_round(embedding, head, *where, draft_head=draft_head, **settings)
+    assert layers.play_round(pack(embedding), head, *where, draft_head=draft_head, **settings) == found
     temperature, proposed = settings.get("temperature"), settings.get("proposed", ())
-    draft_head = head.trimmed(settings.get("draft_vocab", 200))
 
     def choose(hidden, which, position):
         exit = Exit(hidden, which, len(hidden), Draw(position, settings["seed"], temperature) if temperature else None)
@@ -390,7 +391,7 @@ def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
     assert len(play().chosen) == 3 and len(play(proposed=[4, 2, 0]).chosen) == 4
     for settings, message in (
         ({"proposed": (1, 50)}, "proposed token must be in 0..49, got 50"), ({"proposed": (1,) * 4}, "positions"),
-        ({"proposed": (-1,)}, "got -1"), ({"draft_vocab": 51}, "draft_vocab must be in 1..50, got 51"),
+        ({"proposed": (-1,)}, "got -1"), ({"draft_head": head._replace(n_vocab=51)}, "draft_vocab must be in 1..50"),
         ({"temperature": -1.0}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": 1.0, "seed": -1}, "seed must be 0 or more"), ({"exits": (2,)}, "exits must ascend in 1..1"),
         ({"exits": ()}, "drafts need an exit"), ({"skip_mlp": (1,)}, "skips must be in 0..1, got 3"),

@@ -7,8 +7,9 @@ from test_kernels import OTHER_MACHINES, error, run_python
 
 from kernels import cpu
 from kernels.exit_head import Draw, Exit, Head, exit_head
-from kernels.linear import dequantised, is_packed, linear, pack_quantised
-from quantize import quantise, quantise_int4, quantise_int8
+from kernels.formats import dequantised, quantise_int4, quantise_int8
+from kernels.linear import is_packed, linear, pack_quantised
+from quantize import quantise
 from runner import Runner
 
 FORMATS = {"int8": quantise_int8, "int4": quantise_int4, "int4 g128": lambda weight: quantise_int4(weight, 128)}
@@ -60,15 +61,16 @@ def test_an_exit_over_a_quantised_head_says_what_its_logits_say_also_when_trimme
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("lm_head", [True, False], ids=["whole", "plain head"])
+@pytest.mark.parametrize("parts", ["", "lm_head=no", "embedding=yes"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compiled_or_eager(mode, lm_head, tie):
-    model = quantise(random_model(torch.bfloat16, pack=False, tie=tie), mode, lm_head=lm_head)
+def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compiled_or_eager(mode, parts, tie):
+    model = quantise(random_model(torch.bfloat16, pack=False, tie=tie), f"{mode}:{parts}")
     fallback = model(torch.tensor(PROMPT), torch.arange(5)) if model.setup_cache(32) is None else None
     model.pack_weights()
     assert model.embed(torch.tensor(PROMPT)).dtype == torch.bfloat16
     assert all(is_packed(layer.mlp.w2.weight) and layer.mlp.w2.scale is None for layer in model.layers)
-    assert model.lm_head.weight.is_floating_point() != lm_head
+    assert model.lm_head.weight.is_floating_point() == (parts == "lm_head=no")
+    assert model.embedding.weight.is_floating_point() == (parts != "embedding=yes")
     assert error(model(torch.tensor(PROMPT), torch.arange(5)), fallback.double()) < 0.05
     eager, runner = Runner(model, 120, max_rows=8), Runner(model, 120, max_rows=8, compile=True)
     assert (eager.backend, runner.backend) == ("eager", "c++") and eager.rows_independent
@@ -105,8 +107,8 @@ def test_fp16_models_stay_as_they_are():
 OTHER_INSTRUCTIONS = """
 import torch
 from kernels import cpu
-from kernels.linear import dequantised, linear, pack_quantised
-from quantize import quantise_int4, quantise_int8
+from kernels.formats import dequantised, quantise_int4, quantise_int8
+from kernels.linear import linear, pack_quantised
 assert cpu.load() is None, cpu.load()
 for dtype, tolerance in ((torch.bfloat16, 5e-3), (torch.float32, 1e-5)):
     for quantise in (quantise_int8, quantise_int4):

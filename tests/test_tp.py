@@ -17,10 +17,12 @@ import pytest
 import torch
 
 import checkpoint
+import convert_hf_checkpoint
 import tp
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
+from kernels.formats import Format
 from policies import make_policy
 from runner import Runner
 from sampling import SamplingConfig, choose
@@ -29,13 +31,15 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 PROMPT = [2, 3, 50, 60, 2, 3]
 NEW = 12
-PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "int4": torch.bfloat16}
 GREEDY = SamplingConfig()
 SAMPLING = {"greedy": GREEDY, "coupled": SamplingConfig(temperature=0.8, seed=7)}
 ALL_SAMPLING = SAMPLING | {"top_k": SamplingConfig(temperature=1.2, top_k=40, top_p=0.9, seed=3)}
 REJECTION = SamplingConfig(temperature=0.8, seed=7, verification="rejection")
 POLICIES = ("static:2", "confidence:0.5,candidates=1-2-3", "skip_set:FILE", "prompt_lookup:min_ngram=1")
 MORE_POLICIES = ("saturation:0.9,candidates=1-2-3", "static:2,stop=0.5", "logits_future", "prompt_lookup+static:1")
+SAME_AS_ONE_RANK = ("random", "demo", "int8", "int4")  # int8 and int4: files; all computed in fp32
+LOW = Format("int8")
 SECONDS = 90  # a group of ranks may take in a test, on a busy machine; a tenth is usual
 
 
@@ -47,10 +51,14 @@ def text(runner, policy, sampling):
     return Generation.collect(decode(runner, PROMPT, config, make_policy(policy, runner.n_layer)))
 
 
-def settings(size):
+def settings(size, precision):
     """(pack, sampling, policies): fewer for 4 ranks, whose messages take milliseconds on two cores."""
+    if size == 4 and precision == "int4":
+        return  # 16 inputs of a rank's wo are half a group
     yield from ((True, name, POLICIES) for name in SAMPLING)
-    if size == 2:
+    if size == 2 and precision in ("bf16", "int8"):
+        yield True, "greedy", ("draft_quantize",)
+    if size == 2 and not precision.startswith("int"):
         yield True, "greedy", (*POLICIES, *MORE_POLICIES, "draft_vocab")
         yield True, "top_k", ("static:2", "saturation:0.9,candidates=1-2-3")
         yield from ((False, name, ("static:2", POLICIES[1], "draft_vocab")) for name in SAMPLING)
@@ -58,20 +66,27 @@ def settings(size):
 
 def write_texts(group, source: str, skips: str, out: str) -> None:
     """Decode everything with this rank's part of the model; each rank writes what it has found."""
-    found = {"texts": {}}
+    found, folder = {"texts": {}}, Path(skips).parent
     for precision, dtype in PRECISION.items():
-        for pack, sampling, policies in settings(group.size):
-            loaded = checkpoint.load(source, dtype, pack=pack, group=group)
+        format = Format.parse(precision if precision.startswith("int") else "none")
+        for pack, sampling, policies in settings(group.size, precision):
+            loaded = checkpoint.load(source, dtype, pack=pack, group=group, format=format)
             runner = Runner(loaded.model, 80, max_rows=8, compile=pack)
             cheap = Runner(loaded.model, 80, max_rows=8, compile=pack, draft_vocab=20)  # on the first rank alone
             found |= {f"{precision} bytes": loaded.bytes, f"backend {pack}": runner.backend}
             texts = found["texts"].setdefault(f"{precision} {pack} {sampling}", {})
             for policy in ("none", *policies):
                 which = (cheap, "static:2,stop=0.2") if policy == "draft_vocab" else (runner, policy)
+                if policy == "draft_quantize":
+                    low = checkpoint.load_drafter(checkpoint.open_source(source), loaded.model, 2, LOW, group=group)
+                    which = Runner(loaded.model, 80, max_rows=8, compile=pack, drafter=low.model), "static:2"
                 each = text(which[0], which[1].replace("FILE", skips), ALL_SAMPLING[sampling])
                 texts[policy] = each.tokens, sum(step.accepted for step in each.rounds)
     found["rejection"] = text(runner, "static:2", REJECTION).tokens
-    for name, path in (("random", source), ("demo", DEMO)):
+    for name in SAME_AS_ONE_RANK:
+        if name == "int4" and group.size == 4:
+            continue
+        path = {"random": source, "demo": DEMO}.get(name, folder / name)
         runner = Runner(checkpoint.load(path, torch.float32, group=group).model, 80, max_rows=1, compile=True)
         exit = runner.exit(runner.prefill(PROMPT))
         stats = [part.tolist() for part in exit.stats()]
@@ -129,10 +144,12 @@ def model_files(tmp_path_factory):
     from test_exactness import random_model
 
     folder = tmp_path_factory.mktemp("tp")
-    model = random_model(torch.float32, pack=False, sharpness=4.0)
+    model = random_model(torch.float32, pack=False, sharpness=4.0, ffn_dim=128, seed=2)
     config = checkpoint.hf_config_from_args(model.args)
     checkpoint.export_hf(model.state_dict(), model.args, folder / "hf", config, torch.float32)
     checkpoint.save(model, folder / "ours.safetensors", config)
+    for mode in ("int8", "int4"):
+        convert_hf_checkpoint.convert(str(folder / "hf"), folder / mode, None, False, Format.parse(mode))
     (folder / "skips.json").write_text(json.dumps({"skip_attention": [2], "skip_mlp": [1, 3]}))
     return {1: folder / "hf", 2: folder / "hf", 4: folder / "ours.safetensors", "skips": folder / "skips.json"}
 
@@ -174,10 +191,13 @@ def test_every_rank_has_the_same_text_and_a_part_of_the_weights(ranks, model_fil
     assert {found[0]["backend True"], found[0].get("backend False", "eager")} == backends
 
 
-@pytest.mark.parametrize("name", ["random", "demo"])
+@pytest.mark.parametrize("name", SAME_AS_ONE_RANK)
 def test_several_ranks_compute_the_logits_the_statistics_and_the_greedy_text_of_one(ranks, name, model_files):
+    """Also of a quantised file, of which each rank reads its part."""
+    if name == "int4" and ranks[0] == 4:
+        pytest.skip("16 inputs of a rank's wo are half a group")
     logits, stats, tokens = ranks[1][0][name]
-    source = DEMO if name == "demo" else model_files[1]
+    source = {"demo": DEMO, "random": model_files[1]}.get(name, model_files["skips"].parent / name)
     runner = Runner(checkpoint.load(source, torch.float32).model, 80, max_rows=8)
     exit = runner.exit(runner.prefill(PROMPT))
     assert torch.allclose(exit.logits(), torch.tensor(logits), rtol=0, atol=1e-4)

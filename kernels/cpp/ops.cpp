@@ -333,25 +333,55 @@ Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t star
 // ---------------------------------------------------------------------------------------------------------------------
 // play_round
 // ---------------------------------------------------------------------------------------------------------------------
-// Returns [drafted n, heads read while drafting, layers read, attentions and MLPs left out of them, resume layer], then
-// n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model.
-Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor head, int64_t n_vocab, int64_t token,
-                  int64_t position, std::vector<int64_t> exits, int64_t drafts, int64_t leave_measure,
-                  double leave_threshold, int64_t stay_measure, double stay_threshold, std::vector<int64_t> skips,
-                  std::vector<int64_t> proposed, int64_t draft_vocab, double temperature, int64_t seed) {
-  const LayerTable& table = table_of("play_round", table_tensor);
-  for (const Tensor* one : {&embedding, &norm}) {
-    check_contiguous("play_round", "every weight", *one);
-    STD_TORCH_CHECK(is_bf16(*one) == bool(table.bf16), "play_round: every weight must have the layers' dtype");
+// Check an embedding and say how its rows are read. scale: of a quantised one, [V] fp32 or [V, groups] bf16.
+template <typename T>
+Embedding<T> embedding_of(const char* op, const Tensor& weight, const std::optional<Tensor>& scale, int64_t d,
+                          int64_t n_vocab, const Tensor& like) {
+  check_contiguous(op, "embedding", weight);
+  const void* data = weight.data_ptr();
+  if (!scale) {
+    check_same_dtype(op, "embedding", weight, like);
+    const bool packed = weight.dim() > 2;
+    const int64_t features = packed ? weight_of(op, weight, like).features : weight.size(1);
+    const int64_t rows = packed ? weight_of(op, weight, like).columns : weight.size(0);
+    STD_TORCH_CHECK(features == d && rows >= n_vocab, op, ": embedding does not fit ", d, " features and ", n_vocab,
+                    " tokens");
+    return {packed ? Embedding<T>::PACKED : Embedding<T>::PLAIN, data, nullptr, 0};
   }
-  check_same_dtype("play_round", "embedding", embedding, norm);
+  check_contiguous(op, "the embedding's scale", *scale);
+  const bool int8 = dtype_of(weight) == aoti_torch_dtype_int8();
+  const int64_t groups = int8 ? 1 : scale->size(scale->dim() - 1);
+  STD_TORCH_CHECK(dtype_of(weight) == (int8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8()) &&
+                      dtype_of(*scale) == (int8 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16()) &&
+                      weight.dim() == 2 && weight.size(0) >= n_vocab && weight.size(1) == (int8 ? d : d / 2) &&
+                      scale->dim() == (int8 ? 1 : 2) && scale->size(0) == weight.size(0) && groups > 0 &&
+                      d % groups == 0 && (int8 || d / groups % 2 == 0),
+                  op, ": the quantised embedding does not fit ", d, " features and ", n_vocab, " tokens");
+  return {int8 ? Embedding<T>::INT8 : Embedding<T>::INT4, data, scale->data_ptr(), groups};
+}
+
+// draft_table, draft_head: what drafts copy their rows through instead of the model's layers and head (low-bit copies).
+// Returns [drafted n, heads read while drafting, layers read, layers of copies read, attentions and MLPs left out of
+// the latter, resume layer], then n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model.
+Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> embedding_scale, Tensor norm,
+                  Tensor head, int64_t n_vocab, int64_t token, int64_t position, std::vector<int64_t> exits,
+                  int64_t drafts, int64_t leave_measure, double leave_threshold, int64_t stay_measure,
+                  double stay_threshold, std::vector<int64_t> skips, std::vector<int64_t> proposed,
+                  std::optional<Tensor> draft_table_tensor, std::optional<Tensor> draft_head_weight,
+                  int64_t draft_vocab, double temperature, int64_t seed) {
+  const LayerTable& table = table_of("play_round", table_tensor);
+  const LayerTable& draft_table = draft_table_tensor ? table_of("play_round", *draft_table_tensor) : table;
+  check_contiguous("play_round", "norm", norm);
+  STD_TORCH_CHECK(is_bf16(norm) == bool(table.bf16), "play_round: every weight must have the layers' dtype");
   const CheckedWeight w = weight_of("play_round", head, norm);
-  const bool packed = embedding.dim() > 2, given = !proposed.empty();
-  const CheckedWeight table_of_tokens = packed ? weight_of("play_round", embedding, norm)
-                                               : CheckedWeight{{}, embedding.size(1), embedding.size(0)};
-  STD_TORCH_CHECK(w.features == table.d && norm.numel() == table.d && n_vocab <= w.columns &&
-                      table_of_tokens.features == table.d && table_of_tokens.columns >= n_vocab,
-                  "play_round: embedding, norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
+  const CheckedWeight draft_w = draft_head_weight ? weight_of("play_round", *draft_head_weight, norm) : w;
+  const bool given = !proposed.empty();
+  STD_TORCH_CHECK(w.features == table.d && norm.numel() == table.d && n_vocab <= w.columns,
+                  "play_round: norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
+  STD_TORCH_CHECK(draft_w.features == table.d && draft_vocab <= draft_w.columns && draft_table.bf16 == table.bf16 &&
+                      draft_table.d == table.d && draft_table.slots == table.slots &&
+                      draft_table.n_layer <= table.n_layer,
+                  "play_round: the draft's layers and head are of another model");
   STD_TORCH_CHECK(0 < draft_vocab && draft_vocab <= n_vocab, "play_round: draft_vocab must be in 1..", n_vocab,
                   ", got ", draft_vocab);
   auto check_token = [&](const char* name, int64_t id) {
@@ -363,15 +393,15 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor hea
   STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots,
                   "play_round: positions must be in 0..", table.slots - 1, ", got ", position, "..", position + drafts);
   for (size_t i = 0; i < exits.size(); i++)
-    STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= table.n_layer,
-                    "play_round: exits must ascend in 1..", table.n_layer, ", got ", exits[i]);
+    STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= draft_table.n_layer,
+                    "play_round: exits must ascend in 1..", draft_table.n_layer, ", got ", exits[i]);
   STD_TORCH_CHECK(given || !drafts || !exits.empty(), "play_round: drafts need an exit");
   for (int64_t measure : {leave_measure, stay_measure})
     STD_TORCH_CHECK(-1 <= measure && measure < 3, "play_round: a measure must be in 0..2 or -1, got ", measure);
   STD_TORCH_CHECK(leave_measure >= 0 || exits.size() < 2, "play_round: several exits need a rule to leave");
   const Draw draw = draw_of("play_round", temperature, seed, position);
   const float eps = float(table.eps);
-  int64_t own = table.n_layer;
+  int64_t own = draft_table_tensor ? 0 : table.n_layer;
   for (int64_t sublayer : skips) {
     STD_TORCH_CHECK(0 <= sublayer && sublayer < 2 * table.n_layer, "play_round: skips must be in 0..",
                     2 * table.n_layer - 1, ", got ", sublayer);
@@ -383,15 +413,16 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, Tensor norm, Tensor hea
     using T = decltype(zero);
     static thread_local Scratch scratch;
     T* hidden = (T*)scratch.get(2 * (drafts + 1) * table.d);
-    const Head<T> draft_head{data<T>(norm), w.weight, table.d, draft_vocab, eps};
+    const Head<T> draft_head{data<T>(norm), draft_w.weight, table.d, draft_vocab, eps};
     const Head<T> full_head{data<T>(norm), w.weight, table.d, n_vocab, eps};
-    Round<T> round{table, data<T>(embedding), packed, draft_head, full_head, draw, exits,
+    const auto rows_of_tokens = embedding_of<T>("play_round", embedding, embedding_scale, table.d, n_vocab, norm);
+    Round<T> round{table, draft_table, rows_of_tokens, draft_head, full_head, draw, exits,
                    {leave_measure, leave_threshold}, {stay_measure, stay_threshold}, skips, own, position,
                    {hidden, depth.data()}, {hidden + (drafts + 1) * table.d, depth.data() + drafts + 1}};
     with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES),
               [&] { round.run(token, drafts, given, drafted.data(), exit_layers.data(), chosen.data()); });
     const auto& c = round.counts;
-    counts = {c.drafted, c.heads, c.layers, c.skipped_attention, c.skipped_mlp, c.resume};
+    counts = {c.drafted, c.heads, c.layers, c.draft_layers, c.skipped_attention, c.skipped_mlp, c.resume};
   };
   if (table.bf16) run(bf16{});
   else run(0.0f);
@@ -415,9 +446,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
         "float temperature, int seed, int position) -> (Tensor tokens, Tensor stats, Tensor samples)");
   m.def("layer_table(Tensor[] tensors, Tensor cos, Tensor sin, int heads, float eps) -> Tensor");
   m.def("layers(Tensor hidden, Tensor table, int position, int start, int stop, int[] skips) -> Tensor");
-  m.def("play_round(Tensor table, Tensor embedding, Tensor norm, Tensor head, int n_vocab, int token, int position, "
-        "int[] exits, int drafts, int leave_measure, float leave_threshold, int stay_measure, float stay_threshold, "
-        "int[] skips, int[] proposed, int draft_vocab, float temperature, int seed) -> Tensor");
+  m.def("play_round(Tensor table, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor head, int n_vocab, "
+        "int token, int position, int[] exits, int drafts, int leave_measure, float leave_threshold, int stay_measure, "
+        "float stay_threshold, int[] skips, int[] proposed, Tensor? draft_table, Tensor? draft_head, int draft_vocab, "
+        "float temperature, int seed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {

@@ -22,6 +22,35 @@ struct Head {
   }
 };
 
+// Where the hidden states of tokens begin: [V, D], of which one row is read.
+template <typename T>
+struct Embedding {
+  enum Kind { PLAIN, PACKED, INT8, INT4 } kind;  // PACKED: rows are columns of a packed LM head
+  const void *data, *scale;
+  int64_t groups;  // of a row that have a scale (INT4)
+
+  void row(int64_t token, int64_t d, T* to) const {
+    if (kind == PLAIN) return (void)std::memcpy(to, (const T*)data + token * d, d * sizeof(T));
+    if (kind == PACKED) {
+      constexpr int64_t pair = int64_t(sizeof(float) / sizeof(T));
+      const T* column = (const T*)data + token / STRIP * STRIP * d + token % STRIP * pair;
+      for (int64_t i = 0; i < d; i += pair, column += STRIP * pair) std::memcpy(to + i, column, 4);
+      return;
+    }
+    const int64_t group = kind == INT8 ? d : d / groups, half = group / 2;
+    for (int64_t i = 0; i < d; i++) {  // see kernels/formats.py
+      const int64_t j = i % group;
+      if (kind == INT8) {
+        to[i] = narrow<T>(float(((const int8_t*)data)[token * d + i]) * ((const float*)scale)[token]);
+        continue;
+      }
+      const uint8_t byte = ((const uint8_t*)data)[token * d / 2 + i / group * half + j % half];
+      const float value = float(j < half ? byte & 15 : byte >> 4) - 8;
+      to[i] = narrow<T>(value * widen(((const bf16*)scale)[token * groups + i / group]));
+    }
+  }
+};
+
 // plan.Rule: what the statistics of an exit must be. measure: index into them (top-1, margin, entropy), -1 for no rule.
 struct Rule {
   int64_t measure;
@@ -46,29 +75,26 @@ struct Round {
       return first;
     }
   };
-  const LayerTable& table;
-  const T* embedding;
-  bool packed_embedding;  // rows of the table are columns of a packed weight
+  const LayerTable &table, &draft_table;  // the model's, and what copies climb through: its own or low-bit layers
+  const Embedding<T>& embedding;
   Head<T> draft_head, head;
   Draw sampling;  // its position is not looked at
   const std::vector<int64_t>& exits;  // candidates, ascending
   Rule leave, stay;                   // at a candidate; after a token
   const std::vector<int64_t>& skips;  // 2 * layer for its attention, 2 * layer + 1 for its MLP
-  int64_t own;                        // depth up to which a drafted row is the full model's: the first skipped layer
+  int64_t own;                        // depth up to which a drafted row is the full model's
   int64_t position;                   // of the first row
   Rows rows, copies;                  // the rows; copies of them on their way above `own`
 
   struct Counts {
-    int64_t drafted = 0, heads = 0, layers = 0, skipped_attention = 0, skipped_mlp = 0, resume = 0;
+    // draft_layers: of copies, from which the sublayers left out are missing
+    int64_t drafted = 0, heads = 0, layers = 0, draft_layers = 0, skipped_attention = 0, skipped_mlp = 0, resume = 0;
   } counts{};
 
   void enter(int64_t token) {
-    const int64_t d = table.d, pair = int64_t(sizeof(float) / sizeof(T)), row = rows.count++;
-    T* to = rows.hidden + row * d;
+    const int64_t row = rows.count++;
     rows.depth[row] = 0;
-    if (!packed_embedding) return (void)std::memcpy(to, embedding + token * d, d * sizeof(T));
-    const T* column = embedding + token / STRIP * STRIP * d + token % STRIP * pair;
-    for (int64_t i = 0; i < d; i += pair, column += STRIP * pair) std::memcpy(to + i, column, 4);
+    embedding.row(token, table.d, rows.hidden + row * table.d);
   }
   // Take the last row and all that wait where it waits to depth `stop`; the rows themselves skip nothing below `own`.
   void climb(Rows& which, int64_t stop) {
@@ -76,9 +102,10 @@ struct Round {
     auto skipped = [&](int64_t sublayer) {
       return &which == &copies && std::find(skips.begin(), skips.end(), sublayer) != skips.end();
     };
-    LayerRun<T>{table, which.hidden + first * table.d, last - first, position + first}.run(start, stop, skipped);
+    LayerRun<T>{&which == &copies ? draft_table : table, which.hidden + first * table.d, last - first, position + first}
+        .run(start, stop, skipped);
     std::fill(which.depth + first, which.depth + last, stop);
-    counts.layers += stop - start;
+    (&which == &copies ? counts.draft_layers : counts.layers) += stop - start;
     for (int64_t sublayer = 2 * start; sublayer < 2 * stop; sublayer++)
       if (skipped(sublayer)) (sublayer % 2 ? counts.skipped_mlp : counts.skipped_attention)++;
   }
