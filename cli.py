@@ -140,7 +140,7 @@ class Session:
 
     def load_drafter(self, policies: Iterable[DraftPolicy]) -> Transformer | None:
         """Read low-bit copies of what the policies draft with, if the flags ask for them. After `load`."""
-        depth = max(policy.draft_depth(self.args.n_layer) for policy in policies)
+        depth = max((policy.draft_depth(self.args.n_layer) for policy in policies), default=0)
         if not self.draft_format or not depth:
             return None
         loaded = checkpoint.load_drafter(self.source, self.model, depth, self.draft_format, LoadBar(), self.group)

@@ -88,6 +88,12 @@ class Group:
             total = total + other
         return total.to(partial.dtype)
 
+    def everyones(self, value) -> list:
+        """What every rank passes here, anything that can be pickled, in rank order; on every rank."""
+        found = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
     def agreed(self, value):
         """Rank 0's value: a bool or an int in one small message, anything that can be pickled in two."""
         if isinstance(value, bool | int):

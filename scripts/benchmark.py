@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import cli
+import tp
 from calibrate import SAMPLE_TEXT, calibrate
 from generate import (
     CALIBRATION_TOKENS,
@@ -33,6 +34,7 @@ from generate import (
     ideal_speedup,
     share_equal,
 )
+from kernels.formats import PLAIN, Format
 from model import Transformer
 from plan import DraftPolicy
 from policies import Static, make_policy
@@ -71,9 +73,10 @@ def peak_memory_bytes() -> int:
 
 
 def skipfast_contender(
-    runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True, verified: bool = True
-) -> Contender:
-    """A row of ours. verified=False: early exit, named so, with a judge of its text."""
+    runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True, verified: bool = True,
+    quantize: str = "none",
+) -> Contender:  # fmt: skip
+    """A row of ours. verified=False: early exit, named so, with a judge of its text. quantize: the model's format."""
     decoding = decode if verified else early_exit
 
     def run(prompt, count):
@@ -86,24 +89,26 @@ def skipfast_contender(
 
     return Contender(
         "skipfast", name if verified else f"{name} (unverified)", runner.compiled, run, runner.backend, exact,
-        torch.get_num_threads(), None if verified else judge,
+        torch.get_num_threads(), quantize, None if verified else judge,
     )  # fmt: skip
 
 
 class Runners:
     """The runners of one model, made when first asked for; all share one cache."""
 
-    def __init__(self, model: Transformer, length: int, draft_vocab: int | None):
-        """length: positions that a prompt and its text may take."""
+    def __init__(self, model: Transformer, length: int, draft_vocab: int | None, drafter: Transformer | None = None):
+        """length: positions that a prompt and its text may take. drafter: low-bit copies for those that want them."""
         model.setup_cache(length + MAX_ROWS)
-        self.model, self.length, self.draft_vocab = model, length, draft_vocab
+        self.model, self.length, self.draft_vocab, self.drafter = model, length, draft_vocab, drafter
         self.made: dict[tuple, Runner] = {}
         self.skipping: set[tuple] = set()  # those that must be ready to leave sublayers out
 
-    def get(self, width: int, compile: bool, exact: bool = True, skips: bool = False) -> Runner:
-        key = width, compile, exact
+    def get(self, width: int, compile: bool, exact: bool = True, skips: bool = False, copies: bool = False) -> Runner:
+        key = width, compile, exact, copies
         if key not in self.made:
-            self.made[key] = Runner(self.model, self.length, width, compile, exact, cli.notice, self.draft_vocab)
+            drafter = self.drafter if copies else None
+            self.made[key] = Runner(
+                self.model, self.length, width, compile, exact, cli.notice, self.draft_vocab, drafter)  # fmt: skip
         if skips:
             self.skipping.add(key)
         return self.made[key]
@@ -113,17 +118,15 @@ class Runners:
             runner.warm_up(key in self.skipping)
 
 
-def make_contenders(
-    session: cli.Session, policies: dict[str, DraftPolicy], config: GenerateConfig, length: int,
-    cleanup: contextlib.ExitStack,
-) -> list[Contender]:  # fmt: skip
-    """Every row that the flags ask for; plain decoding, eager and compiled, is always among them.
+def our_contenders(
+    session: cli.Session, policies: dict[str, DraftPolicy], config: GenerateConfig, length: int
+) -> list[Contender]:
+    """The rows of the session's model, in its format; plain decoding, eager and compiled, is always among them.
 
-    length: positions that a prompt and its text may take. cleanup: ends what other processes the peers need.
+    length: positions that a prompt and its text may take.
     """
     flags, plain = session.flags, make_policy("none", session.args.n_layer)
-    runners = Runners(session.model, length, flags.draft_vocab)
-    counts = peers.thread_counts(flags)
+    runners = Runners(session.model, length, flags.draft_vocab, session.load_drafter(policies.values()))
     if flags.compile and runners.get(1, True).rows_independent and flags.threads is None:
         runners.get(1, True).choose_threads()
     found, measuring = [], []
@@ -133,19 +136,36 @@ def make_contenders(
         if not exact.rows_independent:  # padding costs time: plain decoding is faster without
             found.append(skipfast_contender(runners.get(1, compile, False), plain, "none", config, exact=False))
     for name, policy in policies.items():
-        runner = runners.get(1 + policy.num_draft_tokens, flags.compile, skips=policy.skips_sublayers)
+        width, skips = 1 + policy.num_draft_tokens, policy.skips_sublayers
+        runner = runners.get(width, flags.compile, skips=skips)
         measuring.append((runner, policy))
         found.append(skipfast_contender(runner, policy, name, config))
         if flags.no_verify and not policy.verifiable_only:
             found.append(skipfast_contender(runner, policy, name, config, verified=False))
-    if "transformers" in flags.against:
-        drafting = next((policy for policy in policies.values() if isinstance(policy, Static)), None)
-        found += peers.transformers_contenders(session, drafting, counts)
-    if "llama.cpp" in flags.against:
-        found.append(cleanup.enter_context(contextlib.closing(peers.LlamaCpp(session, length, counts))).contender())
+        if runners.drafter and policy.draft_depth(session.args.n_layer):
+            policy = make_policy(name, session.args.n_layer, num_draft_tokens=flags.num_draft_tokens)  # costs differ
+            measuring.append((runners.get(width, flags.compile, skips=skips, copies=True), policy))
+            found.append(skipfast_contender(*measuring[-1], f"{name} (drafts {session.draft_format})", config))
     runners.warm_up()
     for runner, policy in measuring:
         calibrate(runner, policy, session.tokenizer.encode(SAMPLE_TEXT), config.sampling)
+    for contender in found:
+        contender.quantize = session.quantize
+    return found
+
+
+def peer_contenders(
+    session: cli.Session, policies: dict[str, DraftPolicy], formats: list[Format], length: int,
+    cleanup: contextlib.ExitStack,
+) -> list[Contender]:  # fmt: skip
+    """The rows of other engines. cleanup: ends the processes that they need."""
+    found, against, counts = [], session.flags.against, peers.thread_counts(session.flags)
+    if "transformers" in against:
+        drafting = next((policy for policy in policies.values() if isinstance(policy, Static)), None)
+        found += peers.transformers_contenders(session, drafting, counts)
+    for format in formats if "llama.cpp" in against else ():
+        engine = cleanup.enter_context(contextlib.closing(peers.LlamaCpp(session, length, counts, format)))
+        found.append(engine.contender())
     return found
 
 
@@ -192,17 +212,23 @@ def decoding_numbers(c: Contender, model: Transformer) -> dict:
 
 
 def result_rows(
-    contenders: list[Contender], session: cli.Session, prompts: list[list[int]], bandwidth: float
-) -> list[dict]:
-    """The `rows` of the JSON file, one a contender."""
-    model, flags = session.model, session.flags
-    fastest = max((c for c in contenders if c.is_ar), key=lambda c: statistics.median(c.rates))
-    reference = next(c for c in contenders if c.is_ar and c.exact).texts
-    plain = {c.engine: c for c in contenders if c.policy == "none" and c.engine != "skipfast"}
-    own = {name: c.texts for name, c in plain.items()} | {"skipfast": reference}
+    contenders: list[Contender], models: dict[str, Transformer], flags: argparse.Namespace, prompts: list[list[int]],
+    bandwidth: float,
+) -> list[dict]:  # fmt: skip
+    """The `rows` of the JSON file, one a contender. models: by format; a row is compared with those of its own."""
+    rate_of = lambda c: statistics.median(c.rates)
+    fastest_of = {format: max((c for c in contenders if c.is_ar and c.quantize == format), key=rate_of)
+                  for format in models}  # fmt: skip
     exact_text = flags.temperature == 0 or flags.verification == "coupled"
     rows = []
     for c in contenders:
+        model, fastest = models[c.quantize], fastest_of[c.quantize]
+        alike = [other for other in contenders if other.quantize == c.quantize]
+        reference = next(other for other in alike if other.is_ar and other.exact).texts
+        plain = {other.engine: other for other in alike if other.policy == "none" and other.engine != "skipfast"}
+        own = {name: other.texts for name, other in plain.items()} | {"skipfast": reference}
+        if len(models) > 1:
+            plain[f"plain, {next(iter(models))}"] = fastest_of[next(iter(models))]
         numbers, rate = decoding_numbers(c, model), statistics.median(c.rates)
         layers, heads = numbers["layer_visits_per_token"], numbers["head_visits_per_token"]
         read = None if layers is None else streamed_bytes(model, layers, heads)
@@ -213,7 +239,7 @@ def result_rows(
             "engine": c.engine,
             "policy": c.policy,
             "precision": str(model.norm.weight.dtype).removeprefix("torch."),
-            "quantize": "none",
+            "quantize": c.quantize,
             "compiled": c.compiled,
             "backend": c.backend,
             "threads": c.threads,
@@ -224,6 +250,7 @@ def result_rows(
             "speedup_over_fastest_ar": speedup,
             **numbers,
             "share_of_ideal": speedup / ideal if ideal else None,
+            "bytes_per_token": read,
             "share_of_bandwidth": read * rate / bandwidth if read else None,
             "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
                          for name, peer in plain.items()},
@@ -272,26 +299,29 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
 
 def print_rows(rows: list[dict], title: str) -> None:
     form = cli.shown
-    compared = list(rows[0]["ratio_to"])
+    compared = list(dict.fromkeys(name for row in rows for name in row["ratio_to"]))
+    formats = {row["quantize"] for row in rows}
     body = []
     for row in rows:
         name = row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}"
+        name += f", {row['quantize']}" if len(formats) > 1 else ""
         rates, equal = row["tokens_per_s_rounds"], row["equal_to_full_model"]
         differ = row["differs_from_own_plain"]
         body.append([
             name + ("" if row["exact_width"] else " (inexact)"), f"{row['backend']} ×{row['threads']}",
             form(row["tokens_per_s"]), f"{min(rates):.0f}–{max(rates):.0f}",
             form(row["speedup_over_fastest_ar"], ".2f") + "×",
-            *(form(row["ratio_to"][other], ".2f") + "×" for other in compared), form(row["acceptance_rate"], ".2f"),
+            *(form(row["ratio_to"].get(other), ".2f") + "×" for other in compared), form(row["acceptance_rate"], ".2f"),
             form(row["tokens_per_round"], ".2f"), form(row["mean_exit_layer"]),
             form(row["layer_visits_per_token"], ".2f"), form(row["head_visits_per_token"], ".2f"),
+            form(row["bytes_per_token"] and row["bytes_per_token"] / 1e6),
             form(row["ideal_speedup"], ".2f"), form(row["share_of_ideal"], ".0%"),
             form(row["share_of_bandwidth"], ".0%"),
             f"{equal:.1%} right" if equal is not None else "–" if differ is None else f"{differ} of {row['prompts']}",
         ])  # fmt: skip
     columns = ("policy", "backend\n×threads", "tokens/s", "min–max", "× fastest\nAR",
                *(f"× {name}" for name in compared), "accep-\ntance", "tokens\n/round", "mean\nexit", "layers\n/token",
-               "heads\n/token", "ideal", "share\nof it", "of band-\nwidth", "texts differ")  # fmt: skip
+               "heads\n/token", "MB\n/token", "ideal", "share\nof it", "of band-\nwidth", "texts differ")  # fmt: skip
     cli.print_table(title, columns, body)
 
 
@@ -301,7 +331,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="example: python -m scripts.benchmark --policies all --prompts code --output_dir out",
     )  # fmt: skip
     comma = lambda text: text.split(",")
-    cli.add_model_flags(parser)
+    cli.add_model_flags(parser, quantize=False)
+    parser.add_argument("--quantize", dest="formats", action="append", metavar="FORMAT",
+                        help="measure with weights of this format: none, int8, int4, … (repeatable; default: none)")
     cli.add_decode_flags(parser)
     parser.add_argument("--policy", action="append", default=[], metavar="NAME:key=value,…",
                         help="repeatable; default: auto and static:L/4")
@@ -342,8 +374,22 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+def print_ranks(ranks: list[dict]) -> None:
+    """What each process of a tensor-parallel run holds and reads."""
+    megabytes = lambda value: cli.shown(value / 1e6)
+    body = [
+        [str(rank), " + ".join(map(megabytes, own["weight_bytes"].values())), megabytes(own["weight_bytes_per_pass"]),
+         megabytes(own["cache_bytes"]), megabytes(own["peak_memory_bytes"]["after_loading"])]
+        for rank, own in enumerate(ranks)
+    ]  # fmt: skip
+    columns = ("rank", "MB of weights", "MB read a plain token", "MB of cache", "MB at most")
+    cli.print_table("each rank", columns, body)
+
+
 def print_results(result: dict, title: str) -> None:
     print_rows(result["rows"], title)
+    if len(result["ranks"]) > 1:
+        print_ranks(result["ranks"])
     for peer, reason in result["skipped"].items():
         print(f"{peer} skipped: {reason}")
     if result["lengths"]:
@@ -352,62 +398,99 @@ def print_results(result: dict, title: str) -> None:
         policy_sets.print_grid(result["grid"])
 
 
-def main() -> None:
-    flags = parse_flags()
-    for path in (flags.json, flags.picture):
-        cli.check_writable(path)
-    picture = plot.wanted_picture(flags.picture, flags.output_dir)
-    session = cli.open_session(flags)
-    args = session.args
-    policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
-    if flags.output_dir:
-        cli.make_folder(flags.output_dir)
-    check_draft_vocab(flags.draft_vocab, args.vocab_size)
-    skipped = peers.missing(flags.against, flags.device)
-    for peer, reason in skipped.items():
-        cli.notice(f"{peer} skipped: {reason}")
-    flags.against = [peer for peer in flags.against if peer not in skipped]
-    prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
-    config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
-    for prompt in prompts:
-        check_prompt(prompt, config, args.vocab_size, args.max_seq_len)
-    lengths = [max(map(len, prompts)) + flags.max_new_tokens, check_lengths(flags.prompt_lengths, args.max_seq_len)]
+def memory(model: Transformer, loaded: dict, before: int) -> dict:
+    """What this rank's model takes. loaded: weight bytes by format; before: peak memory before loading."""
+    return {
+        "weight_bytes": loaded,
+        "cache_bytes": 2 * model.args.n_layer * model.layers[0].attention.v_cache.nbytes,
+        "peak_memory_bytes": {"before_loading": before, "after_loading": peak_memory_bytes()},
+        "weight_bytes_per_pass": streamed_bytes(model, model.args.n_layer, 1),
+    }
+
+
+def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], policies: dict[str, DraftPolicy],
+        prompts: list[list[int]]) -> dict:  # fmt: skip
+    """Load, measure and return the JSON object."""
+    args, config = session.args, GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
+    lengths = [max(map(len, prompts)) + flags.max_new_tokens, *flags.prompt_lengths]
     if any(policy.plans_to_time() for policy in policies.values()):
         lengths.append(min(CALIBRATION_TOKENS, args.max_seq_len))
-    before = peak_memory_bytes()
-    model = session.load()
-    after = peak_memory_bytes()
+    before, models, contenders, loaded = peak_memory_bytes(), {}, [], {}
+    for session.format in formats:
+        models[session.quantize] = session.load()
+        loaded[session.quantize] = session.weight_bytes
+        contenders += our_contenders(session, policies, config, max(lengths))
+    session.model = model = next(iter(models.values()))
+    own = memory(model, loaded, before)
     with contextlib.ExitStack() as cleanup:
-        contenders = make_contenders(session, policies, config, max(lengths), cleanup)
-        full, bandwidth = streamed_bytes(model, args.n_layer, 1), read_bandwidth()
+        contenders += peer_contenders(session, policies, formats, max(lengths), cleanup)
+        full, bandwidth = own["weight_bytes_per_pass"], read_bandwidth()
         print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
               "from memory")  # fmt: skip
         measure(contenders, prompts, flags.max_new_tokens, flags.repeats, flags.seed)
         plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: compiled, exact
         by_length = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, model, full)
-    rows = result_rows(contenders, session, prompts, bandwidth)
-    title = (f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
-             f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
-    result = {
+    rows = result_rows(contenders, models, flags, prompts, bandwidth)
+    return {
         "rows": rows,
         "grid": policy_sets.best_of_grid(rows, args.n_layer) if "grid" in flags.policies else None,
         "skip_set": policy_sets.default_skips(args.n_layer),
         "head_cost_layers": head_cost_layers(model),
         "lengths": by_length,
-        "skipped": skipped,
         "bandwidth_bytes_per_s": bandwidth,
-        "weight_bytes_per_pass": full,
-        "weight_bytes": session.weight_bytes,
-        "cache_bytes": 2 * args.n_layer * model.layers[0].attention.v_cache.nbytes,
-        "peak_memory_bytes": {"before_loading": before, "after_loading": after},
+        "draft_weight_bytes": session.draft_bytes,
+        **own,
+        "ranks": session.group.everyones(own) if session.group else [own],
         "config": vars(flags),
         **cli.environment(),
     }
-    print_results(result, title)
-    for path in filter(None, (flags.json, flags.output_dir and Path(flags.output_dir) / "benchmark.json")):
-        cli.write_json(path, result)
-    if picture:
-        plot.draw_policies(rows, args.n_layer, picture, title)
+
+
+def checked_formats(session: cli.Session, flags: argparse.Namespace) -> tuple[list[Format], dict[str, str]]:
+    """The formats to measure, and the peers that are left out -> why. Raises ValueError for what cannot be."""
+    formats = list(dict.fromkeys(map(Format.parse, flags.formats or ["none"])))
+    for format in formats:
+        session.quantises(format)
+    if flags.against and session.source.format:
+        raise ValueError(f"against {', '.join(flags.against)}: {flags.checkpoint_path} is quantised; name the plain "
+                         f"checkpoint, and --quantize {session.source.format}")  # fmt: skip
+    skipped = peers.missing(flags.against, flags.device)
+    if "transformers" in flags.against and PLAIN not in formats:
+        skipped["transformers"] = "it is measured with plain weights only: add --quantize none"
+    return formats, skipped
+
+
+def main() -> None:
+    with tp.joined() as group:
+        flags, leads = parse_flags(), group is None or group.leads
+        for path in (flags.json, flags.picture) if leads else ():
+            cli.check_writable(path)
+        picture = plot.wanted_picture(flags.picture, flags.output_dir)
+        session = cli.open_session(flags, group=group)
+        args = session.args
+        policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
+        check_draft_vocab(flags.draft_vocab, args.vocab_size)
+        check_lengths(flags.prompt_lengths, args.max_seq_len)
+        formats, skipped = checked_formats(session, flags)
+        for peer, reason in skipped.items():
+            cli.notice(f"{peer} skipped: {reason}")
+        flags.against = [peer for peer in flags.against if peer not in skipped]
+        prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
+        for prompt in prompts:
+            check_prompt(prompt, GenerateConfig(flags.max_new_tokens), args.vocab_size, args.max_seq_len)
+        if flags.output_dir and leads:
+            cli.make_folder(flags.output_dir)
+        result = run(session, flags, formats, policies, prompts) | {"skipped": skipped}
+        rows = result["rows"]
+        title = (f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
+                 f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
+        print_results(result, title)
+        if not leads:
+            return
+        for path in filter(None, (flags.json, flags.output_dir and Path(flags.output_dir) / "benchmark.json")):
+            cli.write_json(path, result)
+        if picture:
+            plot.draw_policies(rows, args.n_layer, picture, title)
 
 
 if __name__ == "__main__":

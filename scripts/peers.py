@@ -20,6 +20,7 @@ import torch
 
 import cli
 from checkpoint import export_hf, our_names
+from kernels.formats import PLAIN, Format
 from model import rope_table
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ class Contender:
     backend: str = "eager"
     exact: bool = True
     threads: int = 1
+    quantize: str = "none"
     judge: Callable[[list[int], list[int]], float] | None = None  # (prompt, unverified text) -> share of right tokens
     rates: list[float] = field(default_factory=list)  # tokens/s of each round
     texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
@@ -133,12 +135,16 @@ def transformers_contenders(session: cli.Session, drafting, counts: list[int]) -
     return found
 
 
-def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype) -> None:
-    """Write the checkpoint as a GGUF file without a tokenizer (prompts are ids), tensor by tensor, in `dtype`."""
+def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype, mode: str = "none") -> None:
+    """Write the checkpoint as a GGUF file without a tokenizer (prompts are ids), tensor by tensor, in `dtype`.
+
+    mode: of a kernels.formats.Format, for which llama.cpp's simplest format of so many bits stands: every matrix in it.
+    """
     import gguf
 
     args, scaling = session.args, dict(session.args.rope_scaling)
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    plain = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    kind = {"none": plain, "int8": "Q8_0", "int4": "Q4_0"}[mode]
     kind = gguf.GGMLQuantizationType[kind]
     out = gguf.GGUFWriter(str(path), "llama", use_temp_file=True)
     fields = {
@@ -200,13 +206,13 @@ def gguf_tensors(session: cli.Session, dtype: torch.dtype) -> Iterator[tuple[str
 class LlamaCpp:
     """llama.cpp in a process of its own; `close` ends it and deletes its file."""
 
-    def __init__(self, session: cli.Session, length: int, counts: list[int]):
-        dtype = session.model.norm.weight.dtype
+    def __init__(self, session: cli.Session, length: int, counts: list[int], format: Format = PLAIN):
+        dtype, self.quantize = session.model.norm.weight.dtype, str(format)
         self.folder = tempfile.TemporaryDirectory()
         try:
             path = Path(self.folder.name) / "model.gguf"
             cli.notice("writing the checkpoint as GGUF for llama.cpp …")
-            write_gguf(session, path, dtype)
+            write_gguf(session, path, dtype, format.mode)
             self.errors = (Path(self.folder.name) / "stderr").open("w+")
             command = [sys.executable, "-m", "scripts.peers", str(path), str(length), str(dtype == torch.float32)]
             self.process = subprocess.Popen(
@@ -243,7 +249,7 @@ class LlamaCpp:
         return answer["tokens"], answer["decode_s"], {"prefill_s": answer["prefill_s"]}
 
     def contender(self) -> Contender:
-        return Contender("llama.cpp", "none", True, self.run, "ggml", threads=self.threads)
+        return Contender("llama.cpp", "none", True, self.run, "ggml", threads=self.threads, quantize=self.quantize)
 
     def close(self) -> None:
         if process := getattr(self, "process", None):

@@ -323,3 +323,23 @@ def test_a_broken_file_of_prompts_is_one_line_that_names_it(bench, tmp_path, nam
     _, _, err = bench("--prompts", tmp_path / name, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert name in line or "99999" in line
+
+
+def test_formats_and_low_bit_drafts_are_measured_side_by_side(bench):
+    """Each row is compared with plain decoding of its own format, and reads the bytes of its own weights."""
+    formats = ["--quantize", "none", "--quantize", "int8", "--draft_quantize", "int8"]
+    result, out, _ = bench("--policy", "static:1", *formats)
+    rows = {(row["quantize"], row["policy"], row["compiled"]): row for row in result["rows"]}
+    names = {"none", "static:1", "static:1 (drafts int8)"}
+    assert {key[:2] for key in rows} == {(format, name) for format in ("none", "int8") for name in names}
+    plain, low = rows["none", "none", False], rows["int8", "none", False]
+    assert plain["bytes_per_token"] == result["weight_bytes_per_pass"]
+    assert all(row["identical"] for row in rows.values())
+    assert 0.25 < low["bytes_per_token"] / plain["bytes_per_token"] < 0.3, "int8 of fp32"
+    assert low["ratio_to"]["plain, none"] == pytest.approx(low["tokens_per_s"] / plain["tokens_per_s"], rel=0.5)
+    visits = [rows["none", name, False]["layer_visits_per_token"] for name in ("static:1 (drafts int8)", "static:1")]
+    assert visits[0] < visits[1]
+    keys = ("weight_bytes", "cache_bytes", "peak_memory_bytes", "weight_bytes_per_pass")
+    assert result["weight_bytes"].keys() == {"none", "int8"}
+    assert result["ranks"] == [{key: result[key] for key in keys}]
+    assert "static:1 (drafts int8), none" in out

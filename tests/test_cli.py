@@ -49,7 +49,7 @@ def train_tokenizer(folder: Path) -> None:
 def original(make_hf, tmp_path_factory):
     """A tiny checkpoint with a tokenizer. Its drafts are sometimes right and it prefers pieces of text to bytes."""
     folder = tmp_path_factory.mktemp("tiny")
-    make_hf(folder, vocab_size=VOCAB, num_key_value_heads=2, intermediate_size=128)
+    make_hf(folder, vocab_size=VOCAB, num_key_value_heads=2)
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["lm_head.weight"][:260] = 0
     for name, tensor in tensors.items():

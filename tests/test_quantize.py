@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from test_cli import original  # noqa: F401
+from test_cli import train_tokenizer
 from test_exactness import PROMPT, tokens_of
 
 import checkpoint
@@ -29,6 +29,15 @@ LIMITS = {"int8": (0.55, 0.005), "int4": (0.36, 0.05)}  # of the linears' bytes 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     cpu.load()
+
+
+@pytest.fixture(scope="module")
+def original(make_hf, tmp_path_factory):
+    """A tiny checkpoint with a tokenizer, whose linears can be cut into groups."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_hf(folder, vocab_size=400, num_key_value_heads=2, intermediate_size=128)
+    train_tokenizer(folder)
+    return folder
 
 
 def text_of(model, policy="none"):
@@ -60,7 +69,7 @@ def test_a_quantised_file_and_quantising_while_loading_are_one_model(make_hf, tm
     assert all(torch.equal(again[name], tensor) for name, tensor in plain.model.state_dict().items())
 
 
-def test_a_model_is_not_saved_under_a_format_that_it_does_not_have(original, tmp_path):  # noqa: F811
+def test_a_model_is_not_saved_under_a_format_that_it_does_not_have(original, tmp_path):
     loaded = checkpoint.load(original, torch.bfloat16, pack=False)
     quantise(loaded.model, "int8")
     for format in (Format(), Format.parse("int4")):
@@ -115,7 +124,7 @@ def test_calibrated_rounding_changes_outputs_less_than_rounding_to_nearest(forma
     assert all(torch.equal(a, b) for a, b in zip(uncorrelated, wanted.quantise(weight), strict=True))
 
 
-def test_a_calibrated_model_is_one_of_its_format(original):  # noqa: F811
+def test_a_calibrated_model_is_one_of_its_format(original):
     model = checkpoint.load(original, torch.float32, pack=False).model
     calibrate_weights(model, Format.parse("int8"), torch.arange(200).view(4, 50) % model.args.vocab_size)
     assert all(module.scale is not None for module in model.modules() if isinstance(module, Linear))
@@ -134,7 +143,7 @@ def run(monkeypatch, capsys, program, *flags):
     return code, *capsys.readouterr()
 
 
-def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("import os\nclass Reader:\n    def read(self):\n        return self.text\n" * 20)
     flags = ["--checkpoint_path", original, "--mode", "int8", "--output_path", tmp_path / "low", "--text",
              tmp_path / "text.txt", "--json", tmp_path / "report.json"]  # fmt: skip
@@ -156,7 +165,7 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
 
 @pytest.mark.parametrize("flags", [["--quantize", "int4:lm_head=no"], ["--draft_quantize", "int8"],
                                    ["--quantize", "int8", "--draft_quantize", "int4"]])  # fmt: skip
-def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, capsys, tmp_path):  # noqa: F811
+def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, capsys, tmp_path):
     for policy in ("auto", "static:1", "prompt_lookup+static:1"):
         code, out, err = run(monkeypatch, capsys, generate, "--checkpoint_path", original, "--prompt", "def read",
                              "--max_new_tokens", 12, "--policy", policy, "--compare", *flags)  # fmt: skip
@@ -176,14 +185,14 @@ def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, caps
     (quantize, ["--mode", "int8", "--windows", "0"], "windows must be 1 or more"),
     (quantize, ["--mode", "int8", "--output_path", "SOURCE"], "exists already"),
 ])  # fmt: skip
-def test_mistakes_are_one_line_before_weights_are_read(original, program, flags, message, monkeypatch, capsys):  # noqa: F811
+def test_mistakes_are_one_line_before_weights_are_read(original, program, flags, message, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     flags = [str(original) if flag == "SOURCE" else flag for flag in flags]
     code, out, err = run(monkeypatch, capsys, program, "--checkpoint_path", original, *flags)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
 
 
-def test_what_is_quantised_is_not_quantised_again(original, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_is_quantised_is_not_quantised_again(original, tmp_path, monkeypatch, capsys):
     convert_hf_checkpoint.convert(str(original), tmp_path / "low", None, False, Format.parse("int8"))
     low = ["--checkpoint_path", tmp_path / "low"]
     for program, flags in ((generate, ["--quantize", "int4"]), (generate, ["--draft_quantize", "int4"]),
