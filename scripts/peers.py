@@ -215,10 +215,12 @@ class LlamaCpp:
             write_gguf(session, path, dtype, format.mode)
             self.errors = (Path(self.folder.name) / "stderr").open("w+")
             command = [sys.executable, "-m", "scripts.peers", str(path), str(length), str(dtype == torch.float32)]
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-            )
-            self.ask()
+            self.start([*command, "True"])
+            try:
+                self.ask(list(range(3, 11)), 2)
+            except ValueError as error:  # a known crash of its AMX code (llama.cpp issue 20824)
+                cli.notice(f"{error}: again, without its repacked weights")
+                self.start([*command, "False"])
             took = {count: [] for count in counts}
             for _ in range(5):  # in turns: a slow second of the machine must not decide
                 for count in counts:
@@ -227,6 +229,13 @@ class LlamaCpp:
         except BaseException:
             self.close()
             raise
+
+    def start(self, command: list[str]) -> None:
+        """Start the worker and wait until the model is loaded."""
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.ask()
 
     def ask(self, ids: list[int] | None = None, count: int = 0, threads: int = 1) -> dict:
         """One turn; without ids, waits until the model is loaded. Raises ValueError if the process has ended."""
@@ -258,11 +267,17 @@ class LlamaCpp:
         self.folder.cleanup()
 
 
-def serve(path: str, length: str, full_cache: str) -> None:
-    """The worker: load a GGUF, then answer [ids, new tokens, threads] lines until stdin ends."""
+def serve(path: str, length: str, full_cache: str, repack: str) -> None:
+    """The worker: load a GGUF, then answer [ids, new tokens, threads] lines until stdin ends.
+
+    repack: whether weights may be laid out anew for the machine's instructions, as llama.cpp does by default.
+    """
     import llama_cpp
     import numpy as np
 
+    if repack == "False":  # an option that its Llama class does not pass on
+        default = llama_cpp.llama_cpp.llama_model_default_params
+        llama_cpp.llama_cpp.llama_model_default_params = lambda: plain_layout(default())
     cache = {"type_k": 0, "type_v": 0} if full_cache == "True" else {}  # GGML_TYPE_F32; its default is fp16
     llm = llama_cpp.Llama(model_path=path, n_ctx=int(length), n_batch=512, verbose=True, **cache)
     print(json.dumps({"ready": llama_cpp.__version__}), flush=True)
@@ -282,6 +297,11 @@ def serve(path: str, length: str, full_cache: str) -> None:
             llm.eval(tokens[-1:])
         seconds = {"prefill_s": first - start, "decode_s": time.perf_counter() - first}
         print(json.dumps({"tokens": tokens, **seconds}), flush=True)
+
+
+def plain_layout(params):
+    params.use_extra_bufts = False
+    return params
 
 
 if __name__ == "__main__":
