@@ -12,7 +12,7 @@ from torch import Tensor
 
 MODES = ("none", "int8", "int4")
 GROUPS = (32, 64, 128)
-ROWS = 4096  # quantised at once: bounds the fp32 copies
+ROWS = 256  # quantised at once: bounds the fp32 copies
 SWITCHES = {"yes": True, "no": False}
 
 
