@@ -49,5 +49,5 @@ def time_rounds(
             start = time.perf_counter()
             drafter.round(plan, sample[-1], position, limit)
             times.append(time.perf_counter() - start)
-    # the first may build things
-    return runner.agreed({plan: statistics.median(times[1:] or times) for plan, times in taken.items()})
+    medians = {plan: statistics.median(times[1:] or times) for plan, times in taken.items()}  # the first may build
+    return runner.agreed(medians)

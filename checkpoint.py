@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kernels import cpu
 from kernels.formats import PLAIN, Format, check_group
 from kernels.linear import is_packed
 from model import Linear, ModelArgs, Transformer
@@ -161,17 +162,16 @@ def our_names(args: ModelArgs, format: Format = PLAIN) -> Iterator[str]:
         yield from (name.format(layer) for name in names if "{}" in name)
 
 
-def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, fused: bool) -> dict[str, Stored]:
-    """Every tensor that a file of a model has, in the order of the file."""
-    found = {}
+def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, fused: bool) -> Iterator[tuple[str, Stored]]:
+    """Yield every tensor that a file of a model has, in the order of the file: its name and what it is."""
     for name in our_names(args, format):
         for piece, (shape, keys) in pieces(name, args, fused).items():
             if not format.covers(name):
-                found[piece] = Stored(shape, dtype, keys)
+                yield piece, Stored(shape, dtype, keys)
                 continue
             weight, scale = format.shapes(*shape)
-            found |= {piece: Stored(*weight, keys), scale_name(piece): Stored(*scale, keys)}
-    return found
+            yield piece, Stored(*weight, keys)
+            yield scale_name(piece), Stored(*scale, keys)
 
 
 def check_format(format: Format, args: ModelArgs, ranks: int = 1) -> None:
@@ -235,15 +235,17 @@ def load_drafter(
 ) -> Checkpoint:  # fmt: skip
     """Load low-bit copies of the LM head and of the first n_layer layers of `model`, which is the same checkpoint.
 
-    They share its embedding, and are packed as it is. Raises ValueError as `load` does.
+    They share its embedding, and its head if the format leaves that out. Raises ValueError as `load` does.
     """
     norm = model.norm.weight
     args = replace(source.args, n_layer=n_layer, tie_embeddings=False, dtype=_dtype_name(norm.dtype))
     with torch.device("meta"):
         draft = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
-    draft.embedding = model.embedding
-    names = [name for name in our_names(args) if name != "embedding.weight"]
-    pack = is_packed(model.layers[0].mlp.w2.weight)
+    draft.embedding, shared = model.embedding, ["embedding.weight"]
+    if not format.covers("lm_head.weight"):
+        draft.lm_head, shared = model.lm_head, [*shared, "lm_head.weight"]
+    names = [name for name in our_names(args) if name not in shared]
+    pack = any(is_packed(linear.weight) for linear in model.modules() if isinstance(linear, Linear))
     size = _fill(draft, names, source, norm.dtype, format, norm.device.type, pack, progress, group)
     return Checkpoint(draft, args, source.folder, source.hf_config, source.generation_config, size)
 
@@ -253,7 +255,7 @@ def _fill(
     progress: Progress | None, group: Group | None,
 ) -> int:  # fmt: skip
     """Give a model on the meta device the weights of our parameters `names` -> their bytes."""
-    size = 0
+    size, pack = 0, pack and device == "cpu" and dtype in cpu.DTYPES
     for done, name in enumerate(names, start=1):
         module = model.get_submodule(name.removesuffix(".weight"))
         weight, scale = source.weights(name, dtype, format, device, group)
@@ -266,7 +268,7 @@ def _fill(
         if shared:
             module = model.lm_head
             module.weight, module.scale = model.embedding.weight, scale
-        if pack and device == "cpu" and isinstance(module, Linear):
+        if pack and isinstance(module, Linear):
             module.pack_weight()
             if shared and scale is None and is_packed(module.weight):
                 model.embedding.weight = module.weight
@@ -322,12 +324,13 @@ def open_source(source: str | Path) -> Source:
 def _check_tensors(
     path: Path, args: ModelArgs, fused: bool, format: Format, shapes: dict[str, tuple[int, ...]]
 ) -> None:  # fmt: skip
-    known = stored_tensors(args, format, torch.float32, fused)
-    for name, stored in known.items():
+    known = set()
+    for name, stored in stored_tensors(args, format, torch.float32, fused):  # a config may claim billions of layers
         if name not in shapes:
             why = "tie_word_embeddings is false" if name == "lm_head.weight" else f"there are {args.n_layer} layers"
             raise ValueError(f"{path}: tensor {name!r} is missing (by its config {why})")
         _check_shape(path, name, shapes[name], stored.shape, stored.keys)
+        known.add(name)
     for name, shape in shapes.items():
         if name in known:
             continue
@@ -541,10 +544,10 @@ def _write_weights(
     """
     header: dict[str, dict] = {"__metadata__": metadata}
     names, size = list(our_names(args, format)), 0
-    for name, stored in stored_tensors(args, format, dtype, fused=metadata["format"] == "skipfast").items():
+    for name, stored in stored_tensors(args, format, dtype, fused=metadata["format"] == "skipfast"):
         start, size = size, size + math.prod(stored.shape) * stored.dtype.itemsize
         header[name] = {"dtype": SAFETENSORS[stored.dtype], "shape": stored.shape, "data_offsets": [start, size]}
-    expected = stored_tensors(args, format, dtype, fused=True)
+    expected = dict(stored_tensors(args, format, dtype, fused=True))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     with _replacing(path) as file:

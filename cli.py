@@ -118,7 +118,7 @@ class Session:
         """Raise ValueError unless the weights can be brought to this format."""
         if format and self.source.format:
             raise ValueError(f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
-                             f"({self.source.format})")  # fmt: skip
+                             f"({self.source.format}); give the plain checkpoint")  # fmt: skip
         checkpoint.check_format(format, self.args, self.group.size if self.group else 1)
 
     def load(self) -> Transformer:
@@ -190,6 +190,8 @@ def open_session(
         checkpoint.check_format(source.format, source.args, group.size if group else 1)
     if text := getattr(flags, "draft_quantize", None):
         session.draft_format = Format.parse(text, "draft_quantize")
+        if session.draft_format.embedding:
+            raise ValueError(f"draft_quantize {text}: copies share the model's embedding, leave out embedding=yes")
         session.quantises(session.draft_format, "draft_quantize")
     return session
 

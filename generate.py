@@ -21,7 +21,7 @@ from model import Transformer
 from plan import DraftPolicy, Round, RoundContext
 from policies import POLICIES, make_policy
 from rounds import Drafter, Rows, agreement
-from runner import Runner, check_num_draft_tokens
+from runner import Runner, check_num_draft_tokens, head_bytes, module_bytes
 from sampling import SamplingConfig
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
@@ -223,8 +223,7 @@ def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
 
 def head_cost_layers(model: Transformer) -> float:
     """Bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
-    layer = sum(p.nbytes for p in model.layers[0].parameters())
-    return model.lm_head.weight.nbytes / layer
+    return head_bytes(model.ends()) / module_bytes(model.layers[0])
 
 
 def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: Transformer) -> float:

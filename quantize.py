@@ -174,7 +174,7 @@ def losses_and_choices(model: Transformer, windows: Tensor) -> tuple[Tensor, Ten
 def weight_sizes(args: ModelArgs, format: Format, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of the weights that are quantised, of the same in bf16, and of all weights before and after."""
     size = lambda tensors: sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors.values())
-    before, after = (checkpoint.stored_tensors(args, each, dtype, fused=True) for each in (PLAIN, format))
+    before, after = (dict(checkpoint.stored_tensors(args, each, dtype, fused=True)) for each in (PLAIN, format))
     low = {name: each for name, each in after.items() if format.covers(name.replace(".scale", ".weight"))}
     elements = sum(math.prod(checkpoint.pieces(name, args, fused=True)[name][0]) for name in low if "weight" in name)
     return {"quantised": size(low), "the_same_in_bf16": 2 * elements, "before": size(before), "after": size(after)}
@@ -201,12 +201,15 @@ def read_tokens(session: cli.Session, path: str | None) -> list[int]:
     if path:
         text = cli.read_text(path)
     elif own.exists():
-        text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(str(own)).splitlines())
+        try:
+            text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(own).splitlines() if line.strip())
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{own} must hold lines of JSON with a \"prompt\"; or give --text") from None
     else:
         text = SAMPLE_TEXT
     tokens = session.tokenizer.encode(text)
     if len(tokens) < 2:
-        raise ValueError(f"{path} holds {len(tokens)} tokens: give a text")
+        raise ValueError(f"{path or own} holds {len(tokens)} tokens: give a text")
     return tokens
 
 

@@ -23,12 +23,12 @@ from contextlib import nullcontext
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.exit_head import Draw, Exit, Head
 from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
-from model import Block, Linear, Transformer
+from model import Linear, Transformer
 from plan import DraftPlan
 from sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, accept, make_sampler
 
@@ -163,9 +163,9 @@ def packed_layers(model: Transformer) -> PackedLayers:
     return PackedLayers(tensors, model.cos, model.sin, model.args.n_head, model.args.norm_eps)
 
 
-def sublayer_bytes(layer: Block) -> tuple[int, int]:
-    """Bytes of the weights of a layer's attention and of its MLP."""
-    return tuple(sum(w.nbytes for w in (*part.parameters(), *part.buffers())) for part in (layer.attention, layer.mlp))
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of the weights of a layer or of a part of it, scales included."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def head_bytes(head: Head) -> int:
@@ -201,9 +201,9 @@ class Runner:
         if draft_vocab is not None:
             self._draft_ends = self._draft_ends.trimmed(draft_vocab)
             self.draft_head_share *= draft_vocab / model.args.vocab_size
-        attention, mlp = sublayer_bytes(model.layers[0])
+        attention, mlp = module_bytes(model.layers[0].attention), module_bytes(model.layers[0].mlp)
         self._attention_share = attention / (attention + mlp)
-        self._draft_share = sum(sublayer_bytes(drafter.layers[0])) / (attention + mlp) if drafter else 1.0
+        self._draft_share = module_bytes(drafter.layers[0]) / module_bytes(model.layers[0]) if drafter else 1.0
         self.backend, self.group = "eager", model.group
         if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
             self.backend = "c++ ops" if self.rows_independent else "eager"
@@ -252,7 +252,7 @@ class Runner:
 
     @cached_property
     def _can_sample(self) -> bool:
-        return self.exit(self._ends.norm[None]).can_sample()
+        return all(self.exit(self._ends.norm[None], draft=draft).can_sample() for draft in (False, True))
 
     def warm_up(self, skips_sublayers: bool = False) -> None:
         """Compile every graph that decoding will use, then make any further compilation an error.

@@ -13,6 +13,7 @@ vector units compute (statistics, hidden states, other samplers) might differ be
 does: there `Group.agreed` lets rank 0 decide.
 """
 import os
+import re
 import sys
 import time
 import traceback
@@ -40,6 +41,7 @@ TABLE = (
 TIMEOUT_SECONDS = 60  # a rank that keeps the others waiting longer has failed
 MEETING_SECONDS = 1800  # the same while weights are read
 PARTING_SECONDS = 10
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|read error|timed out", re.IGNORECASE)  # what others then see
 POLL_SECONDS = 0.02
 all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # before torch 2.13
 
@@ -192,6 +194,9 @@ def joined() -> Iterator[Group | None]:
     at the latest TIMEOUT_SECONDS of silence) and leave without a word: exit code 2 for a user's mistake, else 1. With
     several ranks the process ends with the block.
     """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "WORLD_SIZE" in os.environ and not all(os.environ.get(name) for name in names):
+        raise ValueError(f"WORLD_SIZE is set, but not all of {', '.join(names)}: start several processes with torchrun")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield None
@@ -222,8 +227,11 @@ def _leave(group: Group, code: int) -> None:
 def _fail(group: Group, error: BaseException) -> None:
     """Print the error of the rank that failed first, and end the process at once."""
     mistake = isinstance(error, ValueError)
+    lost = isinstance(error, RuntimeError) and LOST.search(str(error))
     if group.failed_first() and not isinstance(error, KeyboardInterrupt):
-        if not mistake:
+        if lost:
+            error = RuntimeError("another rank has gone or is silent: " + str(error).split("]")[-1].strip())
+        elif not mistake:
             traceback.print_exception(error, file=sys.__stderr__)
         where = "" if mistake else f"rank {group.rank} of {group.size} failed: {type(error).__name__}: "
         print(f"error: {where}" + " ".join(str(error).split()), file=sys.__stderr__, flush=True)

@@ -38,7 +38,7 @@ from kernels.formats import PLAIN, Format
 from model import Transformer
 from plan import DraftPolicy
 from policies import Static, make_policy
-from runner import MAX_ROWS, Runner
+from runner import MAX_ROWS, Runner, head_bytes, module_bytes
 from scripts import peers, plot, policy_sets
 from scripts.peers import Contender
 from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
@@ -269,7 +269,7 @@ def result_rows(
 
 def streamed_bytes(model: Transformer, layers: float, heads: float) -> float:
     """Weight bytes that so many visits of layers and of the LM head read."""
-    return layers * sum(p.nbytes for p in model.layers[0].parameters()) + heads * model.lm_head.weight.nbytes
+    return layers * module_bytes(model.layers[0]) + heads * head_bytes(model.ends())
 
 
 def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
@@ -382,7 +382,7 @@ def print_ranks(ranks: list[dict]) -> None:
          megabytes(own["cache_bytes"]), megabytes(own["peak_memory_bytes"]["after_loading"])]
         for rank, own in enumerate(ranks)
     ]  # fmt: skip
-    columns = ("rank", "MB of weights", "MB read a plain token", "MB of cache", "MB at most")
+    columns = ("rank", "MB of weights", "MB a plain token reads of the first", "MB of cache", "MB at most")
     cli.print_table("each rank", columns, body)
 
 
@@ -418,8 +418,10 @@ def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], 
     before, models, contenders, loaded = peak_memory_bytes(), {}, [], {}
     for session.format in formats:
         models[session.quantize] = session.load()
-        loaded[session.quantize] = session.weight_bytes
         contenders += our_contenders(session, policies, config, max(lengths))
+        loaded[session.quantize] = session.weight_bytes
+        if session.draft_bytes:
+            loaded[f"{session.quantize} (drafts {session.draft_format})"] = session.draft_bytes
     session.model = model = next(iter(models.values()))
     own = memory(model, loaded, before)
     with contextlib.ExitStack() as cleanup:
@@ -438,7 +440,6 @@ def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], 
         "head_cost_layers": head_cost_layers(model),
         "lengths": by_length,
         "bandwidth_bytes_per_s": bandwidth,
-        "draft_weight_bytes": session.draft_bytes,
         **own,
         "ranks": session.group.everyones(own) if session.group else [own],
         "config": vars(flags),

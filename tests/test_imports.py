@@ -18,7 +18,7 @@ ALLOWED = {
     "lookup": {"plan"},
     "auto": {"lookup", "plan"},
     "policies": {"auto", "kernels", "lookup", "plan"},
-    "quantize": {"kernels", "model"},
+    "quantize": {"calibrate", "checkpoint", "cli", "convert_hf_checkpoint", "kernels", "model", "runner"},
     "tokenizer": set(),
     "runner": {"kernels", "model", "plan", "sampling"},
     "rounds": {"kernels", "plan", "runner", "sampling"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "checkpoint": {"kernels", "model", "tp"},
     "cli": {"checkpoint", "kernels", "model", "plan", "sampling", "tokenizer", "tp"},
     "generate": {"calibrate", "cli", "model", "plan", "policies", "rounds", "runner", "sampling", "tp"},
-    "convert_hf_checkpoint": {"checkpoint", "cli", "tokenizer"},
+    "convert_hf_checkpoint": {"checkpoint", "cli", "kernels", "tokenizer"},
     "scripts": MODULES - {"tests"},
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.

@@ -163,8 +163,11 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
     assert found["comparison"]["identical"] and found["config"]["quantize"] == "int8"
 
 
-@pytest.mark.parametrize("flags", [["--quantize", "int4:lm_head=no"], ["--draft_quantize", "int8"],
-                                   ["--quantize", "int8", "--draft_quantize", "int4"]])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    ["--quantize", "int4:lm_head=no"], ["--draft_quantize", "int8"], ["--draft_quantize", "int8:lm_head=no"],
+    ["--quantize", "int8", "--draft_quantize", "int4", "--temperature", "1"],
+    ["--quantize", "int8", "--draft_quantize", "int8", "--precision", "fp16"],
+])  # fmt: skip
 def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, capsys, tmp_path):
     for policy in ("auto", "static:1", "prompt_lookup+static:1"):
         code, out, err = run(monkeypatch, capsys, generate, "--checkpoint_path", original, "--prompt", "def read",
@@ -179,6 +182,7 @@ def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, caps
     (generate, ["--quantize", "int4:group=48"], "group must be one of 32, 64, 128, got '48'"),
     (generate, ["--draft_quantize", "int5"], "draft_quantize must be one of"),
     (generate, ["--draft_quantize", "int8", "--no_verify"], "--no_verify does not go with --draft_quantize"),
+    (generate, ["--draft_quantize", "int8:embedding=yes"], "copies share the model's embedding"),
     (quantize, ["--mode", "none"], "mode must be int8 or int4"),
     (quantize, ["--mode", "int4:group=128"], "divide the 64 input features of hidden_size"),
     (quantize, ["--mode", "int8", "--text", "nowhere.txt"], "cannot read nowhere.txt"),
