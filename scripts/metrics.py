@@ -28,13 +28,26 @@ def _scorer():
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: the fewest characters to insert, delete or replace that make one text the other."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        corner, row[0] = row[0], i
-        for j, b in enumerate(second, start=1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (a != b))
-    return row[-1]
+    """Levenshtein distance: the fewest characters to insert, delete or replace that make one text the other.
+
+    Column by column of the usual table, a column as the bits of two whole numbers: which of its steps go up and which
+    go down (Myers 1999, in the form of Hyyrö 2003). A summary against an article takes milliseconds.
+    """
+    if not first:
+        return len(second)
+    found: dict[str, int] = {}
+    for i, letter in enumerate(first):
+        found[letter] = found.get(letter, 0) | 1 << i
+    every, last, distance = (1 << len(first)) - 1, 1 << (len(first) - 1), len(first)
+    up, down = every, 0
+    for letter in second:
+        same = found.get(letter, 0)
+        level = (((same & up) + up) ^ up) | same
+        rises, falls = (down | ~(level | up)) & every, up & level
+        distance += bool(rises & last) - bool(falls & last)
+        rises, falls = rises << 1 | 1, falls << 1
+        up, down = (falls | ~(same | down | rises)) & every, rises & (same | down) & every
+    return distance
 
 
 def quality(text: str, references: Sequence[str]) -> dict[str, float]:
@@ -54,7 +67,7 @@ def quality(text: str, references: Sequence[str]) -> dict[str, float]:
         "sentence_bleu": sacrebleu.sentence_bleu(text, references).score,
         "exact_match": float(text in references),
         "edit_distance": min(distances.values()),
-        "edit_distance_share": min(shares),
+        "edit_distance_normalised": min(shares),
     }
 
 
