@@ -1,8 +1,6 @@
 """What the programs that decode samples share: the flags checked, the samples encoded, a model with its runners."""
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from policies import make_policy
 from runner import Runner, check_num_draft_tokens
 from scripts import samples
 from scripts.benchmark import Runners
+from scripts.journal import prompts_digest
 from scripts.ranks import Ranks
 
 
@@ -25,12 +24,6 @@ def add_flags(parser: argparse.ArgumentParser, output_dir: str, dataset: str = "
     samples.add_sample_flags(parser, dataset, num_samples)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output_dir", default=output_dir, metavar="DIR", help=f"default: {output_dir}")
-
-
-def prompts_digest(prompts: Sequence[Sequence[int]]) -> dict:
-    """What a journal remembers of its prompts: their number and a hash of their ids."""
-    ids = json.dumps([list(prompt) for prompt in prompts])
-    return {"samples": len(prompts), "prompts": hashlib.sha256(ids.encode()).hexdigest()}
 
 
 class Experiment:

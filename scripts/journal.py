@@ -3,11 +3,18 @@
 The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
 """
 
+import hashlib
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import cli
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> dict:
+    """What a journal remembers of its prompts: their number and a hash of their ids."""
+    ids = json.dumps([list(prompt) for prompt in prompts])
+    return {"samples": len(prompts), "prompts": hashlib.sha256(ids.encode()).hexdigest()}
 
 
 class Journal:

@@ -19,13 +19,16 @@ import tp
 class Ranks:
     """The ranks that share the samples, seen from one of them; a single process is rank 0 of 1, at no cost."""
 
-    def __init__(self, group: tp.Group | None):
-        self.group = group
-        self.rank, self.size = (group.rank, group.size) if group else (0, 1)
-        self.leads = self.rank == 0
+    def __init__(self, group: tp.Group | None, shares: bool = True):
+        """shares False: the ranks run one model together (tp.py), so each sees all samples."""
+        self.group, self.shares = group, shares
+        self.rank, self.size = (group.rank, group.size) if group and shares else (0, 1)
+        self.leads = group is None or group.leads
 
     def open_session(self, flags, needs_tokenizer: bool = True) -> cli.Session:
-        """As `cli.open_session`, for a whole model on every rank; with --device cuda each rank has a GPU of its own."""
+        """As `cli.open_session`; where ranks share samples, each has a whole model, with cuda on a GPU of its own."""
+        if not self.shares:
+            return cli.open_session(flags, needs_tokenizer, self.group)
         if self.group and flags.device == "cuda" and (count := torch.cuda.device_count()):
             if self.group.local_rank >= count:
                 raise ValueError(f"nproc_per_node: torch sees {count} CUDA devices here, one is needed for each rank")
@@ -41,7 +44,7 @@ class Ranks:
 
         Waits for the slowest rank however long it takes; raises RuntimeError if a rank has failed.
         """
-        if self.group is None:
+        if self.size == 1:
             return list(values)
         self.group.meet(math.inf)  # a message itself may take tp.TIMEOUT_SECONDS only
         shares: list = [None] * self.size

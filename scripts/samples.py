@@ -147,6 +147,17 @@ def add_sample_flags(parser: argparse.ArgumentParser, dataset: str | None = "cod
     group.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to each prompt")
 
 
+def check_sample_flags(flags: argparse.Namespace, without: str) -> None:
+    """Raise ValueError for flags of samples without a --dataset, or with a flag `without` that replaces it."""
+    given = {"num_shots": flags.num_shots, "response_field": flags.response_field, "template": flags.template,
+             "chat": flags.chat or None}  # fmt: skip
+    if flags.dataset is None:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"--{names[0]} goes with --dataset only")
+    elif getattr(flags, without) is not None:
+        raise ValueError(f"--dataset and --{without} both say what to continue: give one")
+
+
 def read_dataset(flags: argparse.Namespace) -> Dataset:
     """The dataset that the flags name, shuffled by --seed, with its examples in each prompt.
 
