@@ -42,7 +42,7 @@ from scripts.journal import Journal, prompts_digest
 from scripts.peers import Contender
 from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
 from scripts.ranks import Ranks
-from scripts.turns import Quality, measure, print_quality, sample_numbers
+from scripts.turns import Quality, measure, print_quality, print_speeds, sample_numbers
 
 PROMPT_SETS = Path(__file__).parent.parent / "benchmarks" / "prompts"
 PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
@@ -378,6 +378,8 @@ def print_ranks(ranks: list[dict]) -> None:
 
 def print_results(result: dict, title: str) -> None:
     print_rows(result["rows"], title)
+    if result["config"]["dataset"]:
+        print_speeds(result["rows"])
     if any(row["quality"] for row in result["rows"]):
         print_quality(result["rows"])
     if len(result["ranks"]) > 1:

@@ -1,8 +1,8 @@
 """Compare the tokens of policies with plain decoding's on a dataset: how many differ, where first, and by what margin.
 
-Ends with exit code 1 if any token differs. Tokens are compared, not strings: two tokenisations of one text are two texts.
-The margin at a first difference says what kind of fault it is: near 0 the two tokens were nearly tied and rounding
-decided; a wide one is a fault of the algorithm.
+Ends with exit code 1 if any token differs. Tokens are compared, not strings: one text may have two tokenisations. The
+margin at a first difference says what kind of fault it is: near 0 the two tokens were nearly tied and rounding decided;
+a wide one is a fault of the algorithm.
 """
 
 import argparse

@@ -129,6 +129,21 @@ def sample_numbers(c: Contender, fastest: Contender, prompts: Sequence[Sequence[
     }
 
 
+def print_speeds(rows: Sequence[dict]) -> None:
+    """A table of the speeds that have two definitions, by all samples together and by each, and of the prefill."""
+    shown = cli.shown
+    body = [
+        [row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}", row["backend"],
+         shown(row["tokens_per_s"]), shown(row["mean_sample_tokens_per_s"]),
+         shown(row["speedup_over_fastest_ar"], ".2f") + "×", shown(row["mean_sample_speedup"], ".2f") + "×",
+         shown(row["prefill_tokens_per_s"])]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("policy", "backend", "Σ tokens\n÷ Σ seconds", "mean of samples'\ntokens/s", "speedup",
+               "mean of samples'\nspeedups", "prefill\ntokens/s")  # fmt: skip
+    cli.print_table("all samples together, and each by itself", columns, body)
+
+
 def print_quality(rows: Sequence[dict]) -> None:
     """A table of the quality of the rows; rows of equal texts have equal numbers and stand in one line."""
     groups: dict[tuple, list[str]] = {}
@@ -137,7 +152,7 @@ def print_quality(rows: Sequence[dict]) -> None:
             name = row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}"
             groups.setdefault(tuple(row["quality"][metric] for metric in QUALITY), []).append(name)
     body = [
-        [", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} rows of the same texts",
+        [", ".join(dict.fromkeys(names)) if len(names) < 5 else f"{names[0]} and {len(names) - 1} rows like it",
          *(cli.shown(value, form) for value, form in zip(values, QUALITY.values(), strict=True))]
         for values, names in groups.items()
     ]  # fmt: skip
