@@ -7,6 +7,9 @@ import pytest
 import cli
 from scripts import benchmark, metrics, turns
 
+for package in metrics.NEEDS:
+    pytest.importorskip(package, reason="pip install -r requirements-eval.txt")
+
 FLAGS = ("--dataset", "questions", "--num_samples", 2, "--max_new_tokens", 6, "--repeats", 2, "--policy", "static:1")
 
 
@@ -22,7 +25,6 @@ def lines(folder):
 
 
 def test_each_text_is_a_line_and_each_row_has_the_quality_and_speeds_of_its_lines(play, tmp_path):
-    pytest.importorskip("rouge_score", reason="pip install -r requirements-eval.txt")
     out, _ = play(benchmark, *FLAGS)
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
     _, records = lines(tmp_path / "out")
@@ -73,7 +75,6 @@ def test_a_killed_benchmark_goes_on_without_measuring_anything_twice(play, tmp_p
 
 
 def test_equal_texts_are_judged_once(play, monkeypatch):
-    pytest.importorskip("rouge_score", reason="pip install -r requirements-eval.txt")
     judged, quality = [], metrics.quality
     monkeypatch.setattr(metrics, "quality", lambda text, responses: judged.append(text) or quality(text, responses))
     play(benchmark, *FLAGS)
