@@ -74,8 +74,8 @@ def test_a_planted_fault_is_found_with_its_place_and_margin_and_exit_code_1(play
 def test_a_perturbed_runner_is_found(play, tmp_path, monkeypatch):
     run_layers, wide = Runner.run_layers, []
 
-    def perturbed(runner, hidden, position, start, stop, *skips):
-        out = run_layers(runner, hidden, position, start, stop, *skips)
+    def perturbed(runner, hidden, position, start, stop, *skips, **drafting):
+        out = run_layers(runner, hidden, position, start, stop, *skips, **drafting)
         if len(hidden) > 1 and stop == runner.n_layer:  # only calls that verify several rows, as a wrong kernel would
             wide.append(position)
             out = out + torch.randn(out.shape, generator=torch.Generator().manual_seed(len(wide)))
