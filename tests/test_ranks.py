@@ -33,7 +33,8 @@ def start(program, folder, output, size):
         subprocess.Popen(
             list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                              "TORCH_CPP_LOG_LEVEL": "ERROR"})  # torch's own words when the store has gone
         for rank in range(size)
     ]  # fmt: skip
 
