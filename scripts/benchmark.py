@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import random
 import resource
 import statistics
 import time
@@ -17,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import cli
 import tp
@@ -39,9 +37,12 @@ from model import Transformer
 from plan import DraftPolicy
 from policies import Static, make_policy
 from runner import MAX_ROWS, Runner, head_bytes, module_bytes
-from scripts import peers, plot, policy_sets
+from scripts import peers, plot, policy_sets, samples
+from scripts.journal import Journal, prompts_digest
 from scripts.peers import Contender
 from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
+from scripts.ranks import Ranks
+from scripts.turns import Quality, measure, print_quality, print_speeds, sample_numbers
 
 PROMPT_SETS = Path(__file__).parent.parent / "benchmarks" / "prompts"
 PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
@@ -169,25 +170,6 @@ def peer_contenders(
     return found
 
 
-def measure(contenders: list[Contender], prompts: list[list[int]], new_tokens: int, repeats: int, seed: int) -> None:
-    """One warm-up round, then `repeats` timed ones. Fills rates, texts and summaries of each contender.
-
-    Contenders take turns prompt by prompt, so that a slow second of the machine hits all of them.
-    """
-    order, shuffled = list(contenders), random.Random(seed)
-    for turn in tqdm(range(repeats + 1), desc="rounds", leave=False):
-        results = {id(contender): [] for contender in contenders}
-        for prompt in prompts:
-            shuffled.shuffle(order)
-            for contender in order:
-                results[id(contender)].append(contender.run(prompt, new_tokens))
-        for contender in contenders:
-            texts, seconds, contender.summaries = map(list, zip(*results[id(contender)], strict=True))
-            contender.texts = texts
-            if turn:
-                contender.rates.append(sum(len(text) - 1 for text in texts) / sum(seconds))
-
-
 def decoding_numbers(c: Contender, model: Transformer) -> dict:
     """The numbers of a row that follow from its rounds; None where nothing was drafted or an engine does not tell."""
     emitted = sum(len(text) - 1 for text in c.texts)
@@ -248,6 +230,7 @@ def result_rows(
             "tokens_per_s": rate,
             "tokens_per_s_rounds": c.rates,
             "speedup_over_fastest_ar": speedup,
+            **sample_numbers(c, fastest, prompts),
             **numbers,
             "share_of_ideal": speedup / ideal if ideal else None,
             "bytes_per_token": read,
@@ -346,6 +329,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`), or one of benchmarks/prompts: "
                         + ", ".join(sorted(path.stem for path in PROMPT_SETS.glob("*.jsonl"))))
     parser.add_argument("--num_prompts", type=int, metavar="N", help="only the first N")
+    samples.add_sample_flags(parser, dataset=None)
+    parser.add_argument("--split", choices=["model", "samples"], default="model",
+                        help="what torchrun's processes share: one model (tensor parallelism), or the samples, with a "
+                        "whole model each")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--against", default=[], type=comma, metavar="ENGINE,…",
                         help="other engines to measure: " + ", ".join(peers.NEEDS))
@@ -354,7 +341,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--picture", metavar="PATH", help="draw the rows of drafting policies as a PNG")
-    parser.add_argument("--output_dir", metavar="DIR", help="also write DIR/benchmark.json and DIR/policies.png")
+    parser.add_argument("--output_dir", metavar="DIR",
+                        help="also write DIR/benchmark.json, samples.jsonl and policies.png, and go on with a run of "
+                        "the same settings that was killed")
     flags = parser.parse_args(argv)
     flags.ignore_eos = True  # every row must decode the same number of tokens
     if flags.max_new_tokens < 2:
@@ -362,6 +351,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in (("num_prompts", flags.num_prompts), ("repeats", flags.repeats)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
+    samples.check_sample_flags(flags, without="prompts")
     if unknown := set(flags.against) - set(peers.NEEDS):
         raise ValueError(f"--against knows {', '.join(peers.NEEDS)}, got {', '.join(sorted(unknown))}")
     if min(flags.prompt_lengths, default=1) < 1:
@@ -388,6 +378,10 @@ def print_ranks(ranks: list[dict]) -> None:
 
 def print_results(result: dict, title: str) -> None:
     print_rows(result["rows"], title)
+    if result["config"]["dataset"]:
+        print_speeds(result["rows"])
+    if any(row["quality"] for row in result["rows"]):
+        print_quality(result["rows"])
     if len(result["ranks"]) > 1:
         print_ranks(result["ranks"])
     for peer, reason in result["skipped"].items():
@@ -409,8 +403,8 @@ def memory(model: Transformer, loaded: dict, before: int) -> dict:
 
 
 def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], policies: dict[str, DraftPolicy],
-        prompts: list[list[int]]) -> dict:  # fmt: skip
-    """Load, measure and return the JSON object."""
+        prompts: list[list[int]], work: tuple[Ranks, Journal, Quality]) -> dict:  # fmt: skip
+    """Load, measure and return the JSON object. work: who shares it, what is finished, how texts are judged."""
     args, config = session.args, GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     lengths = [max(map(len, prompts)) + flags.max_new_tokens, *flags.prompt_lengths]
     if any(policy.plans_to_time() for policy in policies.values()):
@@ -429,10 +423,12 @@ def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], 
         full, bandwidth = own["weight_bytes_per_pass"], read_bandwidth()
         print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
               "from memory")  # fmt: skip
-        measure(contenders, prompts, flags.max_new_tokens, flags.repeats, flags.seed)
+        measure(contenders, prompts, flags, *work)
         plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: compiled, exact
         by_length = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, model, full)
     rows = result_rows(contenders, models, flags, prompts, bandwidth)
+    for row, contender in zip(rows, contenders, strict=True):
+        row["quality"] = work[-1].of_all(contender.texts)
     return {
         "rows": rows,
         "grid": policy_sets.best_of_grid(rows, args.n_layer) if "grid" in flags.policies else None,
@@ -461,13 +457,36 @@ def checked_formats(session: cli.Session, flags: argparse.Namespace) -> tuple[li
     return formats, skipped
 
 
+def make_journal(flags: argparse.Namespace, prompts: list[list[int]], policies: dict[str, DraftPolicy]) -> Journal:
+    """What is measured already, in --output_dir. Raises ValueError if that was with other settings."""
+    apart = ("output_dir", "json", "picture", "repeats", "split")
+    settings = {name: value for name, value in vars(flags).items() if name not in apart}
+    settings |= {"rows": list(policies)} | prompts_digest(prompts)
+    path = Path(flags.output_dir) / "samples.jsonl" if flags.output_dir else None
+    return Journal(path, settings, ("row", "sample", "repeat"))
+
+
+def choose_prompts(flags: argparse.Namespace, session: cli.Session) -> tuple[list[list[int]], Quality]:
+    """The prompts that the flags name, checked, and what judges the texts that follow them."""
+    config, most = GenerateConfig(flags.max_new_tokens), session.args.max_seq_len
+    if flags.dataset is not None:
+        dataset = samples.read_dataset(flags)
+        chosen = samples.encoded(dataset, flags, session, config)
+        return [ids for _, ids in chosen], Quality(session, [sample for sample, _ in chosen], dataset.stops)
+    prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
+    for prompt in prompts:
+        check_prompt(prompt, config, session.args.vocab_size, most)
+    return prompts, Quality(session, (), ())
+
+
 def main() -> None:
     with tp.joined() as group:
-        flags, leads = parse_flags(), group is None or group.leads
-        for path in (flags.json, flags.picture) if leads else ():
+        flags = parse_flags()
+        ranks = Ranks(group, flags.split == "samples")
+        for path in (flags.json, flags.picture) if ranks.leads else ():
             cli.check_writable(path)
         picture = plot.wanted_picture(flags.picture, flags.output_dir)
-        session = cli.open_session(flags, group=group)
+        session = ranks.open_session(flags)
         args = session.args
         policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
         check_draft_vocab(flags.draft_vocab, args.vocab_size)
@@ -476,17 +495,19 @@ def main() -> None:
         for peer, reason in skipped.items():
             cli.notice(f"{peer} skipped: {reason}")
         flags.against = [peer for peer in flags.against if peer not in skipped]
-        prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
-        for prompt in prompts:
-            check_prompt(prompt, GenerateConfig(flags.max_new_tokens), args.vocab_size, args.max_seq_len)
-        if flags.output_dir and leads:
+        prompts, quality = choose_prompts(flags, session)
+        journal = make_journal(flags, prompts, policies)
+        if flags.output_dir and ranks.leads:
             cli.make_folder(flags.output_dir)
-        result = run(session, flags, formats, policies, prompts) | {"skipped": skipped}
+            cli.check_writable(str(Path(flags.output_dir) / "benchmark.json"))
+            journal.start()
+        result = run(session, flags, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
         rows = result["rows"]
-        title = (f"{Path(flags.checkpoint_path).name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, "
-                 f"{rows[0]['precision']}, median of {flags.repeats}")  # fmt: skip
+        name = f"{Path(flags.checkpoint_path).name}" + (f", {flags.dataset}" if flags.dataset else "")
+        title = (f"{name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, {rows[0]['precision']}, "
+                 f"median of {flags.repeats}")  # fmt: skip
         print_results(result, title)
-        if not leads:
+        if not ranks.leads:
             return
         for path in filter(None, (flags.json, flags.output_dir and Path(flags.output_dir) / "benchmark.json")):
             cli.write_json(path, result)

@@ -47,6 +47,7 @@ class Contender:
     rates: list[float] = field(default_factory=list)  # tokens/s of each round
     texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
     summaries: list[dict] = field(default_factory=list)
+    records: list[list[dict]] = field(default_factory=list)  # by round and prompt: tokens, seconds, all of the summary
 
     @property
     def is_ar(self) -> bool:

@@ -1,7 +1,10 @@
 """What the whole suite shares: one thread, no network, and random tiny Llamas written by transformers."""
 
+import inspect
 import json
 import os
+import sys
+import textwrap
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are 20 times as slow on a busy machine
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels are interpreted; compiling them has its own process
@@ -10,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402  (the environment is read at import)
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 TINY = {
@@ -43,6 +47,41 @@ def make_hf():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder(make_hf, tmp_path_factory):
+    """A tiny checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=380, model_type="bpe", byte_fallback=True,
+            minloglevel=2, num_threads=1,
+        )  # fmt: skip
+    make_hf(folder, vocab_size=380, num_key_value_heads=2)
+    return folder
+
+
+@pytest.fixture
+def play(folder, tmp_path, monkeypatch, capsys):
+    """play(program, *flags, code=0) runs an experiment program on the tiny checkpoint -> (stdout, stderr)."""
+    import cli
+
+    def play(program, *flags, code=0):
+        flags = ["--checkpoint_path", folder, "--no-compile", "--output_dir", tmp_path / "out", *flags]
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, flags)])
+        capsys.readouterr()
+        exit_code = 0
+        try:
+            cli.run(program.main)
+        except SystemExit as error:
+            exit_code = error.code or 0
+        out, err = capsys.readouterr()
+        assert exit_code == code, err
+        return out, err
+
+    return play
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,11 @@
 
 import argparse
 import importlib.util
-import inspect
 import json
 import statistics
 import sys
-import textwrap
 
 import pytest
-import sentencepiece
 import torch
 
 import cli
@@ -25,20 +22,6 @@ COLUMNS = {
     "acceptance_rate", "tokens_per_round", "mean_exit_layer", "layer_visits_per_token", "head_visits_per_token",
     "cost_per_token_layers", "ideal_speedup", "share_of_ideal", "share_of_bandwidth", "identical",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(make_hf, tmp_path_factory):
-    """A tiny checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=380, model_type="bpe", byte_fallback=True,
-            minloglevel=2, num_threads=1,
-        )  # fmt: skip
-    make_hf(folder, vocab_size=380, num_key_value_heads=2)
-    return folder
 
 
 @pytest.fixture

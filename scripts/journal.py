@@ -1,0 +1,80 @@
+"""What a long program has finished, one JSON object a line, so that a killed run goes on where it was.
+
+The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
+"""
+
+import hashlib
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import cli
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> dict:
+    """What a journal remembers of its prompts: their number and a hash of their ids."""
+    ids = json.dumps([list(prompt) for prompt in prompts])
+    return {"samples": len(prompts), "prompts": hashlib.sha256(ids.encode()).hexdigest()}
+
+
+class Journal:
+    """Finished pieces of work by key. Without a path it remembers and writes nothing."""
+
+    def __init__(self, path: Path | None, settings: dict, key: tuple[str, ...]):
+        """Read what is there. key: the fields of a row that name it.
+
+        Raises ValueError if the file is of other settings, is not such a file, or cannot be written.
+        """
+        self.path, self.key, self.settings = path, key, json.loads(json.dumps(settings))
+        self.done: dict[Hashable, dict] = {}
+        if path is not None and path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            first, *rows = [json.loads(line) for line in self._complete_lines()] or [{"settings": self.settings}]
+            found = first["settings"]
+            for row in rows:
+                self.done[self._key_of(row)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
+                             f"another --output_dir") from None  # fmt: skip
+        if found != self.settings:
+            name = next(name for name in self.settings | found if self.settings.get(name) != found.get(name))
+            then, now = _short(found.get(name)), _short(self.settings.get(name))
+            raise ValueError(f"{self.path} is of a run with another {name} ({then}, now {now}): give another "
+                             f"--output_dir, or delete the file")  # fmt: skip
+
+    def _complete_lines(self) -> list[str]:
+        """Lines, without what a killed run has not finished writing."""
+        return [line for line in cli.read_text(self.path).splitlines(keepends=True) if line.endswith("}\n")]
+
+    def _key_of(self, row: dict) -> tuple:
+        return tuple(row[name] for name in self.key)
+
+    def start(self) -> None:
+        """Make the file ready for more rows, before long work: the settings, and what was read from it."""
+        if self.path is None:
+            return
+        try:
+            unfinished = self.path.with_name(self.path.name + ".part")
+            rows = [{"settings": self.settings}, *self.done.values()]
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            unfinished.replace(self.path)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def add(self, row: dict) -> None:
+        """Remember a finished piece, also on disk."""
+        self.done[self._key_of(row)] = row
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def get(self, *key) -> dict | None:
+        return self.done.get(key)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"
