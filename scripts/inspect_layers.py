@@ -1,8 +1,8 @@
 """Look into the layers: what each would say at every position of a text, and where the text's tokens left the model.
 
 A prompt is continued by any policy, then prompt and text are read once more with every layer in view (`lens.py`). Out
-come a page for a browser, tables for LaTeX and plain text (`lens_page.py`), and all numbers as JSON. A second checkpoint
-can read the same texts beside the first.
+come a page for a browser, tables for LaTeX and plain text (`lens_page.py`), and all numbers as JSON. A second
+checkpoint can read the same texts beside the first.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def open_other(flags: argparse.Namespace, session: cli.Session) -> cli.Session |
         return None
     other = cli.open_session(argparse.Namespace(**{**vars(flags), "checkpoint_path": flags.compare_with}))
     if other.tokenizer.vocabulary.token_bytes != session.tokenizer.vocabulary.token_bytes:
-        raise ValueError(f"compare_with {flags.compare_with}: its vocabulary is not that of {flags.checkpoint_path}, and "
-                         f"both must read the same tokens")  # fmt: skip
+        raise ValueError(f"compare_with {flags.compare_with}: its vocabulary is not that of {flags.checkpoint_path}, "
+                         f"and both must read the same tokens")  # fmt: skip
     return other
 
 
@@ -100,7 +100,7 @@ def read_again(other: cli.Session, config: GenerateConfig, lenses: Sequence[lens
     length = max(len(each.tokens) for each in lenses)
     plain = make_policy("none", other.args.n_layer)
     runner = make_runner(other, length, plain, config.sampling, lenses[0].tokens)
-    return [lens.read(runner, each.tokens, len(each.tokens), ()) for each in lenses]
+    return [lens.read(runner, each.tokens, each.prompt_length, ()) for each in lenses]
 
 
 def print_layers(models: Sequence[Model]) -> None:

@@ -55,7 +55,7 @@ class Lens:
     tokens: T + 1 ids, of which the first `prompt_length` are the prompt. top_ids, top_probs: [L][T][TOP], most probable
     first. next_probs, next_ranks: [L][T], of the token that does come next (rank 0: the most probable). cosines: gap n
     -> [L + 1 - n][T], of the states at depths l and l + n, l = 0 being the embedding. departures: one for each token
-    after the prompt.
+    after the prompt; none if another model wrote them.
     """
 
     tokens: list[int]
@@ -90,16 +90,16 @@ class Lens:
         return depth
 
     def departure(self, position: int) -> Departure | None:
-        """How the token that `position` predicts came to be; None within the prompt."""
+        """How the token after `position` came to be; None within the prompt, and where another model wrote the text."""
         index = position + 1 - self.prompt_length
-        return self.departures[index] if index >= 0 else None
+        return self.departures[index] if self.departures and index >= 0 else None
 
 
 @torch.inference_mode()
 def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequence[Departure]) -> Lens:
     """Run `tokens` through the model and look at every layer. Overwrites the cache.
 
-    left: one Departure for each token after the prompt.
+    left: one Departure for each token after the prompt; none if another model wrote them.
     """
     n_layer, last = runner.n_layer, len(tokens) - 1
     found = Lens(list(tokens), prompt_length, *([[] for _ in range(n_layer)] for _ in range(4)),

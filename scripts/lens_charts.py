@@ -15,7 +15,7 @@ def charts(summary: dict, lenses: Sequence[Lens]) -> str:
         figure("Median cosine of hidden states, n layers apart", "near 1: these layers hardly turn the state",
                cosine_chart(summary)),
         figure("Earliest layer from which the choice stays final",
-               "bars: share of positions; line: positions whose choice is the final one already", stable_chart(summary)),
+               "bars: share of positions; line: share with the final choice at this layer", stable_chart(summary)),
     ]  # fmt: skip
     if any(lens.departures for lens in lenses):
         parts.append(figure("Layers run for each token of the text", "green: drafts that were accepted; "
@@ -67,8 +67,9 @@ class Frame:
     def bar(self, x: float, y: float, width: float, kind: str, title: str) -> None:
         """A bar from the bottom up to y, `width` units wide around x."""
         left, right = self.across(x - width / 2), self.across(x + width / 2)
-        self.add(f'<rect class="{kind}" x="{left:.1f}" width="{max(0.5, right - left):.1f}" y="{self.down(y):.1f}" '
-                 f'height="{self.down(self.y[0]) - self.down(y):.1f}"><title>{html.escape(title)}</title></rect>')  # fmt: skip
+        area = f'x="{left:.1f}" y="{self.down(y):.1f}" width="{max(0.5, right - left):.1f}"'
+        height = self.down(self.y[0]) - self.down(y)
+        self.add(f'<rect class="{kind}" {area} height="{height:.1f}"><title>{html.escape(title)}</title></rect>')
 
     def close(self) -> str:
         return "".join([*self.parts, "</svg>"])

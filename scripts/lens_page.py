@@ -24,7 +24,7 @@ LATEX = {  # what may not stand in LaTeX as it is
     "·": r"\textperiodcentered{}", "⏎": r"\textbackslash{}n", "⇥": r"\textbackslash{}t", "␍": r"\textbackslash{}r",
     "∅": r"$\emptyset$", "-": "{-}",
 }  # fmt: skip
-LATEX_COLUMNS, TEXT_COLUMNS, TEXT_WIDTH = 8, 12, 8
+LATEX_COLUMNS, TEXT_COLUMNS, TEXT_WIDTH = 8, 8, 8
 
 
 @dataclass
@@ -145,7 +145,8 @@ def html_table(lens: Lens, index: int, name: Callable[[int], str], label: str) -
     heads = []
     for t in columns:
         left = lens.departure(t)
-        heads.append(cuts[t] + (" g" if left else "") + (" q" if left and left.drafted and not left.depth else ""))
+        proposed = left is not None and left.drafted and not left.depth
+        heads.append(cuts[t] + (" g" if t + 1 >= lens.prompt_length else "") + (" q" if proposed else ""))
     yield f'<div class="scroll"><table class="lens" data-index="{index}" aria-label="{html.escape(label)}">'
     yield ends("thead", "comes next", lens.tokens[1:], heads)
     yield "<tbody>"
@@ -201,18 +202,25 @@ def write_latex(models: Sequence[Model], name: Callable[[int], str]) -> str:
         "% (tokens beyond Latin letters need xelatex or lualatex and a font that has them)",
         "\\setlength{\\fboxsep}{1pt}",
     ]
+    for place, lens, columns in blocks(models, LATEX_COLUMNS):
+        goes_in, comes_next = (
+            (f"\\texttt{{{latex(name(lens.tokens[t + shift]))}}}" for t in columns) for shift in (0, 1)
+        )
+        lines += [f"\n% {place}", f"\\begin{{tabular}}{{r|{'c' * len(columns)}}}"]
+        lines.append(latex_row("next", comes_next) + " \\hline")
+        for depth in range(lens.n_layer, 0, -1):
+            lines.append(latex_row(str(depth), (latex_cell(lens, depth, t, name) for t in columns)))
+        lines += ["\\hline " + latex_row("in", goes_in), "\\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def blocks(models: Sequence[Model], width: int) -> Iterator[tuple[str, Lens, range]]:
+    """Yield (where, lens, positions) of every `width` positions of every text: tables on paper have an end."""
     for model in models:
-        for index, lens in enumerate(model.lenses):
-            for first in range(0, lens.positions, LATEX_COLUMNS):
-                columns = range(first, min(first + LATEX_COLUMNS, lens.positions))
-                lines.append(f"\n% {model.name}, text {index + 1}, positions {columns[0]} to {columns[-1]}".replace("\n%", "\n%"))
-                lines.append(f"\\begin{{tabular}}{{r|{'c' * len(columns)}}}")
-                lines.append(latex_row("next", (f"\\texttt{{{latex(name(lens.tokens[t + 1]))}}}" for t in columns)) + " \\hline")
-                for depth in range(lens.n_layer, 0, -1):
-                    lines.append(latex_row(str(depth), (latex_cell(lens, depth, t, name) for t in columns)))
-                lines.append("\\hline " + latex_row("in", (f"\\texttt{{{latex(name(lens.tokens[t]))}}}" for t in columns)))
-                lines.append("\\end{tabular}\n")
-    return "\n".join(lines)
+        for index, lens in enumerate(model.lenses, 1):
+            for first in range(0, lens.positions, width):
+                columns = range(first, min(first + width, lens.positions))
+                yield f"{model.name}, text {index}, positions {columns[0]} to {columns[-1]}", lens, columns
 
 
 def latex_row(label: str, cells: Iterator[str]) -> str:
@@ -234,15 +242,11 @@ def write_text(models: Sequence[Model], name: Callable[[int], str]) -> str:
     """
     lines = ["[token]: left the model there; ~token~: a draft that was rejected; *: final from there on; "
              "number: probability in hundredths"]  # fmt: skip
-    for model in models:
-        for index, lens in enumerate(model.lenses):
-            for first in range(0, lens.positions, TEXT_COLUMNS):
-                columns = range(first, min(first + TEXT_COLUMNS, lens.positions))
-                lines.append(f"\n{model.name}, text {index + 1}, positions {columns[0]} to {columns[-1]}")
-                lines.append(text_row("next", [name(lens.tokens[t + 1]) for t in columns]))
-                for depth in range(lens.n_layer, 0, -1):
-                    lines.append(text_row(str(depth), [text_cell(lens, depth, t, name) for t in columns]))
-                lines.append(text_row("in", [name(lens.tokens[t]) for t in columns]))
+    for place, lens, columns in blocks(models, TEXT_COLUMNS):
+        lines += ["", place, text_row("next", [name(lens.tokens[t + 1]) for t in columns])]
+        for depth in range(lens.n_layer, 0, -1):
+            lines.append(text_row(str(depth), [text_cell(lens, depth, t, name) for t in columns]))
+        lines.append(text_row("in", [name(lens.tokens[t]) for t in columns]))
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,79 @@
+"""Data parallelism of the experiment programs: under torchrun each rank has a whole model and a share of the samples.
+
+Not the tensor parallelism of generate.py, where ranks share one model: only how ranks meet and end is taken from
+`tp.py`. Rank 0 alone prints (the others' stdout and stderr go nowhere) and writes files.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+import cli
+import tp
+
+
+class Ranks:
+    """The ranks that share the samples, seen from one of them; a single process is rank 0 of 1, at no cost."""
+
+    def __init__(self, group: tp.Group | None):
+        self.group = group
+        self.rank, self.size = (group.rank, group.size) if group else (0, 1)
+        self.leads = self.rank == 0
+
+    def open_session(self, flags, needs_tokenizer: bool = True) -> cli.Session:
+        """As `cli.open_session`, for a whole model on every rank; with --device cuda each rank has a GPU of its own."""
+        if self.group and flags.device == "cuda" and (count := torch.cuda.device_count()):
+            if self.group.local_rank >= count:
+                raise ValueError(f"nproc_per_node: torch sees {count} CUDA devices here, one is needed for each rank")
+            torch.cuda.set_device(self.group.local_rank)
+        return cli.open_session(flags, needs_tokenizer)
+
+    def share(self, items: Sequence) -> list:
+        """The items of this rank: every size-th, so that equal parts of a sorted list are equally long."""
+        return list(items[self.rank :: self.size])
+
+    def gathered(self, values: Sequence) -> list:
+        """What all ranks have found for their shares, in the order of the items that were shared; on every rank.
+
+        Waits for the slowest rank however long it takes; raises RuntimeError if a rank has failed.
+        """
+        if self.group is None:
+            return list(values)
+        self.group.meet(math.inf)  # a message itself may take tp.TIMEOUT_SECONDS only
+        shares: list = [None] * self.size
+        distributed.all_gather_object(shares, list(values))
+        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
+
+    def each(self, items: Sequence, work: Callable) -> Iterator:
+        """Yield work(item) of every item in order, on all ranks, a round of one item a rank after the other.
+
+        What was yielded is complete, so rank 0 can write it down and a killed run can go on from there.
+        """
+        for first in range(0, len(items), self.size):
+            yield from self.gathered([work(item) for item in self.share(items[first : first + self.size])])
+
+    def agreed(self, value):
+        """Rank 0's value (anything that can be pickled): for what is measured or read from rank 0's files."""
+        if self.group is None:
+            return value
+        self.group.meet(math.inf)
+        return self.group.agreed(value)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started, which end together, or this one process. See `tp.joined`.
+
+    With several ranks the process ends with the block: put everything into it. `sys.exit(code)` inside sets the code.
+    """
+    with tp.joined() as group:
+        yield Ranks(group)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's place among those that torchrun started, before or without `joined`."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
