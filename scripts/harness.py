@@ -144,7 +144,7 @@ class Evaluated:
         verified=False: texts by early exit, the policy's drafts as they are.
         """
         super().__init__()
-        self.runner, self.vocabulary, self.policy, self.sampling = runner, tokenizer, policy, sampling
+        self.runner, self.own_tokenizer, self.policy, self.sampling = runner, tokenizer, policy, sampling
         self.ranks, self.max_new_tokens, self.verified, self.chat = ranks, max_new_tokens, verified, chat
         self.likelihoods = Likelihoods(runner, exit_layer)
         self.summaries: list[dict] = []  # of every text generated, on every rank
@@ -159,12 +159,12 @@ class Evaluated:
 
     @property
     def eot_token_id(self) -> int | None:
-        return next(iter(self.vocabulary.eos_ids), None)
+        return next(iter(self.own_tokenizer.eos_ids), None)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has nothing before it."""
-        found = self.eot_token_id if self.vocabulary.bos_id is None else self.vocabulary.bos_id
+        found = self.eot_token_id if self.own_tokenizer.bos_id is None else self.own_tokenizer.bos_id
         return 0 if found is None else found
 
     @property
@@ -175,11 +175,11 @@ class Evaluated:
         return ""
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        return self.vocabulary.render_chat(chat_history, add_generation_prompt)
+        return self.own_tokenizer.render_chat(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """A chat template writes BOS and other special tokens itself."""
-        return self.vocabulary.encode(string, bos=add_special_tokens is not False and not self.chat,
+        return self.own_tokenizer.encode(string, bos=add_special_tokens is not False and not self.chat,
                                       allow_special=self.chat)  # fmt: skip
 
     # ---- requests ----
@@ -192,10 +192,11 @@ class Evaluated:
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """requests: (strings, context ids, continuation ids), from the harness's `loglikelihood`.
 
-        Texts with one beginning follow one another, and endings of one context stay on one rank.
+        Texts with one beginning follow one another, and short endings of one context stay on one rank.
         """
         order = sorted(range(len(requests)), key=lambda i: (*requests[i][1], -1, *requests[i][2]))
-        groups = [list(same) for _, same in itertools.groupby(order, key=lambda i: requests[i][1])]
+        joint = lambda i: requests[i][1] if len(requests[i][1]) > len(requests[i][2]) else i
+        groups = [list(same) for _, same in itertools.groupby(order, key=joint)]
         self.likelihoods.forget()
         found = self.shared(groups, lambda group: [self.likelihoods.score(*requests[i][1:]) for i in group],
                             "likelihoods", disable_tqdm)  # fmt: skip
@@ -242,16 +243,16 @@ class Evaluated:
 
         wanted = normalize_gen_kwargs(kwargs)
         stops = [stop for stop in wanted["until"] if stop]
-        special = [self.vocabulary.special_tokens[stop] for stop in stops if stop in self.vocabulary.special_tokens]
+        special = [token for name, token in self.own_tokenizer.special_tokens.items() if name in stops]
         count = min(self.max_new_tokens or wanted["max_gen_toks"], self.max_length - 1)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         prompt, count = maybe_truncate(prompt, count, self.max_length)
-        config = GenerateConfig(count, self.sampling_for(wanted, index), (*self.vocabulary.eos_ids, *special))
+        config = GenerateConfig(count, self.sampling_for(wanted, index), (*self.own_tokenizer.eos_ids, *special))
         check_prompt(prompt, config, self.runner.model.args.vocab_size, self.max_length)
-        output = cli.StreamedText(self.vocabulary, stops)
+        output = cli.StreamedText(self.own_tokenizer, stops)
         decoding = decode if self.verified else early_exit
         generation = Generation.collect(decoding(self.runner, prompt, config, self.policy, finished=output.ends_at))
-        text = self.vocabulary.decode(generation.tokens, continues=True)
+        text = self.own_tokenizer.decode(generation.tokens, continues=True)
         summary = generation.summary(self.runner.model)
         return text if output.cut is None else text[: output.cut], summary
 
