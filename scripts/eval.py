@@ -206,6 +206,8 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     flags.samples, flags.metadata = (json_object(getattr(flags, key), key) for key in ("samples", "metadata"))
     if flags.samples is not None and flags.limit is not None:
         raise ValueError("samples and limit each choose samples: give one")
+    if flags.use_cache and everyone.size > 1:
+        raise ValueError("use_cache does not go with several processes: each would miss other answers")
     flags.gen_kwargs = generation_arguments(flags.gen_kwargs)
     harness.check_generation(flags.gen_kwargs, "gen_kwargs")
     sampling = cli.sampling_config(flags)
