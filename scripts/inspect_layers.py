@@ -26,7 +26,7 @@ from generate import (
 )
 from policies import make_policy
 from runner import check_num_draft_tokens
-from scripts import lens, lens_page
+from scripts import lens, lens_page, samples
 from scripts.lens_page import Model
 
 WRITERS = {"html": "layers.html", "latex": "layers.tex", "text": "layers.txt"}
@@ -166,11 +166,15 @@ def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.N
 
 
 def read_prompts(flags: argparse.Namespace, session: cli.Session, config: GenerateConfig) -> list[list[int]]:
-    """The prompts as token ids, checked. Raises ValueError for any that does not fit the model."""
-    prompts = [cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)]
-    for prompt in prompts:
+    """The prompt, or those of the dataset, as token ids. Raises ValueError if there is none that fits the model."""
+    if flags.dataset is None:
+        prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
         check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
-    return prompts
+        return [prompt]
+    if given := [key for key in ("prompt", "prompt_file", "prompt_ids") if getattr(flags, key) is not None]:
+        raise ValueError(f"--dataset and --{given[0]} each choose the prompts: give one")
+    dataset = samples.read_dataset(flags)
+    return [ids for _, ids in samples.encoded(dataset, flags, session, config)]
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,7 +195,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="writes the text and says where its tokens leave the model (default: confidence)")
     parser.add_argument("--no_verify", action="store_true", help="early exit: the drafts are the text")
     parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
-    parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")
+    samples.add_sample_flags(parser, dataset=None, num_samples=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--compare_with", metavar="PATH", help="a second checkpoint, to read the same texts")
     parser.add_argument("--format", default="html,latex,text", metavar="NAME,…",

@@ -239,12 +239,11 @@ def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_pa
     flags = ["--tasks", "python_choice,python_completion", "--limit", "7"]
     single, *_ = run(*flags)
     out = tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.eval", *flags,
-         "--checkpoint_path", str(original[0]), "--no-compile", "--policy", "static:2", "--bootstrap_iters", "10",
-         "--output_dir", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+               "scripts.eval", "--checkpoint_path", original[0], "--no-compile", "--policy", "static:2", "--bootstrap_iters", "10",
+               "--output_dir", out, *flags]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     both = json.loads((out / "results.json").read_text())
     assert both["results"] == single["results"] and both["skipfast"]["ranks"] == 2
