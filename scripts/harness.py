@@ -226,7 +226,6 @@ class Evaluated:
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         jobs = [(index, *request.args) for index, request in enumerate(requests)]
-        self.likelihoods.forget()
         found = self.shared(jobs, lambda job: self.generate_one(*job), "generating", disable_tqdm)
         for request, (text, summary) in zip(requests, found, strict=True):
             self.summaries.append(summary)

@@ -107,9 +107,11 @@ def test_likelihoods_are_transformers_at_every_exit_layer(make, original, exit_l
 
 
 def test_greedy_continuations_are_told_from_others(make):
-    model, prompt = make(), "import os"
-    model.generate_until(requests((prompt, {"max_gen_toks": 6, "until": []})), disable_tqdm=True)
+    model, prompt = make(policy="none"), "import os"
+    model.own_tokenizer.eos_ids = ()
+    model.generate_until(requests((prompt, {"max_gen_toks": 99, "until": []})), disable_tqdm=True)
     context, text = model.tok_encode(prompt), model.summaries[0]["tokens"]
+    assert len(text) == 99 > harness.HEAD_ROWS
     other = [*text[:3], (text[3] + 1) % VOCAB, *text[4:]]
     asked = [(None, context, text), (None, context, other), (None, context, text[:1])]
     assert [greedy for _, greedy in model._loglikelihood_tokens(asked, disable_tqdm=True)] == [True, False, True]
@@ -239,9 +241,9 @@ def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_pa
     flags = ["--tasks", "python_choice,python_completion", "--limit", "7"]
     single, *_ = run(*flags)
     out = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "scripts.eval", "--checkpoint_path", original[0], "--no-compile", "--policy", "static:2", "--bootstrap_iters", "10",
-               "--output_dir", out, *flags]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "scripts.eval", "--checkpoint_path", original[0], "--no-compile", "--policy", "static:2",
+               "--bootstrap_iters", "10", "--output_dir", out, *flags]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
