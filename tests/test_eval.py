@@ -106,13 +106,16 @@ def test_likelihoods_are_transformers_at_every_exit_layer(make, original, exit_l
     assert (values == pytest.approx(full, rel=1e-4)) == (exit_layer == LAYERS), "early layers say something else"
 
 
+def written(runner, prompt, count):
+    return Generation.collect(decode(runner, prompt, GenerateConfig(count), make_policy("none", LAYERS))).tokens
+
+
 def test_greedy_continuations_are_told_from_others(make):
-    model, prompt = make(policy="none"), "import os"
-    model.own_tokenizer.eos_ids = ()
-    model.generate_until(requests((prompt, {"max_gen_toks": 99, "until": []})), disable_tqdm=True)
-    context, text = model.tok_encode(prompt), model.summaries[0]["tokens"]
-    assert len(text) == 99 > harness.HEAD_ROWS
-    other = [*text[:3], (text[3] + 1) % VOCAB, *text[4:]]
+    model, count = make(), harness.HEAD_ROWS + 9
+    context = model.tok_encode("import os")
+    text = written(model.runner, context, count)
+    other = [*text[:3], (text[3] + 1) % VOCAB]
+    other += written(model.runner, context + other, count - 4)  # one token is not the greedy one
     asked = [(None, context, text), (None, context, other), (None, context, text[:1])]
     assert [greedy for _, greedy in model._loglikelihood_tokens(asked, disable_tqdm=True)] == [True, False, True]
 
