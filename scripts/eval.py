@@ -5,6 +5,7 @@ tasks of `scripts/eval_tasks` run, which need no network. Under torchrun the ran
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -75,13 +76,23 @@ def check_limits(flags: argparse.Namespace, max_seq_len: int) -> None:
         raise ValueError(f"bootstrap_iters must be 0 or more, got {flags.bootstrap_iters}")
 
 
+def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
+    """Where answers are kept: the harness knows requests only, so what else decides an answer goes into the name."""
+    if not flags.use_cache:
+        return None
+    keys = ("checkpoint_path", "precision", "quantize", "exit_layer", "no_verify", "max_length", "max_new_tokens",
+            "temperature", "top_k", "top_p", "seed", "apply_chat_template")  # fmt: skip
+    decisive = [str(policy) if flags.no_verify else "", *(str(getattr(flags, key)) for key in keys)]
+    return f"{flags.use_cache}_{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
+
+
 def evaluate(model, tasks: list, manager, flags: argparse.Namespace) -> dict | None:
     """Run the harness -> its results; None where another process of this machine has them."""
     from lm_eval.evaluator import simple_evaluate
 
     return simple_evaluate(
         model=model, tasks=tasks, task_manager=manager, num_fewshot=flags.num_fewshot, limit=flags.limit,
-        samples=flags.samples, gen_kwargs=flags.gen_kwargs or None, use_cache=flags.use_cache,
+        samples=flags.samples, gen_kwargs=flags.gen_kwargs or None, use_cache=cache_path(flags, model.policy),
         cache_requests=flags.cache_requests, bootstrap_iters=flags.bootstrap_iters, write_out=flags.write_out,
         check_integrity=flags.check_integrity, log_samples=True, system_instruction=flags.system_instruction,
         apply_chat_template=flags.apply_chat_template, fewshot_as_multiturn=flags.fewshot_as_multiturn,
@@ -186,7 +197,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--fewshot_as_multiturn", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--fewshot_seed", type=int, default=1234, metavar="N")
     group.add_argument("--bootstrap_iters", type=int, default=100_000, metavar="N", help="of standard errors; 0: none")
-    group.add_argument("--use_cache", metavar="PATH", help="keep answers in PATH_rank0.db, and take them from there")
+    group.add_argument("--use_cache", metavar="PATH", help="keep answers in PATH_…_rank0.db, and take them from there")
     group.add_argument("--metadata", metavar="JSON")
     for flag in ("cache_requests", "write_out", "check_integrity", "predict_only", "log_samples",
                  "confirm_run_unsafe_code"):  # fmt: skip
