@@ -305,8 +305,13 @@ class Runner:
         """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
         return self.prefill_states(tokens, start)[self.n_layer][-1:]
 
-    def prefill_states(self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = ()) -> dict[int, Tensor]:
-        """As `prefill` -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top."""
+    def prefill_states(
+        self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = (), top: int | None = None
+    ) -> dict[int, Tensor]:
+        """As `prefill` -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top.
+
+        top: go only so far up; nothing is in the cache of the layers above.
+        """
         for each in self._rounds.values():
             each.ahead = None  # it continues another text
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
@@ -320,7 +325,7 @@ class Runner:
         for first in range(0, len(tokens), chunk):
             hidden, below, states = self.embed(tokens[first : first + chunk]), 0, {}
             positions = self.positions[start + first : start + first + len(hidden)]
-            for depth in sorted({*depths, self.n_layer}):
+            for depth in sorted({*depths, top or self.n_layer}):
                 if self._layers:
                     hidden = self._layers.run(hidden, start + first, below, depth)
                 else:
