@@ -179,7 +179,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exit_layer", type=int, metavar="E",
                         help="likelihoods by the LM head after E layers (default: all)")
     parser.add_argument("--no_verify", action="store_true", help="texts by early exit: the drafts as they are")
-    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--max_length", type=int, metavar="N",
                         help=f"positions; longer prompts lose their beginning (default: at most {LONGEST})")

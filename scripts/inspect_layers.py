@@ -194,7 +194,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policy", default="confidence", metavar="NAME:key=value,…",
                         help="writes the text and says where its tokens leave the model (default: confidence)")
     parser.add_argument("--no_verify", action="store_true", help="early exit: the drafts are the text")
-    parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
     samples.add_sample_flags(parser, dataset=None, num_samples=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--compare_with", metavar="PATH", help="a second checkpoint, to read the same texts")

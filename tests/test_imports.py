@@ -31,8 +31,8 @@ ALLOWED = {
     "scripts": MODULES - {"tests"},
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
-OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy", "rouge_score",
-            "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
+OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy",
+            "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
 REQUIRED = {"rich", "safetensors", "sentencepiece", "torch", "tqdm"}
 MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/train.py", "tests/")
 
