@@ -27,7 +27,7 @@ def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patheffects, pyplot
 
     (y_key, ys), (x_key, xs) = axes
     place = {row["policy"]: (xs.index(row[x_key]), ys.index(row[y_key])) for row in rows}
@@ -40,9 +40,10 @@ def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict
         shades = plot.contourf(range(len(xs)), range(len(ys)), grid, levels=15, cmap="viridis")
         figure.colorbar(shades, label="speedup over plain decoding (×, measured in turns)")
     plot.scatter(*zip(*place.values(), strict=True), c="white", s=14, edgecolors="0.2", linewidths=0.6, zorder=3)
-    for row in rows:
-        plot.annotate(cli.shown(row["speedup"], ".2f"), place[row["policy"]], (0, -11), textcoords="offset points",
-                      ha="center", fontsize=7, color="white" if len(ys) > 1 < len(xs) else "0.2")  # fmt: skip
+    for row in rows:  # with a light edge: numbers stand on every shade, and beyond the shades
+        plot.annotate(cli.shown(row["speedup"], ".2f"), place[row["policy"]], (0, -19), textcoords="offset points",
+                      ha="center", fontsize=8, color="black", zorder=5,
+                      path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])  # fmt: skip
     for name, (marker, size, colour, label) in MARKS.items():
         if best.get(name):
             plot.scatter(*place[best[name]], marker=marker, s=size, facecolors="none", edgecolors=colour,
