@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_exactness import PROMPT, SAMPLING, Chaos, random_model, tokens_of
 from test_kernels import OTHER_MACHINES, error, run_python
+from test_policies import example
 
 from kernels import cpu
 from kernels.exit_head import Draw, Exit, Head, exit_head
@@ -63,7 +64,7 @@ def test_an_exit_over_a_quantised_head_says_what_its_logits_say_also_when_trimme
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("parts", ["", "lm_head=no", "embedding=yes"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compiled_or_eager(mode, parts, tie):
+def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compiled_or_eager(mode, parts, tie, skip_file):
     model = quantise(random_model(torch.bfloat16, pack=False, tie=tie), f"{mode}:{parts}")
     fallback = model(torch.tensor(PROMPT), torch.arange(5)) if model.setup_cache(32) is None else None
     model.pack_weights()
@@ -78,7 +79,9 @@ def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compile
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, PROMPT, "none", sampling, new=64).tokens
         assert tokens_of(eager, PROMPT, "none", sampling, new=64).tokens == expected
-        for policy in ("static:2,num_draft_tokens=5", "static:1,num_draft_tokens=1", "static:3", Chaos(1)):
+        texts = ("static:2,num_draft_tokens=5", "static:1,num_draft_tokens=1", "confidence:0.3,candidates=1-2-3",
+                 "skip_set:FILE", "prompt_lookup:min_ngram=1")  # fmt: skip
+        for policy in (*(example(text, skip_file, 4) for text in texts), Chaos(1)):
             for each in (runner, eager):
                 found = tokens_of(each, PROMPT, policy, sampling, new=64)
                 assert found.tokens == expected, policy
