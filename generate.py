@@ -152,6 +152,13 @@ def check_unverified(policy: DraftPolicy, sampling: SamplingConfig) -> None:
         raise ValueError("--no_verify does not go with --verification rejection: there is nothing to accept or reject")
 
 
+def check_unverified_flags(flags: argparse.Namespace) -> None:
+    """Raise ValueError for flags of a program that do not go with its --no_verify."""
+    for name in ("interactive", "draft_vocab", "draft_quantize"):
+        if getattr(flags, name, None) not in (None, False):
+            raise ValueError(f"--no_verify does not go with --{name}")
+
+
 def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
     """Raise ValueError unless `prompt` holds known ids and fits `length` positions with config.max_new_tokens."""
     if not prompt:
@@ -264,9 +271,7 @@ def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
     """The policy that the flags ask for. Raises ValueError if they cannot be obeyed together."""
     policy = make_policy(policy_text(flags, n_layer), n_layer, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
-        for flag in ("--interactive", "--draft_vocab", "--draft_quantize"):
-            if getattr(flags, flag[2:]) not in (None, False):
-                raise ValueError(f"--no_verify does not go with {flag}")
+        check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
     if flags.interactive and flags.compare:
         raise ValueError("--compare does not go with --interactive: compare on one --prompt")

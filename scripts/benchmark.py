@@ -38,7 +38,7 @@ from plan import DraftPolicy
 from policies import Static, make_policy
 from runner import MAX_ROWS, Runner, head_bytes, module_bytes
 from scripts import peers, plot, policy_sets, samples
-from scripts.journal import Journal, prompts_digest
+from scripts.journal import Journal, digest
 from scripts.peers import Contender
 from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
 from scripts.ranks import Ranks
@@ -457,11 +457,15 @@ def checked_formats(session: cli.Session, flags: argparse.Namespace) -> tuple[li
     return formats, skipped
 
 
-def make_journal(flags: argparse.Namespace, prompts: list[list[int]], policies: dict[str, DraftPolicy]) -> Journal:
+def make_journal(
+    session: cli.Session, prompts: list[list[int]], policies: dict[str, DraftPolicy], quality: Quality, ranks: Ranks
+) -> Journal:
     """What is measured already, in --output_dir. Raises ValueError if that was with other settings."""
+    flags = session.flags
     apart = ("output_dir", "json", "picture", "repeats", "split")
     settings = {name: value for name, value in vars(flags).items() if name not in apart}
-    settings |= {"rows": list(policies)} | prompts_digest(prompts)
+    responses = [sample.responses for sample in quality.samples]
+    settings |= {"rows": list(policies)} | digest(prompts, responses, policies.values(), session.source, ranks.size)
     path = Path(flags.output_dir) / "samples.jsonl" if flags.output_dir else None
     return Journal(path, settings, ("row", "sample", "repeat"))
 
@@ -472,7 +476,10 @@ def choose_prompts(flags: argparse.Namespace, session: cli.Session) -> tuple[lis
     if flags.dataset is not None:
         dataset = samples.read_dataset(flags)
         chosen = samples.encoded(dataset, flags, session, config)
-        return [ids for _, ids in chosen], Quality(session, [sample for sample, _ in chosen], dataset.stops)
+        quality = Quality(session, [sample for sample, _ in chosen], dataset.stops)
+        if not quality.judges and any(sample.responses for sample, _ in chosen):
+            cli.notice("not every sample has a response: no quality is measured")
+        return [ids for _, ids in chosen], quality
     prompts = read_prompts(flags.prompts, session)[: flags.num_prompts]
     for prompt in prompts:
         check_prompt(prompt, config, session.args.vocab_size, most)
@@ -496,7 +503,7 @@ def main() -> None:
             cli.notice(f"{peer} skipped: {reason}")
         flags.against = [peer for peer in flags.against if peer not in skipped]
         prompts, quality = choose_prompts(flags, session)
-        journal = make_journal(flags, prompts, policies)
+        journal = make_journal(session, prompts, policies, quality, ranks)
         if flags.output_dir and ranks.leads:
             cli.make_folder(flags.output_dir)
             cli.check_writable(str(Path(flags.output_dir) / "benchmark.json"))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
-from generate import check_unverified, ideal_speedup, make_runner
+from generate import check_unverified, check_unverified_flags, ideal_speedup, make_runner
 from plan import DraftPolicy, check_exit_layer
 from policies import POLICIES, make_policy
 from runner import check_num_draft_tokens
@@ -30,6 +30,7 @@ def wanted_policy(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
     policy = make_policy(flags.policy or default, n_layer, num_draft_tokens=flags.num_draft_tokens)
     check_num_draft_tokens(policy.num_draft_tokens)
     if flags.no_verify:
+        check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
     return policy
 
@@ -81,7 +82,8 @@ def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
     if not flags.use_cache:
         return None
     keys = ("checkpoint_path", "precision", "quantize", "exit_layer", "no_verify", "max_length", "max_new_tokens",
-            "temperature", "top_k", "top_p", "seed", "apply_chat_template")  # fmt: skip
+            "temperature", "top_k", "top_p", "seed", "apply_chat_template", "verification", "draft_vocab",
+            "draft_quantize", "device")  # fmt: skip
     decisive = [str(policy) if flags.no_verify else "", *(str(getattr(flags, key)) for key in keys)]
     return f"{flags.use_cache}_{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
 
@@ -231,13 +233,21 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     manager, names = harness.find_tasks([name.strip() for name in flags.tasks.split(",")], flags.include_path,
                                         flags.metadata)  # fmt: skip
     tasks = harness.load_tasks(manager, names)
-    for task in manager.load(tasks)["tasks"].values():
+    loaded = manager.load(tasks)["tasks"]
+    for name, wanted in (flags.samples or {}).items():
+        if name not in loaded:
+            raise ValueError(f"samples: {name!r} is none of the tasks {', '.join(loaded)}")
+        count = len(loaded[name].eval_docs)
+        if wrong := [i for i in wanted if not 0 <= i < count]:
+            raise ValueError(f"samples: {name} has the samples 0..{count - 1}, got {wrong[0]}")
+    for task in loaded.values():
         if task.get_config("output_type") == "generate_until":
             harness.check_generation(task.get_config("generation_kwargs") or {}, task.config.task)
     if flags.apply_chat_template:
         session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
 
     runner = make_runner(session, flags.max_length, policy, sampling, [0])
+    runner.cache_length = flags.max_length  # a policy that measures first may have made it longer
     model = harness.make_model(
         runner, session.tokenizer, policy, sampling, everyone, exit_layer=flags.exit_layer or n_layer,
         max_new_tokens=flags.max_new_tokens, verified=not flags.no_verify, chat=flags.apply_chat_template,

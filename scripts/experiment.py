@@ -13,7 +13,7 @@ from policies import make_policy
 from runner import Runner, check_num_draft_tokens
 from scripts import samples
 from scripts.benchmark import Runners
-from scripts.journal import prompts_digest
+from scripts.journal import digest
 from scripts.ranks import Ranks
 
 
@@ -54,12 +54,13 @@ class Experiment:
         check_num_draft_tokens(policy.num_draft_tokens)
         return policy
 
-    def settings(self) -> dict:
+    def settings(self, policies: Sequence[DraftPolicy]) -> dict:
         """What tokens and times depend on, but for the policy: results with equal settings may stand in one table."""
         names = ("checkpoint_path", "device", "precision", "quantize", "threads", "max_new_tokens", "temperature",
                  "top_k", "top_p", "seed", "verification", "num_draft_tokens", "ignore_eos", "draft_vocab",
                  "draft_quantize", "dataset", "compile")  # fmt: skip
-        return {name: getattr(self.flags, name) for name in names} | prompts_digest([ids for _, ids in self.samples])
+        found = digest([ids for _, ids in self.samples], (), policies, self.session.source, self.ranks.size)
+        return {name: getattr(self.flags, name) for name in names} | found
 
     def load(self, policies: Sequence[DraftPolicy]) -> None:
         """Read the weights and make what the policies, and plain decoding, run on."""

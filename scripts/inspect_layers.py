@@ -20,6 +20,7 @@ from generate import (
     Generation,
     check_prompt,
     check_unverified,
+    check_unverified_flags,
     decode,
     early_exit,
     make_runner,
@@ -207,9 +208,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("inspect_layers runs in one process: start it without torchrun")
     flags.formats = formats_of(flags.format)
     if flags.num_tables < 1:
         raise ValueError(f"num_tables must be 1 or more, got {flags.num_tables}")
+    samples.check_sample_flags(flags, without="prompt")
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     cli.check_writable(flags.json)
     session = cli.open_session(flags)
@@ -218,6 +222,7 @@ def main() -> None:
     policy = make_policy(flags.policy, session.args.n_layer, num_draft_tokens=flags.num_draft_tokens)
     check_num_draft_tokens(policy.num_draft_tokens)
     if flags.no_verify:
+        check_unverified_flags(flags)
         check_unverified(policy, config.sampling)
     prompts = read_prompts(flags, session, config)
     if other:

@@ -5,16 +5,33 @@ The first line holds the settings that the results depend on; a folder with othe
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
+import checkpoint
 import cli
+from plan import DraftPolicy
+from policies import SkipSet
 
 
-def prompts_digest(prompts: Sequence[Sequence[int]]) -> dict:
-    """What a journal remembers of its prompts: their number and a hash of their ids."""
-    ids = json.dumps([list(prompt) for prompt in prompts])
-    return {"samples": len(prompts), "prompts": hashlib.sha256(ids.encode()).hexdigest()}
+def digest(
+    prompts: Sequence[Sequence[int]], responses: Sequence, policies: Iterable[DraftPolicy], source: checkpoint.Source,
+    ranks: int,
+) -> dict:  # fmt: skip
+    """What a journal remembers of all that names alone do not tell: prompts, responses, the content of files."""
+    sha = lambda value: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    stats = {str(file): file.stat() for file in set(source.files.values())}
+    parts = [part for policy in policies for part in getattr(policy, "parts", (policy,))]
+    skips = [[sorted(part.only_plan.skip_attention), sorted(part.only_plan.skip_mlp)]
+             for part in parts if isinstance(part, SkipSet)]  # fmt: skip
+    return {
+        "samples": len(prompts),
+        "prompts": sha([list(prompt) for prompt in prompts]),
+        "responses": sha(list(responses)),
+        "weight_files": sha(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())),
+        "skip_sets": skips,
+        "ranks": ranks,
+    }
 
 
 class Journal:
@@ -46,8 +63,11 @@ class Journal:
                              f"--output_dir, or delete the file")  # fmt: skip
 
     def _complete_lines(self) -> list[str]:
-        """Lines, without what a killed run has not finished writing."""
-        return [line for line in cli.read_text(self.path).splitlines(keepends=True) if line.endswith("}\n")]
+        """Lines, without a last one that a killed run has not finished writing."""
+        *lines, last = cli.read_text(self.path).split("\n")
+        if last and not lines:
+            raise ValueError("its first line has no end")
+        return lines
 
     def _key_of(self, row: dict) -> tuple:
         return tuple(row[name] for name in self.key)
@@ -63,6 +83,11 @@ class Journal:
             unfinished.replace(self.path)
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def keep(self, keys: Iterable[tuple]) -> None:
+        """Forget all rows but these, also on disk."""
+        self.done = {key: self.done[key] for key in keys}
+        self.start()
 
     def add(self, row: dict) -> None:
         """Remember a finished piece, also on disk."""

@@ -5,7 +5,6 @@ Not the tensor parallelism of generate.py, where ranks share one model: only how
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -75,8 +74,3 @@ def joined() -> Iterator[Ranks]:
     """
     with tp.joined() as group:
         yield Ranks(group)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's place among those that torchrun started, before or without `joined`."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -167,10 +167,12 @@ def read_dataset(flags: argparse.Namespace) -> Dataset:
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     name, path = flags.dataset, Path(flags.dataset)
-    if not path.exists() and (bundled := BUNDLED / f"{name}.jsonl").exists():
+    if not path.is_file() and (flags.prompt_field != "prompt" or flags.response_field is not None):
+        raise ValueError(f"prompt_field and response_field name keys of a JSON-lines file, and {name!r} is none")
+    if not path.is_file() and (bundled := BUNDLED / f"{name}.jsonl").exists():
         rows = read_rows(bundled, "prompt", "response", flags.template)
         return _shuffled(name, rows, None, flags.num_shots or 0, BUNDLED_STOPS.get(name, ()), flags.seed)
-    if not path.exists() and name in SOURCES:
+    if not path.is_file() and name in SOURCES:
         return _from_hub(name, SOURCES[name], flags)
     if not path.is_file():
         raise ValueError(f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *SOURCES])}, "

@@ -183,11 +183,12 @@ def csv_text(rows: Sequence[dict], axes: Sequence[Axis]) -> str:
 def command_line(flags: argparse.Namespace, policy: str) -> str:
     """The generate.py command that decodes as a cell did."""
     words = ["python", "generate.py"]
-    defaults = {"checkpoint_path": str(cli.DEMO), "device": "cpu", "temperature": 0.0, "verification": "coupled"}
-    for name in ("checkpoint_path", "device", "precision", "quantize", "temperature", "top_k", "top_p",
-                 "verification", "draft_vocab"):  # fmt: skip
+    defaults = {"checkpoint_path": str(cli.DEMO), "device": "cpu", "temperature": 0.0, "verification": "coupled",
+                "seed": 0}
+    for name in ("checkpoint_path", "device", "precision", "quantize", "temperature", "top_k", "top_p", "seed",
+                 "verification", "draft_vocab", "draft_quantize", "num_draft_tokens", "threads"):  # fmt: skip
         value = getattr(flags, name)
-        if value is not None and value != defaults.get(name):
+        if value is not None and value != defaults.get(name) and f"{name}=" not in policy:
             words += [f"--{name}", str(value)]
     if not flags.compile:
         words.append("--no-compile")
@@ -265,7 +266,7 @@ def main() -> None:
         for y, x in itertools.product(*(axis.values for axis in axes)):
             text = cell_text(flags.policy, f"{axes[0].key}={y}", f"{axes[1].key}={x}")
             cells[text] = run.policy(text), {axes[0].key: y, axes[1].key: x}
-        settings = run.settings() | {"repeats": flags.repeats}
+        settings = run.settings([policy for policy, _ in cells.values()]) | {"repeats": flags.repeats}
         journal = Journal(run.folder / "cells.jsonl", settings, ("policy",))
         finished = set(group.agreed(sorted(key for (key,) in journal.done)))
         if group.leads:

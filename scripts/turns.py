@@ -61,6 +61,8 @@ def measure(
     journal: of records by row, sample and repeat; what is in it is not measured again.
     """
     found = ranks.agreed(_finished(contenders, journal))
+    if ranks.leads:  # a turn that was cut short is measured again, whole
+        journal.keep((one["row"], one["sample"], one["repeat"]) for records in found.values() for one in records)
     rounds = [[i for i in range(len(prompts)) if (turn, i) not in found] for turn in range(1, flags.repeats + 1)]
     rounds = [range(len(prompts)), *rounds] if any(rounds) else []
     bar = tqdm(total=sum(map(len, rounds)), desc="samples", leave=False)

@@ -112,3 +112,23 @@ def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, fl
     _, err = play(sweep, *SMALL, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_a_sweep_is_not_continued_with_another_skip_set_under_the_same_name(play, tmp_path):
+    """What files hold counts, not what they are called."""
+    mask = tmp_path / "mask.json"
+    flags = (*SMALL[:7], "--policy", f"skip_set:{mask}", "--y", "num_draft_tokens=1", "--x", "stop=0.1")
+    mask.write_text('{"skip_attention": [1], "skip_mlp": []}')
+    play(sweep, *flags)
+    mask.write_text('{"skip_attention": [], "skip_mlp": [1]}')
+    _, error = play(sweep, *flags, code=2)
+    assert "is of a run with another skip_sets" in error
+
+
+def test_a_file_that_is_no_journal_is_left_alone(play, tmp_path):
+    (tmp_path / "out").mkdir()
+    for content in (b"mine\r\n", b"mine", b'{"a": 1}\r\n'):
+        (tmp_path / "out" / "cells.jsonl").write_bytes(content)
+        _, error = play(sweep, *SMALL, code=2)
+        assert "is not what this program writes" in error
+        assert (tmp_path / "out" / "cells.jsonl").read_bytes() == content
