@@ -336,11 +336,25 @@ def write_json(path: str | Path, value: dict) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
-def make_folder(path: str | Path) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file; it appears complete, by rename, or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make the folder if it is not there. Raises ValueError if nothing can be written into it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write into the folder {path}")
+    return Path(path)
 
 
 def check_writable(path: str | None) -> None:

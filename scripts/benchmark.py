@@ -506,7 +506,6 @@ def main() -> None:
         journal = make_journal(session, prompts, policies, quality, ranks)
         if flags.output_dir and ranks.leads:
             cli.make_folder(flags.output_dir)
-            cli.check_writable(str(Path(flags.output_dir) / "benchmark.json"))
             journal.start()
         result = run(session, flags, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
         rows = result["rows"]

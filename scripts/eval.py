@@ -18,7 +18,6 @@ from plan import DraftPolicy, check_exit_layer
 from policies import POLICIES, make_policy
 from runner import check_num_draft_tokens
 from scripts import harness, ranks
-from scripts.inspect_layers import check_output_dir, write_text
 
 LONGEST = 4096  # positions of the cache, unless the model has fewer or --max_length says otherwise
 
@@ -162,7 +161,7 @@ def write_files(results: dict, folder: Path, log_samples: bool) -> dict:
     if log_samples:
         for task, rows in samples.items():
             lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
-            write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+            cli.write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
     cli.write_json(folder / "results.json", plain)
     return plain
 
@@ -229,7 +228,7 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     policy = wanted_policy(flags, n_layer)
     check_limits(flags, session.args.max_seq_len)
     cli.check_writable(flags.json)
-    folder = check_output_dir(flags.output_dir)
+    folder = cli.make_folder(flags.output_dir)
     manager, names = harness.find_tasks([name.strip() for name in flags.tasks.split(",")], flags.include_path,
                                         flags.metadata)  # fmt: skip
     tasks = harness.load_tasks(manager, names)

@@ -43,7 +43,6 @@ class Experiment:
         self.folder = Path(flags.output_dir)
         if ranks.leads:
             cli.make_folder(self.folder)
-            cli.check_writable(str(self.folder / "results.json"))
 
     @property
     def n_layer(self) -> int:

@@ -23,10 +23,10 @@ from generate import GenerateConfig, Generation, check_prompt, decode, early_exi
 from plan import DraftPolicy
 from runner import PREFILL_CHUNK, Runner
 from sampling import SamplingConfig
+from scripts.metrics import INSTALL
 from scripts.ranks import Ranks
 
 BUNDLED = Path(__file__).with_name("eval_tasks")
-INSTALL = "pip install -r requirements-eval.txt"
 HEAD_ROWS = 64  # whose logits are in memory together
 GENERATION_KEYS = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample",
                    "temperature", "top_p", "top_k"}  # fmt: skip

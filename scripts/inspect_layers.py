@@ -33,24 +33,6 @@ from scripts.lens_page import Model
 WRITERS = {"html": "layers.html", "latex": "layers.tex", "text": "layers.txt"}
 
 
-def check_output_dir(path: str) -> Path:
-    """Make the folder. Raises ValueError if nothing can be written there."""
-    cli.make_folder(path)
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"output_dir: cannot write into {path}")
-    return Path(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file; it appears complete, by rename, or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-
-
 def formats_of(text: str) -> list[str]:
     formats = [part.strip() for part in text.split(",") if part.strip()]
     for each in formats:
@@ -156,9 +138,9 @@ def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.N
     for each in flags.formats:
         path = folder / WRITERS[each]
         if each == "html":
-            write_text(path, lens_page.write_html(shown, name, title, facts))
+            cli.write_text(path, lens_page.write_html(shown, name, title, facts))
         else:
-            write_text(path, (lens_page.write_latex if each == "latex" else lens_page.write_text)(shown, name))
+            cli.write_text(path, (lens_page.write_latex if each == "latex" else lens_page.write_text)(shown, name))
         files.append(path)
     for path in filter(None, (folder / "layers.json", flags.json)):
         cli.write_json(path, result)
@@ -230,7 +212,7 @@ def main() -> None:
         if longest > other.args.max_seq_len:
             raise ValueError(f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, "
                              f"{longest} are needed")  # fmt: skip
-    check_output_dir(flags.output_dir)
+    cli.make_folder(flags.output_dir)
 
     lenses, summaries = look_at(session, flags, prompts, config)
     names = model_names(flags)

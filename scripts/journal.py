@@ -76,13 +76,8 @@ class Journal:
         """Make the file ready for more rows, before long work: the settings, and what was read from it."""
         if self.path is None:
             return
-        try:
-            unfinished = self.path.with_name(self.path.name + ".part")
-            rows = [{"settings": self.settings}, *self.done.values()]
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            unfinished.replace(self.path)
-        except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
+        rows = [{"settings": self.settings}, *self.done.values()]
+        cli.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def keep(self, keys: Iterable[tuple]) -> None:
         """Forget all rows but these, also on disk."""

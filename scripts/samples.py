@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import cli
 from generate import GenerateConfig, check_prompt
+from scripts.metrics import INSTALL
 
 BUNDLED = Path(__file__).parent.parent / "benchmarks" / "samples"
-INSTALL = "pip install -r requirements-eval.txt"
 LETTERS = "ABCDEFGHIJ"
 FIRST_WORDS = 100  # of an article, to be continued
 PARAGRAPH, LINE = ("\n\n",), ("\n",)  # where an answer is over, if the model goes on

@@ -13,7 +13,6 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -195,12 +194,6 @@ def command_line(flags: argparse.Namespace, policy: str) -> str:
     return shlex.join([*words, "--policy", policy])
 
 
-def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
 def print_sweep(rows: Sequence[dict], axes: Sequence[Axis], title: str, best: dict) -> None:
     y, x = axes
     shown = {(row[y.key], row[x.key]): row for row in rows}
@@ -246,7 +239,7 @@ def finish(run: Experiment, rows: list[dict], axes: list[Axis]) -> None:
             print(f"best by {what}: {best[name]} ({' and '.join(map(str, apart[name]))} cells from the measured best)")
     speedup = max(row["speedup"] for row in rows)
     print(f"best measured: {best['measured']}, {speedup:.2f}× plain decoding\n{command}")
-    write_text(run.folder / "sweep.csv", csv_text(rows, axes))
+    cli.write_text(run.folder / "sweep.csv", csv_text(rows, axes))
     result = {"title": run.title(), "axes": {axis.key: axis.values for axis in axes}, "cells": rows, "best": best,
               "cells_apart": apart, "command": command, **run.config_json()}  # fmt: skip
     for path in filter(None, (run.flags.json, run.folder / "sweep.json")):
