@@ -36,12 +36,13 @@ def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampli
 
 
 def time_rounds(
-    runner: Runner, policy: DraftPolicy, plans: Sequence[DraftPlan], sample: Sequence[int], sampling: SamplingConfig
-) -> dict[DraftPlan, float]:
+    runner: Runner, policy: DraftPolicy, plans: Sequence[DraftPlan], sample: Sequence[int], sampling: SamplingConfig,
+    budget_s: float = SECONDS,
+) -> dict[DraftPlan, float]:  # fmt: skip
     """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
     drafter, position = Drafter(runner, policy, runner.sampler(sampling), ()), len(sample) - 1
     limit, taken = runner.cache_length - len(sample), {plan: [] for plan in plans}
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + budget_s
     for turn in range(TURNS + 1):
         if turn and runner.agreed(time.perf_counter() > end):
             break
