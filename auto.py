@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from adapters import Adapters
 from lookup import NgramIndex
 from plan import Depths, DraftPlan, DraftPolicy, Round, RoundContext, candidates_or_default
 
@@ -49,12 +50,14 @@ class Auto(DraftPolicy):
     """Choose the exit layer, K, n-gram proposals or plain decoding anew each round, by expected tokens per second
     (the objective of DEL, arXiv 2504.05598, in measured time instead of layers).
 
-    num_draft_tokens: the most tokens of a round. candidates: exit layers to choose from (default: five up to L/2).
+    num_draft_tokens: the most tokens of a round. candidates: exit layers to choose from (default: five up to L/2, or
+    those of the adapters). adapter: a file of exit adapters.
     """
 
     name = "auto"
     num_draft_tokens: int = 7
     candidates: Depths = field(default=Depths(), kw_only=True)
+    adapter: str = field(default="", kw_only=True)
     verifiable_only = True
 
     def __post_init__(self):
@@ -62,9 +65,17 @@ class Auto(DraftPolicy):
             raise ValueError(
                 f"num_draft_tokens must be 1 or more, got {self.num_draft_tokens}; plain decoding is the policy none"
             )
+        if self.adapter:
+            self.adapters = Adapters(self.adapter)
+            self.contents = [self.adapters.content]
+
+    def check_model(self, n_layer: int, dim: int | None) -> None:
+        if self.adapters:
+            self.adapters.check(n_layer, dim, self.exits)
 
     def fit(self, n_layer: int) -> None:
-        spread = Depths({max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)})
+        spread = Depths(self.adapters.by_exit if self.adapters else
+                        {max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)})  # fmt: skip
         self.exits = candidates_or_default(self.candidates or spread, n_layer)
         # Until something is measured: cost by layers, the head as one, and early exits as those of LayerSkip models.
         self.verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
@@ -83,7 +94,7 @@ class Auto(DraftPolicy):
     def plans_to_time(self) -> list[DraftPlan]:
         drafts = min(TIMED_DRAFTS, self.num_draft_tokens)
         verifying = [DraftPlan(proposed=(0,) * (rows - 1)) for rows in self._timed_rows()]
-        return verifying + [DraftPlan((depth,), drafts) for depth in self.exits]
+        return verifying + [DraftPlan((depth,), drafts, adapters=self.adapters) for depth in self.exits]
 
     def calibrate(self, seconds: dict[DraftPlan, float], agreement: dict[int, list[bool]]) -> None:
         self.verify_s = {1 + len(plan.proposed): s for plan, s in seconds.items() if not plan.exits}
@@ -141,7 +152,7 @@ class Auto(DraftPolicy):
     def best_drafting(self) -> tuple[float, DraftPlan]:
         """(expected tokens/s, plan) of the best exit and K."""
         (rate, k), depth = max((self.best(self.acceptance(depth), depth), depth) for depth in self.exits)
-        return rate, DraftPlan((depth,), k)
+        return rate, DraftPlan((depth,), k, adapters=self.adapters)
 
     def start_round(self, context: RoundContext) -> DraftPlan:
         if self.rounds % REFRESH == 0:

@@ -31,7 +31,8 @@ def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampli
     most = max(max(plan.num_draft_tokens, len(plan.proposed)) for plan in plans)
     sample = list(sample)[: max(1, runner.cache_length - most - 1)] or [0]
     states = runner.prefill_states(sample, 0, {depth for plan in plans for depth in plan.exits})
-    agreed = agreement(runner, runner.sampler(sampling), states, 1 + len(sample) - len(states[runner.n_layer]))
+    position = 1 + len(sample) - len(states[runner.n_layer])
+    agreed = agreement(runner, runner.sampler(sampling), states, position, policy.adapters)
     policy.calibrate(time_rounds(runner, policy, plans, sample, sampling), agreed)
 
 

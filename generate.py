@@ -65,7 +65,7 @@ def decode(
     while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
         start = time.perf_counter()
         position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
-        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0))
+        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0, drafter.hidden))
         draft, accepted, target = drafter.round(plan, tokens[-1], position, remaining - 1)
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
@@ -96,7 +96,7 @@ def early_exit(
     rows, skipped = Rows(runner, len(tokens) - 1), None
     while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
         start, before = time.perf_counter(), rows.layer_visits
-        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0))
+        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0, drafter.hidden))
         exits = (*plan.exits, runner.n_layer) if plan.exits and plan.num_draft_tokens else ()
         skipped = plan.skip_attention if skipped is None else skipped  # no keys and values there: a text keeps its set
         drafts = max(1, plan.num_draft_tokens)
@@ -123,11 +123,15 @@ def prefill(
     start = time.perf_counter()
     watched = drafter.policy.watched_depths
     states = runner.prefill_states(tokens[cached:], cached, watched)
-    exit = runner.exit(states[runner.n_layer][-1:], sampler.draw(len(tokens)))
+    last = states[runner.n_layer][-1:]
+    if drafter.policy.reads_hidden:
+        drafter.remember(last)
+    exit = runner.exit(last, sampler.draw(len(tokens)))
     _, first = sampler.verify((), exit, len(tokens))
     if watched:
         ends = {depth: hidden[-WATCHED_TOKENS:] for depth, hidden in states.items()}
-        drafter.policy.see_prompt(agreement(runner, sampler, ends, len(tokens) + 1 - len(ends[runner.n_layer])))
+        position = len(tokens) + 1 - len(ends[runner.n_layer])
+        drafter.policy.see_prompt(agreement(runner, sampler, ends, position, drafter.policy.adapters))
     new, ended = until_end([first], config.eos_ids, finished)
     tokens += new
     return Round(tuple(new), seconds=time.perf_counter() - start), ended
@@ -267,9 +271,9 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
     return text or (f"static:{max(1, n_layer // 4)}" if flags.no_verify else "auto")
 
 
-def policy_from_flags(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
+def policy_from_flags(flags: argparse.Namespace, n_layer: int, dim: int | None = None) -> DraftPolicy:
     """The policy that the flags ask for. Raises ValueError if they cannot be obeyed together."""
-    policy = make_policy(policy_text(flags, n_layer), n_layer, num_draft_tokens=flags.num_draft_tokens)
+    policy = make_policy(policy_text(flags, n_layer), n_layer, dim, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
@@ -510,7 +514,7 @@ def main() -> None:
             cli.check_writable(flags.json)
         session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None, group=group)
         config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
-        policy = policy_from_flags(flags, session.args.n_layer)
+        policy = policy_from_flags(flags, session.args.n_layer, session.args.dim)
         run = run_interactive if flags.interactive else run_once
         result = run(session, flags, config, policy)
         if flags.json and leads:

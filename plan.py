@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
+from adapters import Adapters
 from kernels.exit_head import Exit, ExitStats
 
 
@@ -42,6 +45,7 @@ class DraftPlan:
     leave_if: at a candidate but the last, leave the model if this holds. None: the policy is asked (should_exit).
     stop_unless: after each drafted token, end the draft unless this holds. None: it goes on to num_draft_tokens.
     ask_to_stop: whether the policy is asked, too (should_stop).
+    adapters: what corrects the states that leave at some of the exits.
     """
 
     exits: tuple[int, ...] = ()
@@ -52,6 +56,7 @@ class DraftPlan:
     leave_if: Rule | None = None
     stop_unless: Rule | None = None
     ask_to_stop: bool = False
+    adapters: Adapters | None = None
 
     @property
     def asks_policy(self) -> bool:
@@ -73,11 +78,15 @@ class DraftPlan:
 
 
 class RoundContext(NamedTuple):
-    """What a policy may look at: all tokens so far (prompt and text), how many are still wanted, greedy or sampled."""
+    """What a policy may look at: all tokens so far (prompt and text), how many are still wanted, greedy or sampled.
+
+    hidden: [1, D], the full model's state after the last layer that chose the last token, for a policy that reads it.
+    """
 
     tokens: Sequence[int]
     remaining: int
     sampled: bool = False
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,15 @@ class DraftPolicy:
     skips_sublayers = False  # whether its plans may leave sublayers out, so that compiled variants are made ready
     watched_depths: Sequence[int] = ()  # where exits are compared with the full model at the end of a prompt
     verifiable_only = False  # whether its drafts mean nothing unless the full model verifies them
+    reads_hidden = False  # whether start_round looks at RoundContext.hidden
+    adapters: Adapters | None = None  # what corrects the states that leave at some exits
+    contents: Sequence[str] = ()  # a hash of each file it has read: names do not tell what it does
 
     def fit(self, n_layer: int) -> None:
         """Take a model's number of layers. Raise ValueError if the policy does not fit it."""
+
+    def check_model(self, n_layer: int, dim: int | None) -> None:
+        """Raise ValueError if a file of the policy is for models of another shape. dim None: not known. After fit."""
 
     def draft_depth(self, n_layer: int) -> int:
         """How many of the first layers a draft may need; 0 if none. After fit."""

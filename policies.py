@@ -5,12 +5,10 @@ One string is the whole setting: `static:3`, `confidence:threshold=0.8,candidate
 """
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from auto import Auto
 from kernels.exit_head import Exit
@@ -26,45 +24,8 @@ from plan import (
     check_exit_layer,
     check_range,
 )
-
-
-class StopRule:
-    """When a draft ends early, because its last token is not sure enough.
-
-    never; a number: its top-1 probability is below it; adaptive: the same with a threshold that follows the acceptance
-    rate (Draft & Verify, arXiv 2309.08168); svip: the root of its entropy in nats is above 0.3 (arXiv 2411.18462).
-    """
-
-    def __init__(self, text: str):
-        self.rule: Rule | None = Rule("entropy", 0.3**2) if text == "svip" else None
-        self.adaptive = text == "adaptive"
-        if text not in ("never", "svip", "adaptive"):
-            try:
-                self.rule = Rule("top1", float(text))
-            except ValueError:
-                raise ValueError(f"stop must be never, adaptive, svip or a number in 0..1, got {text!r}") from None
-            check_range("stop", self.rule.threshold, 0.0, 1.0)
-        self.forget()
-
-    def forget(self) -> None:
-        if self.adaptive:
-            self.rule, self.acceptance = None, 0.9
-
-    def start_round(self, context: RoundContext, most: int) -> Rule | None:
-        """The rule of a round of `most` drafts."""
-        self.most = min(most, context.remaining - 1)
-        if self.adaptive and self.rule is None:
-            self.rule = Rule("top1", 0.5 if context.sampled else 0.8)
-        return self.rule
-
-    def end_round(self, round: Round) -> None:
-        if not self.adaptive or not round.drafted:
-            return
-        self.acceptance = 0.5 * self.acceptance + 0.5 * round.accepted / len(round.drafted)
-        stopped = len(round.drafted) < self.most
-        step = 0.01 if self.acceptance < 0.9 else -0.01 if stopped else 0.0
-        threshold = self.rule.threshold
-        self.rule = Rule("top1", min(max(0.9 * threshold + 0.1 * (threshold + step), 0.0), 1.0))
+from self_drafting import SelfDrafting
+from skips import LayerSkipProportion, Learned, SkipSet
 
 
 @dataclass
@@ -78,41 +39,6 @@ class Autoregressive(DraftPolicy):
 
     def start_round(self, context: RoundContext) -> DraftPlan:
         return DraftPlan()
-
-
-@dataclass
-class SelfDrafting(DraftPolicy):
-    """What all policies that draft with the model's own layers share: K, and when a draft ends early (see StopRule)."""
-
-    num_draft_tokens: int = field(default=3, kw_only=True)
-    stop: str = field(default="never", kw_only=True)
-    only_plan = DraftPlan()  # of a policy that has only one
-
-    def __post_init__(self):
-        if self.num_draft_tokens < 0:
-            raise ValueError(f"num_draft_tokens must be 0 or more, got {self.num_draft_tokens}")
-        self.stop_rule = StopRule(self.stop)
-
-    def draft_depth(self, n_layer: int) -> int:
-        return max(self.only_plan.exits, default=n_layer)
-
-    def start_prompt(self, prompt: Sequence[int]) -> None:
-        self.stop_rule.forget()
-
-    def start_round(self, context: RoundContext) -> DraftPlan:
-        plan, rule = self.plan(context), self.stop_rule.start_round(context, self.num_draft_tokens)
-        return plan if plan.stop_unless == rule else dataclasses.replace(plan, stop_unless=rule)
-
-    def plan(self, context: RoundContext) -> DraftPlan:
-        """The plan of a round; most policies have only one."""
-        return self.only_plan
-
-    def new_plan(self, exits: Sequence[int] = (), **settings) -> DraftPlan:
-        """A plan with these exits and what all self-drafting policies share."""
-        return DraftPlan(tuple(exits), self.num_draft_tokens, stop_unless=self.stop_rule.rule, **settings)
-
-    def end_round(self, round: Round) -> None:
-        self.stop_rule.end_round(round)
 
 
 @dataclass
@@ -321,59 +247,6 @@ class LogitsFuture(SelfDrafting):
         return False
 
 
-@dataclass
-class LayerSkipProportion(SelfDrafting):
-    """Each draft layer but the first is left out with probability `proportion`, drawn anew each round."""
-
-    name = "layer_skip_proportion"
-    proportion: float = 0.5
-    seed: int = field(default=0, kw_only=True)
-    skips_sublayers = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range("proportion", self.proportion, 0.0, 1.0)
-
-    def fit(self, n_layer: int) -> None:
-        self.n_layer = n_layer
-
-    def start_prompt(self, prompt: Sequence[int]) -> None:
-        super().start_prompt(prompt)
-        self.random = random.Random(self.seed)
-
-    def plan(self, context: RoundContext) -> DraftPlan:
-        skipped = frozenset(i for i in range(1, self.n_layer) if self.random.random() < self.proportion)
-        return self.new_plan(skip_attention=skipped, skip_mlp=skipped)
-
-
-@dataclass
-class SkipSet(SelfDrafting):
-    """Draft with fixed sublayers left out (Draft & Verify, arXiv 2309.08168).
-
-    file: JSON with the 0-based layers to leave out, {"skip_attention": [3, 5], "skip_mlp": [4]}.
-    """
-
-    name = "skip_set"
-    file: str
-    skips_sublayers = True
-
-    def fit(self, n_layer: int) -> None:
-        try:
-            loaded = json.loads(Path(self.file).read_text(encoding="utf-8"))
-            skips = {key: frozenset(loaded[key]) for key in ("skip_attention", "skip_mlp")}
-        except OSError as error:
-            raise ValueError(f"skip_set: cannot read {self.file}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'skip_set: {self.file} must hold {{"skip_attention": [layers], "skip_mlp": [layers]}}'
-            ) from None
-        for key, layers in skips.items():
-            wrong = [i for i in layers if type(i) is not int or not 0 <= i < n_layer]
-            if wrong:
-                raise ValueError(f"skip_set: {self.file}: {key} must be in 0..{n_layer - 1}, got {wrong[0]!r}")
-        self.only_plan = self.new_plan(**skips)
-
-
 class Combined(DraftPolicy):
     """Several policies, written first+second: proposals come first; where there are none, the others draft together.
 
@@ -385,11 +258,17 @@ class Combined(DraftPolicy):
         self.parts = tuple(parts)
         self.num_draft_tokens = max(part.num_draft_tokens for part in parts)
         self.skips_sublayers = any(part.skips_sublayers for part in parts)
+        self.reads_hidden = any(part.reads_hidden for part in parts)
+        self.contents = [content for part in parts for content in part.contents]
         self.verifiable_only = any(part.verifiable_only for part in parts)
 
     def fit(self, n_layer: int) -> None:
         for part in self.parts:
             part.fit(n_layer)
+
+    def check_model(self, n_layer: int, dim: int | None) -> None:
+        for part in self.parts:
+            part.check_model(n_layer, dim)
 
     def draft_depth(self, n_layer: int) -> int:
         return max(part.draft_depth(n_layer) for part in self.parts)
@@ -437,22 +316,24 @@ POLICIES: dict[str, type[DraftPolicy]] = {
     kind.name: kind
     for kind in (
         Autoregressive, Static, Confidence, Margin, Entropy, Saturation, ConsistentTokens, Random, LogitsCurrent,
-        LogitsFuture, LayerSkipProportion, SkipSet, PromptLookup, Auto,
+        LogitsFuture, LayerSkipProportion, SkipSet, Learned, PromptLookup, Auto,
     )
 }  # fmt: skip
 
 
-def make_policy(text: str, n_layer: int, **defaults) -> DraftPolicy:
+def make_policy(text: str, n_layer: int, dim: int | None = None, **defaults) -> DraftPolicy:
     """Build the policy that `text` names: "static:3", "confidence:0.8,candidates=3-6", "prompt_lookup+static:3", …
 
     A value without a key belongs to the policy's first key. `defaults` fill keys the policies have and `text` leaves
-    out. Raises ValueError with the valid names, keys or ranges.
+    out. dim: the model's width, if known. Raises ValueError with the valid names, keys or ranges, and for a file that
+    cannot be read or was made for another model.
     """
     parts = [_make_one(part, defaults) for part in text.split("+")]
     if len(parts) > 1 and any(isinstance(part, Auto) for part in parts):
         raise ValueError(f"auto combines self-drafting and prompt lookup by itself: give it alone, got {text!r}")
     policy = parts[0] if len(parts) == 1 else Combined(parts)
     policy.fit(n_layer)
+    policy.check_model(n_layer, dim)
     return policy
 
 

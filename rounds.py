@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapters import Adapters
 from kernels.exit_head import Exit
 from kernels.layers import PlayedRound
 from plan import DraftPlan, DraftPolicy
@@ -92,21 +93,31 @@ class Drafter:
     def __init__(self, runner: Runner, policy: DraftPolicy, sampler, eos_ids: Sequence[int], verified: bool = True):
         self.runner, self.policy, self.sampler, self.eos_ids = runner, policy, sampler, eos_ids
         self.verified = verified
+        self.hidden: Tensor | None = None  # [1, D], the full model's that chose the last token, if the policy reads it
 
     def round(self, plan: DraftPlan, token: int, position: int, limit: int) -> tuple[Draft, int, int]:
         """Draft at most `limit` tokens after `token`, which stands at `position`, and verify them.
 
         Returns the draft, how many of its tokens are accepted, and the full model's own token after those.
         """
-        played = self.runner.play(plan, self.sampler.config, token, position, limit)
+        wants_hidden = self.policy.reads_hidden
+        played = self.runner.play(plan, self.sampler.config, token, position, limit, wants_hidden)
         if played:
-            draft = self.played(played)
-            return draft, *accept(draft.tokens, played.chosen)
-        rows = Rows(self.runner, position)
-        draft = self.draft(rows, plan, token, limit)
-        exit = self.verify(rows, draft, token, position)
-        draft.layer_visits = rows.layer_visits
-        return draft, *self.sampler.verify(draft.tokens, exit, position + 1)
+            draft, states = self.played(played), played.hidden
+            accepted, target = accept(draft.tokens, played.chosen)
+        else:
+            rows = Rows(self.runner, position)
+            draft = self.draft(rows, plan, token, limit)
+            exit = self.verify(rows, draft, token, position)
+            draft.layer_visits, states = rows.layer_visits, exit.hidden
+            accepted, target = self.sampler.verify(draft.tokens, exit, position + 1)
+        if wants_hidden:
+            self.remember(states[accepted : accepted + 1])
+        return draft, accepted, target
+
+    def remember(self, hidden: Tensor) -> None:
+        """Keep the state that chose the last token for the policy; the same on all ranks."""
+        self.hidden = self.runner.agreed(hidden)
 
     def played(self, round: PlayedRound) -> Draft:
         """The Draft of a round that the runner played in one call, without what it drafted after an end of text."""
@@ -151,7 +162,8 @@ class Drafter:
             depth = stop
             if stop not in exits:
                 continue
-            exit = runner.exit(hidden, self.sampler.draw(rows.end), draft=True)
+            exit = runner.exit(
+                runner.adapted(hidden, plan.adapters, stop), self.sampler.draw(rows.end), draft=True)  # fmt: skip
             exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
             if stop == exits[-1] or runner.agreed(bool(
                 plan.leave_if.holds(exit.stats()) if plan.leave_if else self.policy.should_exit(stop, exit)
@@ -170,13 +182,16 @@ class Drafter:
         return self.runner.exit(joined(rows.waiting[n_layer]), self.sampler.draw(position + 1))
 
 
-def agreement(runner: Runner, sampler, states: dict[int, Tensor], position: int) -> dict[int, list[bool]]:
+def agreement(
+    runner: Runner, sampler, states: dict[int, Tensor], position: int, adapters: Adapters | None = None
+) -> dict[int, list[bool]]:
     """For each depth, row by row: does an exit there choose the token that the full model chooses?
 
     states: hidden [T, D] at each depth and at the top, of rows that choose the tokens for `position`, position + 1, …
     """
     guesses = {}
     for depth, hidden in states.items():
+        hidden = runner.adapted(hidden, adapters, depth)
         exit = runner.exit(hidden, sampler.draw(position), draft=depth < runner.n_layer)
         guesses[depth] = list(sampler.guesses(exit, position))
     full = guesses[runner.n_layer]

@@ -25,6 +25,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from adapters import Adapter, Adapters
 from kernels.exit_head import Draw, Exit, Head
 from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
@@ -63,7 +64,7 @@ class DeviceRound:
 
     def __init__(self, runner: "Runner", plan: DraftPlan, sampled: bool):
         self.runner, self.drafts, self.sampled = runner, plan.num_draft_tokens, sampled
-        self.exit_layer = plan.exits[0] if self.drafts else 0
+        self.exit_layer, self.adapters = plan.exits[0] if self.drafts else 0, plan.adapters
         self.resume_layer = 0 if runner.drafter else self.exit_layer
         device = runner.positions.device
         self.on_gpu = device.type == "cuda"
@@ -86,7 +87,7 @@ class DeviceRound:
                 draft = states[-1]
                 if self.resume_layer < self.exit_layer:
                     draft = runner._run_blocks(draft, positions, self.resume_layer, self.exit_layer, draft=True)
-                token = self.choose(draft, positions, draft=True)
+                token = self.choose(runner.adapted(draft, self.adapters, self.exit_layer), positions, draft=True)
                 drafted.append(token)
         positions = self.position + self.offsets
         hidden = runner._run_blocks(torch.cat(states), positions, self.resume_layer, runner.n_layer)
@@ -392,11 +393,13 @@ class Runner:
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
     def play(
-        self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int
+        self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int,
+        want_hidden: bool = False,
     ) -> PlayedRound | None:  # fmt: skip
         """Play a round in one call, with up to `limit` drafts. None: cannot.
 
-        Between the calls of a round Python takes as long as a small model's layers do.
+        want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
+        small model's layers do.
         """
         sampled = sampling.temperature > 0
         if plan.asks_policy or (sampled and not (sampling.is_plain and self._can_sample)):
@@ -409,9 +412,9 @@ class Runner:
                 embedding_scale=self.model.embedding.scale, draft=self._draft_layers, draft_head=self._draft_ends,
                 leave_if=plan.leave_if, stop_unless=plan.stop_unless, skip_attention=plan.skip_attention,
                 skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], temperature=sampling.temperature,
-                seed=sampling.seed,
+                seed=sampling.seed, adapters=self._adapters_at(plan.adapters, exits), want_hidden=want_hidden,
             )  # fmt: skip
-        if not plan.is_static:
+        if not plan.is_static or want_hidden:
             return None
         key = plan, sampled
         if key not in self._rounds:
@@ -424,6 +427,15 @@ class Runner:
         resume, exit_layers = self._rounds[key].resume_layer, [depth] * len(drafted)
         return PlayedRound(
             drafted, exit_layers, chosen[: limit + 1], resume, layers, draft_layers, (0, 0), len(drafted))  # fmt: skip
+
+    def adapted(self, hidden: Tensor, adapters: Adapters | None, depth: int) -> Tensor:
+        """hidden [T, D] that leaves at `depth`, as the adapter of that exit corrects it, if there is one."""
+        adapter = adapters and adapters.ready(hidden).get(depth)
+        return adapter(hidden) if adapter else hidden
+
+    def _adapters_at(self, adapters: Adapters | None, exits: Sequence[int]) -> list[Adapter | None]:
+        ready = adapters.ready(self.model.norm.weight) if adapters else {}
+        return [ready.get(depth) for depth in exits] if ready else []
 
     def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
         """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.

@@ -21,6 +21,7 @@ class PlayedRound(NamedTuple):
     chosen: one more than drafted. exit_layers: of each draft, none if they were proposed. resume_layer: where the
     shallowest row waited for verification. layers: layers read for the model's own states; draft_layers: for states
     that only draft, of which `left_out` attentions and MLPs were not. draft_heads: LM heads read while drafting.
+    hidden: states after the last layer [len(chosen), D], if they were wanted.
     """
 
     drafted: list[int]
@@ -31,6 +32,7 @@ class PlayedRound(NamedTuple):
     draft_layers: int
     left_out: tuple[int, int]
     draft_heads: int
+    hidden: Tensor | None = None
 
 
 class PackedLayers:
@@ -56,28 +58,32 @@ class PackedLayers:
         embedding_scale: Tensor | None = None, draft: "PackedLayers | None" = None, draft_head: Head | None = None,
         leave_if: tuple[str, float] | None = None, stop_unless: tuple[str, float] | None = None,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), proposed: Sequence[int] = (),
-        temperature: float = 0.0, seed: int = 0,
+        temperature: float = 0.0, seed: int = 0, adapters: Sequence[tuple[Tensor, Tensor, int] | None] = (),
+        want_hidden: bool = False,
     ) -> "PlayedRound":  # fmt: skip
         """Play a whole round: draft at most `drafts` tokens after `token` at `position`, verify them all.
 
         embedding: [V, D], plain, packed or quantised with its scale. head: its weight packed. draft: low-bit copies of
         the first layers, for drafts only; draft_head: their head (default: head), which may know fewer tokens. exits,
         leave_if, stop_unless, skips, proposed: of a plan.DraftPlan; a rule is a field of ExitStats and a threshold.
-        temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. The tokens are those of the same
-        round call by call. Raises RuntimeError for what is out of range.
+        temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. adapters: none, or of each exit
+        (down, up, rank), packed, or None. want_hidden: also return the states after the last layer. The tokens are
+        those of the same round call by call. Raises RuntimeError for what is out of range.
         """
         (leave, leave_at), (stay, stay_at) = (
             (ExitStats._fields.index(rule[0]) - 1, rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
         )
         skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
         draft_head = draft_head or head
-        n, heads, layers, draft_layers, no_attention, no_mlp, resume, *rest = (
-            torch.ops.skipfast_cpu.play_round.default(
-                self.table, embedding, embedding_scale, head.norm, head.weight, head.n_vocab, token, position, exits,
-                drafts, leave, leave_at, stay, stay_at, skips, proposed, draft and draft.table, draft_head.weight,
-                draft_head.n_vocab, temperature, seed,
-            ).tolist()
+        given = [each or (head.norm, head.norm, 0) for each in adapters]
+        downs, ups, ranks = ([each[part] for each in given] for part in range(3))
+        found, hidden = torch.ops.skipfast_cpu.play_round.default(
+            self.table, embedding, embedding_scale, head.norm, head.weight, head.n_vocab, token, position, exits,
+            drafts, leave, leave_at, stay, stay_at, skips, proposed, draft and draft.table, draft_head.weight,
+            draft_head.n_vocab, temperature, seed, downs, ups, ranks, want_hidden,
         )  # fmt: skip
+        n, heads, layers, draft_layers, no_attention, no_mlp, resume, *rest = found.tolist()
         exit_layers = [] if proposed else rest[n : 2 * n]
         left_out = no_attention, no_mlp
-        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, draft_layers, left_out, heads)
+        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, draft_layers, left_out, heads,
+                           hidden if want_hidden else None)  # fmt: skip

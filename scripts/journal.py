@@ -11,7 +11,6 @@ from pathlib import Path
 import checkpoint
 import cli
 from plan import DraftPolicy
-from policies import SkipSet
 
 
 def digest(
@@ -21,15 +20,12 @@ def digest(
     """What a journal remembers of all that names alone do not tell: prompts, responses, the content of files."""
     sha = lambda value: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
     stats = {str(file): file.stat() for file in set(source.files.values())}
-    parts = [part for policy in policies for part in getattr(policy, "parts", (policy,))]
-    skips = [[sorted(part.only_plan.skip_attention), sorted(part.only_plan.skip_mlp)]
-             for part in parts if isinstance(part, SkipSet)]  # fmt: skip
     return {
         "samples": len(prompts),
         "prompts": sha([list(prompt) for prompt in prompts]),
         "responses": sha(list(responses)),
         "weight_files": sha(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())),
-        "skip_sets": skips,
+        "policy_files": [policy.contents for policy in policies if policy.contents],
         "ranks": ranks,
     }
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import cli
@@ -274,7 +275,6 @@ def serve(path: str, length: str, full_cache: str, repack: str) -> None:
     repack: whether weights may be laid out anew for the machine's instructions, as llama.cpp does by default.
     """
     import llama_cpp
-    import numpy as np
 
     if repack == "False":  # an option that its Llama class does not pass on
         default = llama_cpp.llama_cpp.llama_model_default_params

@@ -23,7 +23,7 @@ def every_policy(n_layer: int) -> list[str]:
     static = quarter(n_layer)
     settings = {"static": static, "layer_skip_proportion": "layer_skip_proportion:0.3"}
     return [
-        *(settings.get(name, name) for name in POLICIES),
+        *(settings.get(name, name) for name in POLICIES if name != "learned"),  # without a file it is nothing
         f"{static},num_draft_tokens=5",
         f"{static},stop=0.6",
         f"{static},num_draft_tokens=7,stop=adaptive",

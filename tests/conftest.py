@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402  (the environment is read at import)
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 TINY = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -86,7 +87,20 @@ def play(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def skip_file(tmp_path_factory):
-    """A file for the policy skip_set that fits models of four layers and more."""
+    """A file for the policy skip_set that fits models of four layers and more; beside it random ones for `learned` and
+    of exit adapters, for models of width 64 and so many layers: learned4.safetensors, adapter8.safetensors, …"""
     file = tmp_path_factory.mktemp("skips") / "skips.json"
     file.write_text(json.dumps({"skip_attention": [2], "skip_mlp": [1, 3]}))
+    random, dim = torch.Generator().manual_seed(0), 64
+    for n_layer in (4, 8):
+        shapes = {"w1": (16, dim), "b1": (16,), "w2": (2 * n_layer, 16), "b2": (2 * n_layer,)}
+        network = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+        network["w1"] *= dim**-0.5
+        network["w2"] *= 0.5
+        network["b2"] += 0.5
+        exits = {f"exit.{depth}.{name}": torch.randn(shape, generator=random) * 0.02
+                 for depth in range(1, n_layer) for name, shape in (("down", (6, dim)), ("up", (dim, 6)))}  # fmt: skip
+        for kind, name, tensors in (("learned policy", "learned", network), ("exit adapter", "adapter", exits)):
+            metadata = {"format": f"skipfast {kind}", "n_layer": str(n_layer), "dim": str(dim)}
+            save_file(tensors, file.with_name(f"{name}{n_layer}.safetensors"), metadata)
     return str(file)

@@ -32,6 +32,8 @@ PROMPT = [1, 5, 9, 40, 77]  # of which no text of random_model is constant
 COMBINATIONS = (
     "prompt_lookup+static:2", "skip_set:FILE+confidence:0.6", "confidence:0.5,stop=0.6,num_draft_tokens=7",
     "static:2,stop=adaptive", "static:2,stop=svip", "entropy:1.5,decay=4,candidates=1-2-3",
+    "static:1,adapter=ADAPTER", "confidence:0.5,candidates=1-2-3,adapter=ADAPTER,stop=0.2", "learned:LEARNED+static:3",
+    "auto:adapter=ADAPTER",
     "random:num_draft_tokens=1+static:2,num_draft_tokens=5", "layer_skip_proportion+margin:0.3,stop=0.2",
 )  # fmt: skip
 
@@ -125,6 +127,7 @@ def test_drafting_with_low_bit_copies_changes_no_token(precision, mode, backend,
     runner.warm_up(skips_sublayers=True)
     policies = (
         "static:2", "static:1,num_draft_tokens=7", "confidence:0.3,candidates=1-2-3", "skip_set:FILE", "saturation",
+        "learned:LEARNED", "static:2,adapter=ADAPTER",
         "skip_set:FILE+confidence:0.1,candidates=1-2-3", "prompt_lookup+static:2", "static:2,stop=0.3",
     )  # fmt: skip
     for sampling in SAMPLING.values():
@@ -176,6 +179,7 @@ def test_torch_compiled_padded_decoding_is_exact_and_never_recompiles(precision,
     assert runner.backend == "inductor"
     runner.warm_up(skips_sublayers=True)
     policies = [*(f"static:{exit_layer}" for exit_layer in range(1, N_LAYER)), "layer_skip_proportion",
+                "learned:LEARNED", "static:1,adapter=ADAPTER",
                 "skip_set:FILE+confidence:0.1,candidates=1-2-3"]  # fmt: skip
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, PROMPT, "none", sampling).tokens
@@ -271,7 +275,8 @@ def test_no_policy_changes_a_token_with_the_kernels(precision, text, skip_file):
 
 
 @pytest.mark.parametrize("text", [
-    EXAMPLES["confidence"], EXAMPLES["random"], EXAMPLES["auto"], "prompt_lookup+static:2,stop=adaptive",
+    EXAMPLES["confidence"], EXAMPLES["random"], EXAMPLES["auto"], EXAMPLES["learned"], "static:2,adapter=ADAPTER",
+    "prompt_lookup+static:2,stop=adaptive",
     "skip_set:FILE+confidence:0.6,candidates=1-2-3", "layer_skip_proportion+margin:0.3,stop=0.2",
 ])  # fmt: skip
 @pytest.mark.parametrize("precision", PRECISION)

@@ -14,14 +14,17 @@ ALLOWED = {
     "kernels": {"kernels"},
     "model": {"kernels"},
     "sampling": {"kernels"},
-    "plan": {"kernels"},
+    "adapters": {"kernels"},
+    "plan": {"adapters", "kernels"},
+    "self_drafting": {"adapters", "plan"},
+    "skips": {"adapters", "plan", "self_drafting"},
     "lookup": {"plan"},
-    "auto": {"lookup", "plan"},
-    "policies": {"auto", "kernels", "lookup", "plan"},
+    "auto": {"adapters", "lookup", "plan"},
+    "policies": {"auto", "kernels", "lookup", "plan", "self_drafting", "skips"},
     "quantize": {"calibrate", "checkpoint", "cli", "convert_hf_checkpoint", "kernels", "model", "runner"},
     "tokenizer": set(),
-    "runner": {"kernels", "model", "plan", "sampling"},
-    "rounds": {"kernels", "plan", "runner", "sampling"},
+    "runner": {"adapters", "kernels", "model", "plan", "sampling"},
+    "rounds": {"adapters", "kernels", "plan", "runner", "sampling"},
     "calibrate": {"plan", "rounds", "runner", "sampling"},
     "tp": {"kernels", "model"},
     "checkpoint": {"kernels", "model", "tp"},
@@ -31,9 +34,9 @@ ALLOWED = {
     "scripts": MODULES - {"tests"},
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
-OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy",
+OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib",
             "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
-REQUIRED = {"rich", "safetensors", "sentencepiece", "torch", "tqdm"}
+REQUIRED = {"numpy", "rich", "safetensors", "sentencepiece", "torch", "tqdm"}
 MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/train.py", "tests/")
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("scripts/**/*.py")])
@@ -84,7 +87,8 @@ def test_the_graph_has_no_cycle():
 def test_model_and_policies_do_not_know_each_other_and_nothing_knows_scripts_or_tests():
     """Apart from ALLOWED, which somebody may edit: these hold whatever else changes."""
     found = {(module_of(name), package) for name in NAMES for package, _, _ in imports(ROOT / name)}
-    drafting, running = {"auto", "lookup", "plan", "policies"}, {"model", "runner", "rounds", "calibrate", "generate"}
+    drafting = {"adapters", "auto", "lookup", "plan", "policies", "self_drafting", "skips"}
+    running = {"model", "runner", "rounds", "calibrate", "generate"}
     assert not [edge for edge in found if edge[0] in drafting and edge[1] in running]
     assert not [edge for edge in found if edge[0] == "model" and edge[1] in drafting]
     assert not [edge for edge in found if edge[1] in ("tests", "scripts") and edge[0] not in ("tests", edge[1])]

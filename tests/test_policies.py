@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from plan import DraftPlan, DraftPolicy, Round, RoundContext, Rule
 from policies import POLICIES, Autoregressive, Static, make_policy
 
 CONTEXT = RoundContext([1, 2, 3], remaining=10)
+STATE = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
 # A string of each policy, for a model of four layers or more; FILE stands for the path of a skip set.
 EXAMPLES = {
     "none": "none",
@@ -24,14 +28,18 @@ EXAMPLES = {
     "logits_future": "logits_future:0.5,candidates=1-2-3",
     "layer_skip_proportion": "layer_skip_proportion:0.4,seed=2",
     "skip_set": "skip_set:FILE",
+    "learned": "learned:LEARNED,num_draft_tokens=5",
     "prompt_lookup": "prompt_lookup:5,min_ngram=1",
     "auto": "auto:5,candidates=1-2-3",
 }
 
 
 def example(text: str, skip_file: str, n_layer: int) -> DraftPolicy:
-    """The policy that a string names in which FILE stands for skip_file."""
-    return make_policy(text.replace("FILE", skip_file), n_layer)
+    """The policy that a string names, in which FILE stands for skip_file, LEARNED and ADAPTER for those beside it."""
+    text = text.replace("FILE", skip_file)
+    for name in ("learned", "adapter"):
+        text = text.replace(name.upper(), str(Path(skip_file).with_name(f"{name}{n_layer}.safetensors")))
+    return make_policy(text, n_layer, 64)
 
 
 @pytest.mark.parametrize(("text", "exit_layer", "num_draft_tokens"), [
@@ -62,6 +70,7 @@ def test_defaults_fill_what_the_string_leaves_out_and_nothing_else():
 
 
 @pytest.mark.parametrize("text", [*EXAMPLES.values(), "confidence", "auto:9", "static:2,stop=adaptive",
+                                  "static:2,adapter=ADAPTER", "learned:LEARNED,every=2",
                                   "prompt_lookup+static:2", "skip_set:FILE+entropy:0.25,decay=4,stop=0.5"])  # fmt: skip
 def test_a_policy_is_written_as_the_string_that_makes_it(text, skip_file):
     policy = example(text, skip_file, 8)
@@ -131,9 +140,9 @@ def test_a_bad_policy_string_is_refused_in_one_line_with_the_way_out(text, parts
     assert [part for part in parts if part not in message] == [], message
 
 
-def error_of(text: str, n_layer: int = 8) -> str:
+def error_of(text: str, n_layer: int = 8, dim: int | None = None) -> str:
     with pytest.raises(ValueError) as caught:
-        make_policy(text, n_layer)
+        make_policy(text, n_layer, dim)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -150,6 +159,8 @@ def error_of(text: str, n_layer: int = 8) -> str:
     ({"skip_attention": [], "skip_mlp": [2, -1]}, ["skip_mlp must be in 0..7", "got -1"]),
     ({"skip_attention": [], "skip_mlp": ["2"]}, ["skip_mlp must be in 0..7", "got '2'"]),
     ({"skip_attention": [True], "skip_mlp": []}, ["skip_attention must be in 0..7", "got True"]),
+    ({"skip_attention": [], "skip_mlp": [1], "n_layer": 9}, ["for a model of 9 layers, this one has 8"]),
+    ({"skip_attention": [], "skip_mlp": [1], "num_draft_tokens": "4"}, ["num_draft_tokens", "'4'"]),
 ])  # fmt: skip
 def test_a_bad_skip_set_file_is_named_with_what_it_must_hold(tmp_path, content, parts):
     file = tmp_path / "skips.json"
@@ -157,6 +168,64 @@ def test_a_bad_skip_set_file_is_named_with_what_it_must_hold(tmp_path, content, 
         file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     message = error_of(f"skip_set:{file}")
     assert [part for part in [str(file), *parts] if part not in message] == [], message
+
+
+def test_a_skip_set_file_may_say_how_many_tokens_to_draft(tmp_path):
+    file = tmp_path / "skips.json"
+    file.write_text(json.dumps({"skip_attention": [1], "skip_mlp": [], "num_draft_tokens": 6, "n_layer": 8}))
+    assert make_policy(f"skip_set:{file}", 8).num_draft_tokens == 6
+    assert make_policy(f"skip_set:{file}", 8, num_draft_tokens=2).num_draft_tokens == 2
+    assert make_policy(f"skip_set:{file}+static:3,num_draft_tokens=1", 8).num_draft_tokens == 6
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("learned:{0}/none.safetensors", ["cannot read", "No such file"]),
+    ("learned:{0}", ["is a folder"]),
+    ("learned:{0}/text.safetensors", ["cannot read"]),
+    ("learned:{0}/adapter8.safetensors", ["not of the format 'skipfast learned policy'"]),
+    ("learned:{0}/learned4.safetensors", ["for a model of 4 layers of width 64, this one has 8 of width 64"]),
+    ("learned:{0}/torn.safetensors", ["is broken", "b2"]),
+    ("learned:{0}/learned8.safetensors,every=0", ["every must be 1 or more"]),
+    ("static:2,adapter={0}/learned8.safetensors", ["not of the format 'skipfast exit adapter'"]),
+    ("static:2,adapter={0}/adapter4.safetensors", ["for a model of 4 layers"]),
+    ("static:8,adapter={0}/adapter8.safetensors", ["has adapters for exit 1, 2, 3, 4, 5, 6, 7, none for 8"]),
+    ("skip_set:{0}/skips.json,adapter={0}/adapter8.safetensors", ["none for 8"]),
+    ("confidence:candidates=3-4,adapter={0}/odd.safetensors", ["holds a broken exit.3.down"]),
+])  # fmt: skip
+def test_a_learned_file_or_adapter_of_another_model_or_kind_is_named(text, parts, skip_file):
+    folder = Path(skip_file).parent
+    (folder / "text.safetensors").write_text("no tensors")
+    shape = {"n_layer": "8", "dim": "64"}
+    save_file({"w1": torch.zeros(3, 64), "b1": torch.zeros(3), "w2": torch.zeros(16, 3)}, folder / "torn.safetensors",
+              {"format": "skipfast learned policy", **shape})  # fmt: skip
+    save_file({"exit.3.down": torch.zeros(4, 64), "exit.3.up": torch.zeros(64, 6)}, folder / "odd.safetensors",
+              {"format": "skipfast exit adapter", **shape})  # fmt: skip
+    message = error_of(text.format(folder), dim=64)
+    assert [part for part in parts if part not in message] == [] and "\n" not in message, message
+    if "learned4" in text:
+        assert "of width 64, this one has 8 of width 32" in error_of(text.replace("4.s", "8.s").format(folder), dim=32)
+
+
+def test_a_learned_policy_leaves_out_what_its_network_says_of_the_state_and_keeps_that_for_some_rounds(tmp_path):
+    file, n_layer = tmp_path / "policy.safetensors", 2
+    network = {"w1": torch.eye(2, 4), "b1": torch.tensor([0.0, -0.5]),
+               "w2": torch.tensor([[0.0, 0], [-1, 0], [0, -1], [-1, 1]]), "b2": torch.tensor([1.0, 0.5, 0.5, 0.5])}
+    save_file(network, file, {"format": "skipfast learned policy", "n_layer": "2", "dim": "4"})
+    seen = lambda *state: RoundContext([1], 9, hidden=torch.tensor([state]))
+    plan = lambda attention, mlp: DraftPlan((), 3, frozenset(attention), frozenset(mlp))
+    policy = make_policy(f"learned:{file}", n_layer)
+    policy.start_prompt([1])
+    first = seen(9.0, 0.0, 0.0, 0.0)  # over its rms: 2, 0, 0, 0; layer one: 2, 0
+    second = seen(0.0, 9.0, 0.0, 0.0)  # layer one: 0, 1.5
+    neither = seen(0.0, 0.0, 9.0, 0.0)
+    assert policy.start_round(first) == plan((), (0, 1))
+    assert policy.start_round(second) == plan((1,), ())
+    assert policy.start_round(neither) == DraftPlan(), "nothing to leave out: nothing to draft"
+    slow = make_policy(f"learned:{file},every=2", n_layer)
+    for _ in range(2):
+        slow.start_prompt([1])
+        assert [slow.start_round(each) for each in (first, second, second)] == [
+            plan((), (0, 1)), plan((), (0, 1)), plan((1,), ())]  # fmt: skip
 
 
 def test_there_is_an_example_of_every_policy():
@@ -172,7 +241,7 @@ def test_every_policy_keeps_the_contract(name, skip_file):
         assert key.default_factory is dataclasses.MISSING, f"{name}: {key.name} must have a plain default or none"
     policy = example(EXAMPLES[name], skip_file, 8)
     policy.start_prompt([1, 2, 1, 2])
-    plan = policy.start_round(RoundContext([1, 2, 1, 2], remaining=10))
+    plan = policy.start_round(RoundContext([1, 2, 1, 2], remaining=10, hidden=STATE))
     hash(plan)
     assert max(plan.num_draft_tokens, len(plan.proposed)) <= policy.num_draft_tokens, "the runner makes room for these"
     assert list(plan.exits) == sorted(set(plan.exits)) and all(1 <= depth <= 8 for depth in plan.exits)

@@ -122,7 +122,7 @@ def test_a_sweep_is_not_continued_with_another_skip_set_under_the_same_name(play
     play(sweep, *flags)
     mask.write_text('{"skip_attention": [], "skip_mlp": [1]}')
     _, error = play(sweep, *flags, code=2)
-    assert "is of a run with another skip_sets" in error
+    assert "is of a run with another policy_files" in error
 
 
 def test_a_file_that_is_no_journal_is_left_alone(play, tmp_path):

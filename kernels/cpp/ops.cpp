@@ -362,13 +362,15 @@ Embedding<T> embedding_of(const char* op, const Tensor& weight, const std::optio
 
 // draft_table, draft_head: what drafts copy their rows through instead of the model's layers and head (low-bit copies).
 // Returns [drafted n, heads read while drafting, layers read, layers of copies read, attentions and MLPs left out of
-// the latter, resume layer], then n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model.
-Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> embedding_scale, Tensor norm,
+// the latter, resume layer], then n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model;
+// and, if wanted, the n + 1 states they were chosen from. downs, ups, ranks: of the adapter of each exit (rank 0: none).
+std::tuple<Tensor, Tensor> play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> embedding_scale, Tensor norm,
                   Tensor head, int64_t n_vocab, int64_t token, int64_t position, std::vector<int64_t> exits,
                   int64_t drafts, int64_t leave_measure, double leave_threshold, int64_t stay_measure,
                   double stay_threshold, std::vector<int64_t> skips, std::vector<int64_t> proposed,
                   std::optional<Tensor> draft_table_tensor, std::optional<Tensor> draft_head_weight,
-                  int64_t draft_vocab, double temperature, int64_t seed) {
+                  int64_t draft_vocab, double temperature, int64_t seed, std::vector<Tensor> downs,
+                  std::vector<Tensor> ups, std::vector<int64_t> ranks, bool want_hidden) {
   const LayerTable& table = table_of("play_round", table_tensor);
   const LayerTable& draft_table = draft_table_tensor ? table_of("play_round", *draft_table_tensor) : table;
   check_contiguous("play_round", "norm", norm);
@@ -399,6 +401,18 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> e
   for (int64_t measure : {leave_measure, stay_measure})
     STD_TORCH_CHECK(-1 <= measure && measure < 3, "play_round: a measure must be in 0..2 or -1, got ", measure);
   STD_TORCH_CHECK(leave_measure >= 0 || exits.size() < 2, "play_round: several exits need a rule to leave");
+  STD_TORCH_CHECK(downs.size() == ranks.size() && ups.size() == ranks.size() &&
+                      (ranks.empty() || ranks.size() == exits.size()),
+                  "play_round: adapters need a down, an up and a rank for each exit");
+  std::vector<Adapter> adapters(ranks.size());
+  for (size_t i = 0; i < ranks.size(); i++) {
+    if (!ranks[i]) continue;
+    const CheckedWeight down = weight_of("play_round", downs[i], norm), up = weight_of("play_round", ups[i], norm);
+    STD_TORCH_CHECK(ranks[i] > 0 && down.features == table.d && ranks[i] <= down.columns && up.features == ranks[i] &&
+                        table.d <= up.columns,
+                    "play_round: adapter ", i, " does not fit ", table.d, " features and rank ", ranks[i]);
+    adapters[i] = {down.weight, up.weight, ranks[i]};
+  }
   const Draw draw = draw_of("play_round", temperature, seed, position);
   const float eps = float(table.eps);
   int64_t own = draft_table_tensor ? 0 : table.n_layer;
@@ -409,6 +423,8 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> e
   }
   std::vector<int64_t> drafted(proposed), exit_layers(drafts), chosen(drafts + 1), depth(2 * (drafts + 1)), counts;
   drafted.resize(drafts);
+  static const Tensor no_states = new_tensor({0}, aoti_torch_dtype_float32());
+  Tensor states = no_states;
   auto run = [&](auto zero) {
     using T = decltype(zero);
     static thread_local Scratch scratch;
@@ -416,13 +432,16 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> e
     const Head<T> draft_head{data<T>(norm), draft_w.weight, table.d, draft_vocab, eps};
     const Head<T> full_head{data<T>(norm), w.weight, table.d, n_vocab, eps};
     const auto rows_of_tokens = embedding_of<T>("play_round", embedding, embedding_scale, table.d, n_vocab, norm);
-    Round<T> round{table, draft_table, rows_of_tokens, draft_head, full_head, draw, exits,
+    Round<T> round{table, draft_table, rows_of_tokens, draft_head, full_head, draw, exits, adapters,
                    {leave_measure, leave_threshold}, {stay_measure, stay_threshold}, skips, own, position,
                    {hidden, depth.data()}, {hidden + (drafts + 1) * table.d, depth.data() + drafts + 1}};
     with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES),
               [&] { round.run(token, drafts, given, drafted.data(), exit_layers.data(), chosen.data()); });
     const auto& c = round.counts;
     counts = {c.drafted, c.heads, c.layers, c.draft_layers, c.skipped_attention, c.skipped_mlp, c.resume};
+    if (!want_hidden) return;
+    states = new_tensor({c.drafted + 1, table.d}, dtype_of(norm));
+    std::copy_n(hidden, (c.drafted + 1) * table.d, data<T>(states));
   };
   if (table.bf16) run(bf16{});
   else run(0.0f);
@@ -432,7 +451,7 @@ Tensor play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> e
   to = std::copy_n(drafted.begin(), n, to);
   to = std::copy_n(exit_layers.begin(), n, to);
   std::copy_n(chosen.begin(), n + 1, to);
-  return result;
+  return {result, states};
 }
 
 }  // namespace
@@ -449,7 +468,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
   m.def("play_round(Tensor table, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor head, int n_vocab, "
         "int token, int position, int[] exits, int drafts, int leave_measure, float leave_threshold, int stay_measure, "
         "float stay_threshold, int[] skips, int[] proposed, Tensor? draft_table, Tensor? draft_head, int draft_vocab, "
-        "float temperature, int seed) -> Tensor");
+        "float temperature, int seed, Tensor[] downs, Tensor[] ups, int[] ranks, bool want_hidden) "
+        "-> (Tensor found, Tensor hidden)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {

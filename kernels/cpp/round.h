@@ -51,6 +51,12 @@ struct Embedding {
   }
 };
 
+// adapters.Adapter: what corrects a state that leaves at an exit. rank 0: none.
+struct Adapter {
+  Weight down, up;
+  int64_t rank = 0;
+};
+
 // plan.Rule: what the statistics of an exit must be. measure: index into them (top-1, margin, entropy), -1 for no rule.
 struct Rule {
   int64_t measure;
@@ -80,6 +86,7 @@ struct Round {
   Head<T> draft_head, head;
   Draw sampling;  // its position is not looked at
   const std::vector<int64_t>& exits;  // candidates, ascending
+  const std::vector<Adapter>& adapters;  // of the exits, or none at all
   Rule leave, stay;                   // at a candidate; after a token
   const std::vector<int64_t>& skips;  // 2 * layer for its attention, 2 * layer + 1 for its MLP
   int64_t own;                        // depth up to which a drafted row is the full model's
@@ -117,23 +124,35 @@ struct Round {
     }
     climb(copies, stop);
   }
-  // The tokens after `count` rows, and the statistics of the exit if wanted.
-  void choose(const Head<T>& with, const Rows& which, int64_t first, int64_t count, int64_t* tokens,
-              float* stats) const {
+  // A row that leaves, as the adapter of its exit corrects it.
+  const T* adapted(const T* row, size_t exit) const {
+    if (exit >= adapters.size() || !adapters[exit].rank) return row;
+    static thread_local Scratch scratch;
+    const int64_t d = table.d, rank = adapters[exit].rank;
+    T *result = (T*)scratch.get(2 * d + rank), *added = result + d, *inner = added + d;
+    std::memcpy(result, row, d * sizeof(T));
+    Linear<T>{row, adapters[exit].down, inner, 1, d, rank, 1, nullptr}.run();
+    Linear<T>{inner, adapters[exit].up, added, 1, rank, d, 1, nullptr}.run();
+    add_to(result, added, d);
+    return result;
+  }
+  // The tokens after `count` rows, the first of which is row `first`, and the statistics of the exit if wanted.
+  void choose(const Head<T>& with, const T* hidden, int64_t first, int64_t count, int64_t* tokens, float* stats) const {
     const bool sampled = sampling.temperature > 0;
     int64_t best;  // statistics come with the best tokens; whoever wants them has one row
-    with.run(which.hidden + first * table.d, count, {sampling.temperature, sampling.seed, position + first + 1},
+    with.run(hidden, count, {sampling.temperature, sampling.seed, position + first + 1},
              {!sampled ? tokens : stats ? &best : nullptr, stats, sampled ? tokens : nullptr});
   }
 
   // Let the last row climb until it leaves -> its exit layer. stats [4] are filled if a rule needs them.
   int64_t draft(int64_t* token, float* stats) {
-    for (int64_t exit : exits) {
+    for (size_t i = 0; i < exits.size(); i++) {
+      const int64_t exit = exits[i], row = rows.count - 1;
       if (rows.depth[rows.count - 1] < own) climb(rows, std::min(exit, own));
       if (exit > own) climb_copy(exit);
       const bool last = exit == exits.back();
-      choose(draft_head, exit > own ? copies : rows, rows.count - 1, 1, token,
-             stay || (leave && !last) ? stats : nullptr);
+      const T* state = (exit > own ? copies : rows).hidden + row * table.d;
+      choose(draft_head, adapted(state, i), row, 1, token, stay || (leave && !last) ? stats : nullptr);
       counts.heads++;
       if (last || leave.holds(stats)) return exit;
     }
@@ -144,7 +163,7 @@ struct Round {
       const int64_t first = rows.first_beside_last();
       climb(rows, first ? rows.depth[first - 1] : table.n_layer);
     }
-    choose(head, rows, 0, rows.count, chosen, nullptr);
+    choose(head, rows.hidden, 0, rows.count, chosen, nullptr);
   }
 
   // Draft up to `drafts` tokens after `token`; or, if `given`, take drafted [drafts] as they are. exit_layers [drafts],
