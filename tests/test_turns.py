@@ -16,7 +16,7 @@ FLAGS = ("--dataset", "questions", "--num_samples", 2, "--max_new_tokens", 6, "-
 @pytest.fixture(autouse=True)
 def small_bandwidth(monkeypatch):
     small = benchmark.read_bandwidth
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: small(gib=0.01, repeats=2))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
 
 
 def lines(folder):
