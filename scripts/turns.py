@@ -63,6 +63,10 @@ def measure(
     found = ranks.agreed(_finished(contenders, journal))
     if ranks.leads:  # a turn that was cut short is measured again, whole
         journal.keep((one["row"], one["sample"], one["repeat"]) for records in found.values() for one in records)
+    turns = len(prompts) * flags.repeats
+    if before := sum(repeat <= flags.repeats for repeat, _ in found):
+        cli.notice(f"{before} of {turns} turns of samples were finished before: their times are of the earlier run; "
+                   f"delete {journal.path} to measure them anew")  # fmt: skip
     rounds = [[i for i in range(len(prompts)) if (turn, i) not in found] for turn in range(1, flags.repeats + 1)]
     rounds = [range(len(prompts)), *rounds] if any(rounds) else []
     bar = tqdm(total=sum(map(len, rounds)), desc="samples", leave=False)
