@@ -30,6 +30,7 @@ from sampling import VERIFICATIONS, SamplingConfig
 from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 DEMO = Path(__file__).with_name("checkpoints") / "demo"
+DEVICES = ("cpu", "cuda")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STYLES = {"accepted": "green", "target": "blue", "rejected": "red strike"}
 
@@ -50,11 +51,12 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, quantize: bool = True) -> None:
-    """--checkpoint_path --device --precision --threads --json, and --quantize unless the program has its own."""
+def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quantize: bool = True) -> None:
+    """--checkpoint_path --precision --threads --json, and --device and --quantize unless the program has its own."""
     parser.add_argument("--checkpoint_path", default=str(DEMO), metavar="PATH",
                         help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    if device:
+        parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
     if quantize:
         parser.add_argument("--quantize", metavar="FORMAT",

@@ -2,7 +2,8 @@
 
 Every round runs every row on every prompt, row after row in a new order for each prompt; a row's tokens/s is the median
 over rounds, a speedup the median of the ratios inside a round. The ceiling (memory bandwidth, measured in the same
-process) is printed before anything is timed. `policy_sets.py` has the sets of policies, `plot.py` draws the picture.
+process) is printed before anything is timed. `policy_sets.py` has the sets of policies, `rows.py` makes the numbers and
+tables, `plot.py` draws the picture.
 """
 
 import argparse
@@ -10,9 +11,7 @@ import contextlib
 import dataclasses
 import json
 import resource
-import statistics
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,20 +28,20 @@ from generate import (
     decode,
     early_exit,
     head_cost_layers,
-    ideal_speedup,
     share_equal,
 )
 from kernels.formats import PLAIN, Format
 from model import Transformer
 from plan import DraftPolicy
 from policies import Static, make_policy
-from runner import MAX_ROWS, Runner, head_bytes, module_bytes
+from runner import MAX_ROWS, Runner
 from scripts import peers, plot, policy_sets, samples
 from scripts.journal import Journal, digest
 from scripts.peers import Contender
-from scripts.prompt_lengths import check_lengths, measure_lengths, print_lengths
+from scripts.prompt_lengths import check_lengths, measure_lengths
 from scripts.ranks import Ranks
-from scripts.turns import Quality, measure, print_quality, print_speeds, sample_numbers
+from scripts.rows import Models, print_results, result_rows, streamed_bytes
+from scripts.turns import Quality, measure
 
 PROMPT_SETS = Path(__file__).parent.parent / "benchmarks" / "prompts"
 PROMPTS = (  # none ends in white space: a tokenizer may join it with what follows
@@ -57,19 +56,22 @@ PROMPTS = (  # none ends in white space: a tokenizer may join it with what follo
 )
 
 
-def read_bandwidth(gib: float = 1.0, repeats: int = 5) -> float:
+def read_bandwidth(device: str = "cpu", gib: float = 1.0, repeats: int = 5) -> float:
     """Bytes/s at which torch sums a buffer far larger than the caches: a floor of the memory's read bandwidth."""
-    buffer = torch.ones(int(gib * 2**28), dtype=torch.float32)
-    buffer.sum()
+    buffer = torch.ones(int(gib * 2**28), dtype=torch.float32, device=device)
+    buffer.sum().item()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        buffer.sum()
+        buffer.sum().item()  # waits for a GPU
         times.append(time.perf_counter() - start)
     return buffer.nbytes / min(times)
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(device: str) -> int:
+    """The most that this process has taken: of a GPU's memory what torch has given out, else of the machine's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -120,15 +122,16 @@ class Runners:
 
 
 def our_contenders(
-    session: cli.Session, policies: dict[str, DraftPolicy], config: GenerateConfig, length: int
+    session: cli.Session, config: GenerateConfig, length: int, choose_threads: bool
 ) -> list[Contender]:
     """The rows of the session's model, in its format; plain decoding, eager and compiled, is always among them.
 
-    length: positions that a prompt and its text may take.
+    length: positions that a prompt and its text may take. choose_threads: of the CPU, for all rows still to run.
     """
     flags, plain = session.flags, make_policy("none", session.args.n_layer)
+    policies, again = make_policies(session), make_policies(session)  # each remembers what it measures of its model
     runners = Runners(session.model, length, flags.draft_vocab, session.load_drafter(policies.values()))
-    if flags.compile and runners.get(1, True).rows_independent and flags.threads is None:
+    if choose_threads and flags.compile and runners.get(1, True).rows_independent:
         runners.get(1, True).choose_threads()
     found, measuring = [], []
     for compile in (True, False) if flags.compile else (False,):
@@ -144,22 +147,27 @@ def our_contenders(
         if flags.no_verify and not policy.verifiable_only:
             found.append(skipfast_contender(runner, policy, name, config, verified=False))
         if runners.drafter and policy.draft_depth(session.args.n_layer):
-            policy = make_policy(name, session.args.n_layer, num_draft_tokens=flags.num_draft_tokens)  # costs differ
-            measuring.append((runners.get(width, flags.compile, skips=skips, copies=True), policy))
+            measuring.append((runners.get(width, flags.compile, skips=skips, copies=True), again[name]))
             found.append(skipfast_contender(*measuring[-1], f"{name} (drafts {session.draft_format})", config))
     runners.warm_up()
     for runner, policy in measuring:
         calibrate(runner, policy, session.tokenizer.encode(SAMPLE_TEXT), config.sampling)
     for contender in found:
-        contender.quantize = session.quantize
+        contender.device, contender.quantize = flags.device, session.quantize
     return found
+
+
+def make_policies(session: cli.Session) -> dict[str, DraftPolicy]:
+    """The policies that the flags name, but for plain decoding. Raises ValueError for what the model does not take."""
+    flags = session.flags
+    return policy_sets.make_policies(flags.policies, flags.policy, session.args.n_layer, flags.num_draft_tokens)
 
 
 def peer_contenders(
     session: cli.Session, policies: dict[str, DraftPolicy], formats: list[Format], length: int,
     cleanup: contextlib.ExitStack,
 ) -> list[Contender]:  # fmt: skip
-    """The rows of other engines. cleanup: ends the processes that they need."""
+    """The rows of other engines, on the session's device. cleanup: ends the processes that they need."""
     found, against, counts = [], session.flags.against, peers.thread_counts(session.flags)
     if "transformers" in against:
         drafting = next((policy for policy in policies.values() if isinstance(policy, Static)), None)
@@ -167,92 +175,9 @@ def peer_contenders(
     for format in formats if "llama.cpp" in against else ():
         engine = cleanup.enter_context(contextlib.closing(peers.LlamaCpp(session, length, counts, format)))
         found.append(engine.contender())
+    for contender in found:
+        contender.device = session.flags.device
     return found
-
-
-def decoding_numbers(c: Contender, model: Transformer) -> dict:
-    """The numbers of a row that follow from its rounds; None where nothing was drafted or an engine does not tell."""
-    emitted = sum(len(text) - 1 for text in c.texts)
-    told = all("rounds" in summary for summary in c.summaries)
-    drafted, accepted, rounds = (sum(s.get(key, 0) for s in c.summaries) for key in ("drafted", "accepted", "rounds"))
-    exits = sum((Counter(summary.get("exit_layers", {})) for summary in c.summaries), Counter())
-    layers, heads = (model.args.n_layer, 1) if c.policy == "none" else (None, None)
-    if told:
-        layers, heads = (
-            sum(summary[key] * (len(text) - 1) for summary, text in zip(c.summaries, c.texts, strict=True)) / emitted
-            for key in ("layer_visits_per_token", "head_visits_per_token")
-        )
-    return {
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "tokens_per_round": emitted / rounds if rounds else None,
-        "mean_exit_layer": sum(int(depth) * n for depth, n in exits.items()) / exits.total() if exits else None,
-        "layer_visits_per_token": layers,
-        "head_visits_per_token": heads,
-        "cost_per_token_layers": None if layers is None else layers + heads * head_cost_layers(model),
-        "ideal_speedup": None if layers is None else ideal_speedup(1, layers, heads, model),
-    }
-
-
-def result_rows(
-    contenders: list[Contender], models: dict[str, Transformer], flags: argparse.Namespace, prompts: list[list[int]],
-    bandwidth: float,
-) -> list[dict]:  # fmt: skip
-    """The `rows` of the JSON file, one a contender. models: by format; a row is compared with those of its own."""
-    rate_of = lambda c: statistics.median(c.rates)
-    fastest_of = {format: max((c for c in contenders if c.is_ar and c.quantize == format), key=rate_of)
-                  for format in models}  # fmt: skip
-    exact_text = flags.temperature == 0 or flags.verification == "coupled"
-    rows = []
-    for c in contenders:
-        model, fastest = models[c.quantize], fastest_of[c.quantize]
-        alike = [other for other in contenders if other.quantize == c.quantize]
-        reference = next(other for other in alike if other.is_ar and other.exact).texts
-        plain = {other.engine: other for other in alike if other.policy == "none" and other.engine != "skipfast"}
-        own = {name: other.texts for name, other in plain.items()} | {"skipfast": reference}
-        if len(models) > 1:
-            plain[f"plain, {next(iter(models))}"] = fastest_of[next(iter(models))]
-        numbers, rate = decoding_numbers(c, model), statistics.median(c.rates)
-        layers, heads = numbers["layer_visits_per_token"], numbers["head_visits_per_token"]
-        read = None if layers is None else streamed_bytes(model, layers, heads)
-        ideal, comparable = numbers["ideal_speedup"], exact_text and c.judge is None
-        speedup = statistics.median(a / b for a, b in zip(c.rates, fastest.rates, strict=True))
-        tokens = [token for text in c.texts for token in text]
-        rows.append({
-            "engine": c.engine,
-            "policy": c.policy,
-            "precision": str(model.norm.weight.dtype).removeprefix("torch."),
-            "quantize": c.quantize,
-            "compiled": c.compiled,
-            "backend": c.backend,
-            "threads": c.threads,
-            "exact_width": c.exact,
-            "verified": c.judge is None,
-            "tokens_per_s": rate,
-            "tokens_per_s_rounds": c.rates,
-            "speedup_over_fastest_ar": speedup,
-            **sample_numbers(c, fastest, prompts),
-            **numbers,
-            "share_of_ideal": speedup / ideal if ideal else None,
-            "bytes_per_token": read,
-            "share_of_bandwidth": read * rate / bandwidth if read else None,
-            "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
-                         for name, peer in plain.items()},
-            "identical": c.texts == reference if comparable else None,
-            "differs_from_own_plain":
-                sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True)) if comparable else None,
-            "equal_to_full_model": None if c.judge is None else
-                sum(c.judge(prompt, text) * len(text) for prompt, text in zip(prompts, c.texts, strict=True))
-                / len(tokens),
-            "draft_vocab_coverage": None if flags.draft_vocab is None else
-                sum(token < flags.draft_vocab for token in tokens) / len(tokens),
-            "prompts": len(c.texts),
-        })  # fmt: skip
-    return rows
-
-
-def streamed_bytes(model: Transformer, layers: float, heads: float) -> float:
-    """Weight bytes that so many visits of layers and of the LM head read."""
-    return layers * module_bytes(model.layers[0]) + heads * head_bytes(model.ends())
 
 
 def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
@@ -280,41 +205,15 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
     return prompts
 
 
-def print_rows(rows: list[dict], title: str) -> None:
-    form = cli.shown
-    compared = list(dict.fromkeys(name for row in rows for name in row["ratio_to"]))
-    formats = {row["quantize"] for row in rows}
-    body = []
-    for row in rows:
-        name = row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}"
-        name += f", {row['quantize']}" if len(formats) > 1 else ""
-        rates, equal = row["tokens_per_s_rounds"], row["equal_to_full_model"]
-        differ = row["differs_from_own_plain"]
-        body.append([
-            name + ("" if row["exact_width"] else " (inexact)"), f"{row['backend']} ×{row['threads']}",
-            form(row["tokens_per_s"]), f"{min(rates):.0f}–{max(rates):.0f}",
-            form(row["speedup_over_fastest_ar"], ".2f") + "×",
-            *(form(row["ratio_to"].get(other), ".2f") + "×" for other in compared), form(row["acceptance_rate"], ".2f"),
-            form(row["tokens_per_round"], ".2f"), form(row["mean_exit_layer"]),
-            form(row["layer_visits_per_token"], ".2f"), form(row["head_visits_per_token"], ".2f"),
-            form(row["bytes_per_token"] and row["bytes_per_token"] / 1e6),
-            form(row["ideal_speedup"], ".2f"), form(row["share_of_ideal"], ".0%"),
-            form(row["share_of_bandwidth"], ".0%"),
-            f"{equal:.1%} right" if equal is not None else "–" if differ is None else f"{differ} of {row['prompts']}",
-        ])  # fmt: skip
-    columns = ("policy", "backend\n×threads", "tokens/s", "min–max", "× fastest\nAR",
-               *(f"× {name}" for name in compared), "accep-\ntance", "tokens\n/round", "mean\nexit", "layers\n/token",
-               "heads\n/token", "MB\n/token", "ideal", "share\nof it", "of band-\nwidth", "texts differ")  # fmt: skip
-    cli.print_table(title, columns, body)
-
-
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark", description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.benchmark --policies all --prompts code --output_dir out",
     )  # fmt: skip
     comma = lambda text: text.split(",")
-    cli.add_model_flags(parser, quantize=False)
+    cli.add_model_flags(parser, device=False, quantize=False)
+    parser.add_argument("--device", dest="devices", action="append", choices=cli.DEVICES,
+                        help="measure on this device (repeatable; default: cpu)")
     parser.add_argument("--quantize", dest="formats", action="append", metavar="FORMAT",
                         help="measure with weights of this format: none, int8, int4, … (repeatable; default: none)")
     cli.add_decode_flags(parser)
@@ -346,6 +245,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "the same settings that was killed")
     flags = parser.parse_args(argv)
     flags.ignore_eos = True  # every row must decode the same number of tokens
+    flags.devices = flags.devices or ["cpu"]
+    flags.device = flags.devices[0]  # of other engines, too
+    if len(set(flags.devices)) < len(flags.devices):
+        raise ValueError(f"--device must name each device once, got {', '.join(flags.devices)}")
     if flags.max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be 2 or more to time decoding, got {flags.max_new_tokens}")
     for name, value in (("num_prompts", flags.num_prompts), ("repeats", flags.repeats)):
@@ -364,79 +267,75 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def print_ranks(ranks: list[dict]) -> None:
-    """What each process of a tensor-parallel run holds and reads."""
-    megabytes = lambda value: cli.shown(value / 1e6)
-    body = [
-        [str(rank), " + ".join(map(megabytes, own["weight_bytes"].values())), megabytes(own["weight_bytes_per_pass"]),
-         megabytes(own["cache_bytes"]), megabytes(own["peak_memory_bytes"]["after_loading"])]
-        for rank, own in enumerate(ranks)
-    ]  # fmt: skip
-    columns = ("rank", "MB of weights", "MB a plain token reads of the first", "MB of cache", "MB at most")
-    cli.print_table("each rank", columns, body)
-
-
-def print_results(result: dict, title: str) -> None:
-    print_rows(result["rows"], title)
-    if result["config"]["dataset"]:
-        print_speeds(result["rows"])
-    if any(row["quality"] for row in result["rows"]):
-        print_quality(result["rows"])
-    if len(result["ranks"]) > 1:
-        print_ranks(result["ranks"])
-    for peer, reason in result["skipped"].items():
-        print(f"{peer} skipped: {reason}")
-    if result["lengths"]:
-        print_lengths(result["lengths"])
-    if result["grid"]:
-        policy_sets.print_grid(result["grid"])
-
-
-def memory(model: Transformer, loaded: dict, before: int) -> dict:
-    """What this rank's model takes. loaded: weight bytes by format; before: peak memory before loading."""
+def memory(model: Transformer, device: str, loaded: dict, before: int) -> dict:
+    """What this rank's model takes on a device. loaded: weight bytes by format; before: peak memory before loading."""
     return {
         "weight_bytes": loaded,
         "cache_bytes": 2 * model.args.n_layer * model.layers[0].attention.v_cache.nbytes,
-        "peak_memory_bytes": {"before_loading": before, "after_loading": peak_memory_bytes()},
+        "peak_memory_bytes": {"before_loading": before, "after_loading": peak_memory_bytes(device)},
         "weight_bytes_per_pass": streamed_bytes(model, model.args.n_layer, 1),
     }
 
 
-def run(session: cli.Session, flags: argparse.Namespace, formats: list[Format], policies: dict[str, DraftPolicy],
-        prompts: list[list[int]], work: tuple[Ranks, Journal, Quality]) -> dict:  # fmt: skip
-    """Load, measure and return the JSON object. work: who shares it, what is finished, how texts are judged."""
+def load_all(
+    sessions: list[cli.Session], formats: list[Format], config: GenerateConfig, length: int
+) -> tuple[Models, list[Contender], dict[str, dict]]:
+    """Load every format on every device -> the models, our rows of all of them, and what each device holds."""
+    models, contenders, memories = {}, [], {}
+    for session in sessions:
+        device, loaded = session.flags.device, {}
+        before = peak_memory_bytes(device)
+        for session.format in formats:
+            first = device == "cpu" and not loaded  # one number of threads for the whole process
+            models[device, session.quantize] = session.load()
+            contenders += our_contenders(session, config, length, first and session.flags.threads is None)
+            loaded[session.quantize] = session.weight_bytes
+            if session.draft_bytes:
+                loaded[f"{session.quantize} (drafts {session.draft_format})"] = session.draft_bytes
+        session.model = models[device, next(iter(loaded))]
+        memories[device] = memory(session.model, device, loaded, before)
+    for contender in contenders:
+        contender.threads = torch.get_num_threads()  # chosen after some of them were made
+    return models, contenders, memories
+
+
+def run(sessions: list[cli.Session], formats: list[Format], policies: dict[str, DraftPolicy], prompts: list[list[int]],
+        work: tuple[Ranks, Journal, Quality]) -> dict:  # fmt: skip
+    """Load, measure and return the JSON object. sessions: one a device.
+
+    work: who shares it, what is finished, how texts are judged.
+    """
+    session, flags = sessions[0], sessions[0].flags
     args, config = session.args, GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
-    lengths = [max(map(len, prompts)) + flags.max_new_tokens, *flags.prompt_lengths]
+    lengths = [max(map(len, prompts)) + flags.max_new_tokens, check_lengths(flags.prompt_lengths, args.max_seq_len)]
     if any(policy.plans_to_time() for policy in policies.values()):
         lengths.append(min(CALIBRATION_TOKENS, args.max_seq_len))
-    before, models, contenders, loaded = peak_memory_bytes(), {}, [], {}
-    for session.format in formats:
-        models[session.quantize] = session.load()
-        contenders += our_contenders(session, policies, config, max(lengths))
-        loaded[session.quantize] = session.weight_bytes
-        if session.draft_bytes:
-            loaded[f"{session.quantize} (drafts {session.draft_format})"] = session.draft_bytes
-    session.model = model = next(iter(models.values()))
-    own = memory(model, loaded, before)
+    models, contenders, memories = load_all(sessions, formats, config, max(lengths))
+    (first, model), own = next(iter(models.items())), memories[flags.device]
+    bandwidths = {device: read_bandwidth(device) for device in memories}
     with contextlib.ExitStack() as cleanup:
         contenders += peer_contenders(session, policies, formats, max(lengths), cleanup)
-        full, bandwidth = own["weight_bytes_per_pass"], read_bandwidth()
-        print(f"{full / 1e6:.1f} MB of weights a pass at {bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s "
-              "from memory")  # fmt: skip
+        for device, bandwidth in bandwidths.items():
+            full = memories[device]["weight_bytes_per_pass"]
+            print((f"{device}: " if len(memories) > 1 else "") + f"{full / 1e6:.1f} MB of weights a pass at "
+                  f"{bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s from memory")  # fmt: skip
         measure(contenders, prompts, flags, *work)
-        plain = {c.engine: c for c in reversed(contenders) if c.policy == "none"}  # of ours, the first: compiled, exact
-        by_length = measure_lengths(list(plain.values())[::-1], flags.prompt_lengths, flags.repeats, model, full)
-    rows = result_rows(contenders, models, flags, prompts, bandwidth)
+        plain = {(c.engine, c.device): c for c in reversed(contenders) if c.policy == "none"}
+        by_length = measure_lengths(list(plain.values())[::-1],  # of ours, the first: compiled, exact
+                                    flags.prompt_lengths, flags.repeats, model, own["weight_bytes_per_pass"])
+    rows = result_rows(contenders, models, flags, prompts, bandwidths)
     for row, contender in zip(rows, contenders, strict=True):
         row["quality"] = work[-1].of_all(contender.texts)
     return {
         "rows": rows,
-        "grid": policy_sets.best_of_grid(rows, args.n_layer) if "grid" in flags.policies else None,
+        "grid": policy_sets.best_of_grid([row for row, c in zip(rows, contenders, strict=True) if c.place == first],
+                                         args.n_layer) if "grid" in flags.policies else None,
         "skip_set": policy_sets.default_skips(args.n_layer),
         "head_cost_layers": head_cost_layers(model),
         "lengths": by_length,
-        "bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_bytes_per_s": bandwidths[flags.device],
         **own,
+        "devices": {device: memories[device] | {"bandwidth_bytes_per_s": bandwidths[device]} for device in memories},
         "ranks": session.group.everyones(own) if session.group else [own],
         "config": vars(flags),
         **cli.environment(),
@@ -493,9 +392,10 @@ def main() -> None:
         for path in (flags.json, flags.picture) if ranks.leads else ():
             cli.check_writable(path)
         picture = plot.wanted_picture(flags.picture, flags.output_dir)
-        session = ranks.open_session(flags)
-        args = session.args
-        policies = policy_sets.make_policies(flags.policies, flags.policy, args.n_layer, flags.num_draft_tokens)
+        others = (argparse.Namespace(**vars(flags) | {"device": device}) for device in flags.devices[1:])
+        sessions = [ranks.open_session(each) for each in (flags, *others)]
+        session, args = sessions[0], sessions[0].args
+        policies = make_policies(session)
         check_draft_vocab(flags.draft_vocab, args.vocab_size)
         check_lengths(flags.prompt_lengths, args.max_seq_len)
         formats, skipped = checked_formats(session, flags)
@@ -507,7 +407,7 @@ def main() -> None:
         if flags.output_dir and ranks.leads:
             cli.make_folder(flags.output_dir)
             journal.start()
-        result = run(session, flags, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
+        result = run(sessions, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
         rows = result["rows"]
         name = f"{Path(flags.checkpoint_path).name}" + (f", {flags.dataset}" if flags.dataset else "")
         title = (f"{name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, {rows[0]['precision']}, "

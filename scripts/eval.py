@@ -76,6 +76,26 @@ def check_limits(flags: argparse.Namespace, max_seq_len: int) -> None:
         raise ValueError(f"bootstrap_iters must be 0 or more, got {flags.bootstrap_iters}")
 
 
+def check_tasks(tasks: dict, flags: argparse.Namespace) -> None:
+    """Raise ValueError for what the loaded tasks, by name, do not have, or ask for and cannot get."""
+    for name, wanted in (flags.samples or {}).items():
+        if name not in tasks:
+            raise ValueError(f"samples: {name!r} is none of the tasks {', '.join(tasks)}")
+        count = len(tasks[name].eval_docs)
+        if wrong := [i for i in wanted if not 0 <= i < count]:
+            raise ValueError(f"samples: {name} has the samples 0..{count - 1}, got {wrong[0]}")
+    for name, task in tasks.items():
+        harness.check_fewshot(task, flags.num_fewshot)
+        if task.get_config("output_type") == "generate_until":
+            kwargs = (task.get_config("generation_kwargs") or {}) | flags.gen_kwargs
+            harness.check_generation(kwargs, name)
+            sampled = flags.temperature and not kwargs.get("do_sample")  # the cache leaves out what samples by itself
+            if flags.use_cache and sampled and (task.get_config("repeats") or 1) > 1:
+                raise ValueError(f"use_cache keeps one answer of a request, and {name} asks for "
+                                 f"{task.get_config('repeats')} different ones at temperature {flags.temperature:g}: "
+                                 f"leave out one of the flags")  # fmt: skip
+
+
 def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
     """Where answers are kept: the harness knows requests only, so what else decides an answer goes into the name."""
     if not flags.use_cache:
@@ -219,8 +239,13 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
         raise ValueError("samples and limit each choose samples: give one")
     if flags.use_cache and everyone.size > 1:
         raise ValueError("use_cache does not go with several processes: each would miss other answers")
-    flags.gen_kwargs = generation_arguments(flags.gen_kwargs)
-    harness.check_generation(flags.gen_kwargs, "gen_kwargs")
+    given = generation_arguments(flags.gen_kwargs)
+    harness.check_generation(given, "gen_kwargs")
+    flags.gen_kwargs = {harness.COUNT_KEYS[0] if key in harness.COUNT_KEYS else key: value
+                        for key, value in given.items()}  # a task's own max_gen_toks would win over other names
+    wanted = [name.strip() for name in flags.tasks.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"tasks must name at least one task, got {flags.tasks!r}")
     sampling = cli.sampling_config(flags)
     session = everyone.open_session(flags)
     n_layer = session.args.n_layer
@@ -229,19 +254,10 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     check_limits(flags, session.args.max_seq_len)
     cli.check_writable(flags.json)
     folder = cli.make_folder(flags.output_dir)
-    manager, names = harness.find_tasks([name.strip() for name in flags.tasks.split(",")], flags.include_path,
-                                        flags.metadata)  # fmt: skip
+    manager, names = harness.find_tasks(wanted, flags.include_path, flags.metadata)
     tasks = harness.load_tasks(manager, names)
     loaded = manager.load(tasks)["tasks"]
-    for name, wanted in (flags.samples or {}).items():
-        if name not in loaded:
-            raise ValueError(f"samples: {name!r} is none of the tasks {', '.join(loaded)}")
-        count = len(loaded[name].eval_docs)
-        if wrong := [i for i in wanted if not 0 <= i < count]:
-            raise ValueError(f"samples: {name} has the samples 0..{count - 1}, got {wrong[0]}")
-    for task in loaded.values():
-        if task.get_config("output_type") == "generate_until":
-            harness.check_generation(task.get_config("generation_kwargs") or {}, task.config.task)
+    check_tasks(loaded, flags)
     if flags.apply_chat_template:
         session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
 

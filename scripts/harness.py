@@ -9,10 +9,14 @@ splitting, by documents, pads with repeated requests and adds numbers up in anot
 """
 
 import difflib
+import hashlib
 import importlib.util
 import itertools
+import json
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +32,9 @@ from scripts.ranks import Ranks
 
 BUNDLED = Path(__file__).with_name("eval_tasks")
 HEAD_ROWS = 64  # whose logits are in memory together
-GENERATION_KEYS = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample",
-                   "temperature", "top_p", "top_k"}  # fmt: skip
+COUNT_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first wins
+GENERATION_KEYS = {*COUNT_KEYS, "until", "do_sample", "temperature", "top_p", "top_k"}
+IGNORED = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}  # with these values
 
 
 def check_installed() -> None:
@@ -54,6 +59,7 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str], metadata: dict
     manager, missing = None, names
     for defaults in (False, True):
         manager = TaskManager(include_path=[BUNDLED, *include_path], include_defaults=defaults, metadata=metadata)
+        locate_bundled(manager)
         found = {name: [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else manager.match_tasks([name])
                  for name in names}  # fmt: skip
         missing = [name for name, matches in found.items() if not matches]
@@ -62,6 +68,15 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str], metadata: dict
     near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
     raise ValueError(f"tasks: there is no task {missing[0]!r}" + (f" (near: {', '.join(near)})" if near else "") +
                      "; `lm_eval ls tasks` lists the harness's, --include_path FOLDER adds your own")  # fmt: skip
+
+
+def locate_bundled(manager) -> None:
+    """Let the bundled tasks find their data from any folder; their files say where it is in the repository."""
+    for entry in manager.task_index.values():
+        if entry.yaml_path and entry.yaml_path.parent == BUNDLED:
+            files = entry.cfg["dataset_kwargs"]["data_files"]
+            files.update({split: str(BUNDLED.parent.parent / path) for split, path in files.items()})
+            entry.yaml_path = None  # so that the harness takes entry.cfg and does not read the file again
 
 
 def load_tasks(manager, names: Sequence[str]) -> list:
@@ -79,13 +94,72 @@ def load_tasks(manager, names: Sequence[str]) -> list:
     return [item for name, item in top.items() if name not in inner | in_groups]
 
 
+def check_fewshot(task, wanted: int | None) -> None:
+    """Raise ValueError if a task has fewer solved examples than `wanted`; None: than its own settings want."""
+    own, shots = task.get_config("num_fewshot"), getattr(task, "fewshot_cfg", None)
+    count = own if wanted is None or own == 0 else wanted  # the harness never overrules a task's own 0
+    if not count or shots is None:  # a task written in Python chooses its examples itself
+        return
+    sampler = getattr(task, "sampler", None)
+    known = len(sampler.fewshot_docs()) if sampler else 0
+    most = max(0, known - (shots.split == task.config.test_split))  # a question is no example for itself
+    if count > most:
+        raise ValueError(f"num_fewshot must be at most {most} for the task {task.config.task}, got {count}")
+
+
 def check_generation(kwargs: dict, where: str) -> None:
-    """Raise ValueError for generation arguments that decoding here does not know."""
-    ignored = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+    """Raise ValueError for generation arguments that decoding here does not know, or that have impossible values."""
     for key, value in kwargs.items():
-        if key not in GENERATION_KEYS and not (key in ignored and float(value) == ignored[key]):
+        if key not in GENERATION_KEYS and not (key in IGNORED and value == IGNORED[key]):
             raise ValueError(f"{where}: generation argument {key}={value!r} is not supported; known are "
                              f"{', '.join(sorted(GENERATION_KEYS))}")  # fmt: skip
+    try:
+        for key in COUNT_KEYS:
+            if number_of(kwargs, key, int, 1) < 1:
+                raise ValueError(f"{key} must be 1 or more, got {kwargs[key]}")
+        task_sampling(kwargs, SamplingConfig())
+        until = kwargs.get("until") or []
+        if not all(isinstance(stop, str) for stop in (until if isinstance(until, list) else [until])):
+            raise ValueError(f"until must be a text or a list of texts, got {until!r}")
+        if not isinstance(kwargs.get("do_sample"), bool | None):
+            raise ValueError(f"do_sample must be true or false, got {kwargs['do_sample']!r}")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def number_of(kwargs: dict, key: str, kind: type, default=None):
+    """The number that a generation argument is; `default` without it. Raises ValueError naming it."""
+    value = kwargs.get(key)
+    if value is None:
+        return default
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or number != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} must be a {'whole ' * (kind is int)}number, got {value!r}") from None
+    return number
+
+
+def task_sampling(kwargs: dict, own: SamplingConfig) -> SamplingConfig:
+    """How a request with these generation arguments is sampled: as they say if they sample, else by `own`."""
+    temperature = number_of(kwargs, "temperature", float, 0.0)
+    asked = SamplingConfig(temperature, number_of(kwargs, "top_k", int) or None, number_of(kwargs, "top_p", float),
+                           own.seed, own.verification)  # fmt: skip
+    return asked if kwargs.get("do_sample") and temperature else own
+
+
+def noise_numbers(requests: Sequence) -> list[int]:
+    """A number for each request, whose noise it makes: of what it asks, and how often it has come before.
+
+    Whatever else is asked, or answered by a cache, a text stays; the harness asks for repeats by one object.
+    """
+    found, seen = [], Counter()
+    for request in requests:
+        text = json.dumps([request.args, seen[id(request)]], sort_keys=True, default=str)
+        found.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        seen[id(request)] += 1
+    return found
 
 
 # ---- the model ----
@@ -225,7 +299,7 @@ class Evaluated:
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        jobs = [(index, *request.args) for index, request in enumerate(requests)]
+        jobs = [(noise, *request.args) for noise, request in zip(noise_numbers(requests), requests, strict=True)]
         found = self.shared(jobs, lambda job: self.generate_one(*job), "generating", disable_tqdm)
         for request, (text, summary) in zip(requests, found, strict=True):
             self.summaries.append(summary)
@@ -233,20 +307,19 @@ class Evaluated:
         return [text for text, _ in found]
 
     @torch.inference_mode()
-    def generate_one(self, index: int, context: str, kwargs: dict) -> tuple[str, dict]:
-        """The text after `context` up to the first stop sequence, and its numbers.
-
-        index: of the request; with the seed it makes the noise, so that repeats differ.
-        """
+    def generate_one(self, noise: int, context: str, kwargs: dict) -> tuple[str, dict]:
+        """The text after `context` up to the first stop sequence, and its numbers. noise: added to the seed."""
         from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
 
-        wanted = normalize_gen_kwargs(kwargs)
+        wanted = normalize_gen_kwargs({key: value for key, value in kwargs.items() if value is not None})
+        sampling = task_sampling(wanted, self.sampling)
+        sampling = replace(sampling, seed=(sampling.seed + noise) % 2**63)
         stops = [stop for stop in wanted["until"] if stop]
         special = [token for name, token in self.own_tokenizer.special_tokens.items() if name in stops]
         count = min(self.max_new_tokens or wanted["max_gen_toks"], self.max_length - 1)
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         prompt, count = maybe_truncate(prompt, count, self.max_length)
-        config = GenerateConfig(count, self.sampling_for(wanted, index), (*self.own_tokenizer.eos_ids, *special))
+        config = GenerateConfig(count, sampling, (*self.own_tokenizer.eos_ids, *special))
         check_prompt(prompt, config, self.runner.model.args.vocab_size, self.max_length)
         output = cli.StreamedText(self.own_tokenizer, stops)
         decoding = decode if self.verified else early_exit
@@ -254,15 +327,6 @@ class Evaluated:
         text = self.own_tokenizer.decode(generation.tokens, continues=True)
         summary = generation.summary(self.runner.model)
         return text if output.cut is None else text[: output.cut], summary
-
-    def sampling_for(self, wanted: dict, index: int) -> SamplingConfig:
-        """How a request is sampled: by the task if it samples, else by the flags."""
-        own, temperature = self.sampling, float(wanted.get("temperature") or 0.0)
-        if wanted.get("do_sample") and temperature > 0:
-            top_k, top_p = wanted.get("top_k") or None, wanted.get("top_p")
-            return SamplingConfig(temperature, top_k and int(top_k), top_p and float(top_p), own.seed + index,
-                                  own.verification)  # fmt: skip
-        return SamplingConfig(own.temperature, own.top_k, own.top_p, own.seed + index, own.verification)
 
 
 def make_model(*args, **settings):

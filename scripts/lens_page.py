@@ -22,7 +22,7 @@ LATEX = {  # what may not stand in LaTeX as it is
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
     "·": r"\textperiodcentered{}", "⏎": r"\textbackslash{}n", "⇥": r"\textbackslash{}t", "␍": r"\textbackslash{}r",
-    "∅": r"$\emptyset$", "-": "{-}",
+    "∅": r"$\emptyset$", "-": "{-}", ",": "{,}",  # two of them would become one character
 }  # fmt: skip
 LATEX_COLUMNS, TEXT_COLUMNS, TEXT_WIDTH = 8, 8, 8
 

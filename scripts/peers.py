@@ -45,10 +45,16 @@ class Contender:
     threads: int = 1
     quantize: str = "none"
     judge: Callable[[list[int], list[int]], float] | None = None  # (prompt, unverified text) -> share of right tokens
+    device: str = "cpu"
     rates: list[float] = field(default_factory=list)  # tokens/s of each round
     texts: list[list[int]] = field(default_factory=list)  # of the last round, by prompt
     summaries: list[dict] = field(default_factory=list)
     records: list[list[dict]] = field(default_factory=list)  # by round and prompt: tokens, seconds, all of the summary
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where its weights lie, and in which format: rows of one place share a model."""
+        return self.device, self.quantize
 
     @property
     def is_ar(self) -> bool:

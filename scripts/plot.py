@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+from scripts.turns import row_names
 
 INSTALL = "pip install matplotlib"
 DISTANCES = (9, 16, 26, 38, 54, 72, 95, 120)  # of a label from its point, in printer's points
@@ -55,6 +56,7 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
 
     plain = next(row for row in rows if row["policy"] == "none")
     drafting = [row for row in rows if row["acceptance_rate"] is not None]
+    names = [name for name, row in zip(row_names(rows), rows, strict=True) if row in drafting]
     points = [(row["cost_per_token_layers"], row["acceptance_rate"]) for row in drafting]
     figure, axes = pyplot.subplots(figsize=(12, 7.5) if len(points) < 25 else (16, 10), layout="constrained")
     dots = axes.scatter(
@@ -72,7 +74,7 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     axes.margins(0.1)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
-    label_points(axes, points, [short(row["policy"]) for row in drafting], [line])
+    label_points(axes, points, [short(name) for name in names], [line])
     unfinished = picture.with_name(picture.name + ".part")
     figure.savefig(unfinished, dpi=110, format="png")
     unfinished.replace(picture)

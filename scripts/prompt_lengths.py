@@ -22,30 +22,31 @@ def check_lengths(lengths: list[int], max_seq_len: int) -> int:
 def measure_lengths(
     contenders: list[Contender], lengths: list[int], repeats: int, model: Transformer, pass_bytes: float
 ) -> list[dict]:
-    """Prefill and decode LENGTH_TOKENS tokens after prompts of these lengths, engines in turns -> a row each.
+    """Prefill and decode LENGTH_TOKENS tokens after prompts of these lengths, contenders in turns -> a row each.
 
-    pass_bytes: of weights, read for a token. `floor` is what the bytes of weights and KV cache alone would make of a
-    token's time, relative to the first length.
+    contenders: one of an engine on a device. pass_bytes: of weights, read for a token. `floor` is what the bytes of
+    weights and KV cache alone would make of a token's time, relative to the first length.
     """
     if not lengths:
         return []
     args = model.args
     prompts = {length: [(7919 * i + 3) % (args.vocab_size - 3) + 3 for i in range(length)] for length in lengths}
     kv = 2 * args.n_layer * args.n_kv_head * args.head_dim * model.norm.weight.element_size()
-    took = {(c.engine, length): [] for c in contenders for length in lengths}
+    took = {(c.engine, c.device, length): [] for c in contenders for length in lengths}
     for turn in tqdm(range(repeats + 1), desc="lengths", leave=False):
         for length, prompt in prompts.items():
             for c in contenders:
                 _, seconds, summary = c.run(prompt, LENGTH_TOKENS)
                 if turn:
-                    took[c.engine, length].append((summary["prefill_s"], seconds / (LENGTH_TOKENS - 1)))
+                    took[c.engine, c.device, length].append((summary["prefill_s"], seconds / (LENGTH_TOKENS - 1)))
     rows = []
     for c in contenders:
-        first = statistics.median(seconds for _, seconds in took[c.engine, lengths[0]])
+        own = {length: took[c.engine, c.device, length] for length in lengths}
+        first = statistics.median(seconds for _, seconds in own[lengths[0]])
         for length in lengths:
-            prefill, token = (statistics.median(times) for times in zip(*took[c.engine, length], strict=True))
+            prefill, token = (statistics.median(times) for times in zip(*own[length], strict=True))
             rows.append({
-                "engine": c.engine, "prompt_tokens": length, "prefill_s": prefill,
+                "engine": c.engine, "device": c.device, "prompt_tokens": length, "prefill_s": prefill,
                 "prefill_tokens_per_s": length / prefill, "ms_per_token": 1e3 * token, "over_first": token / first,
                 "floor": (pass_bytes + kv * length) / (pass_bytes + kv * lengths[0]),
             })  # fmt: skip
@@ -53,10 +54,10 @@ def measure_lengths(
 
 
 def print_lengths(rows: list[dict]) -> None:
-    form = cli.shown
+    form, several = cli.shown, len({row["device"] for row in rows}) > 1
     body = [
-        [row["engine"], str(row["prompt_tokens"]), form(row["prefill_tokens_per_s"], ".0f"),
-         form(row["ms_per_token"], ".2f"),
+        [row["engine"] + (f", {row['device']}" if several else ""), str(row["prompt_tokens"]),
+         form(row["prefill_tokens_per_s"], ".0f"), form(row["ms_per_token"], ".2f"),
          form(row["over_first"], ".2f") + "×", form(row["floor"], ".2f") + "×"]
         for row in rows
     ]  # fmt: skip

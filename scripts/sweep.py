@@ -54,6 +54,14 @@ def cell_text(policy: str, y: str, x: str) -> str:
     return policy + (":" if ":" not in policy.rpartition("+")[2] else ",") + f"{y},{x}"
 
 
+def check_different(policies: dict[str, str]) -> None:
+    """Raise ValueError if two cells are one policy. policies: of each cell, by the text that made it."""
+    first: dict[str, str] = {}
+    for text, policy in policies.items():
+        if (other := first.setdefault(policy, text)) != text:
+            raise ValueError(f"--y and --x must make another policy of each cell, but {other} and {text} are the same")
+
+
 def default_exits(n_layer: int) -> str:
     """Exit layers up to half of the model, at most 8 of them."""
     half = max(1, n_layer // 2)
@@ -259,14 +267,17 @@ def main() -> None:
         for y, x in itertools.product(*(axis.values for axis in axes)):
             text = cell_text(flags.policy, f"{axes[0].key}={y}", f"{axes[1].key}={x}")
             cells[text] = run.policy(text), {axes[0].key: y, axes[1].key: x}
+        check_different({text: str(policy) for text, (policy, _) in cells.items()})
         settings = run.settings([policy for policy, _ in cells.values()]) | {"repeats": flags.repeats}
         journal = Journal(run.folder / "cells.jsonl", settings, ("policy",))
         finished = set(group.agreed(sorted(key for (key,) in journal.done)))
         if group.leads:
             journal.start()
-        if left := {text: policy for text, (policy, _) in cells.items() if text not in finished}:
-            if finished & set(cells):
-                cli.notice(f"{len(cells) - len(left)} of {len(cells)} cells were finished before")
+        left = {text: policy for text, (policy, _) in cells.items() if text not in finished}
+        if len(left) < len(cells):
+            cli.notice(f"{len(cells) - len(left)} of {len(cells)} cells were finished before: their times are of the "
+                       f"earlier run; delete {journal.path} to measure them anew")  # fmt: skip
+        if left:
             run.load(list(left.values()))
             for text, policy in tqdm(left.items(), desc="cells", leave=False):
                 row = measure_cell(run, policy, flags.repeats)

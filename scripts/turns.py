@@ -63,6 +63,10 @@ def measure(
     found = ranks.agreed(_finished(contenders, journal))
     if ranks.leads:  # a turn that was cut short is measured again, whole
         journal.keep((one["row"], one["sample"], one["repeat"]) for records in found.values() for one in records)
+    turns = len(prompts) * flags.repeats
+    if before := sum(repeat <= flags.repeats for repeat, _ in found):
+        cli.notice(f"{before} of {turns} turns of samples were finished before: their times are of the earlier run; "
+                   f"delete {journal.path} to measure them anew")  # fmt: skip
     rounds = [[i for i in range(len(prompts)) if (turn, i) not in found] for turn in range(1, flags.repeats + 1)]
     rounds = [range(len(prompts)), *rounds] if any(rounds) else []
     bar = tqdm(total=sum(map(len, rounds)), desc="samples", leave=False)
@@ -96,7 +100,8 @@ def _turn(contenders: Sequence[Contender], prompt: list[int], new_tokens: int, s
 
 
 def _name(c: Contender, row: int) -> dict:
-    return {"row": row, "engine": c.engine, "policy": c.policy, "backend": c.backend, "quantize": c.quantize}
+    return {"row": row, "engine": c.engine, "policy": c.policy, "backend": c.backend, "quantize": c.quantize,
+            "device": c.device}  # fmt: skip
 
 
 def _finished(contenders: Sequence[Contender], journal: Journal) -> dict[tuple[int, int], list[dict]]:
@@ -131,15 +136,22 @@ def sample_numbers(c: Contender, fastest: Contender, prompts: Sequence[Sequence[
     }
 
 
+def row_names(rows: Sequence[dict]) -> list[str]:
+    """What to call each row in a table: engine and policy, with the format and the device where these differ."""
+    apart = [key for key in ("quantize", "device") if len({row[key] for row in rows}) > 1]
+    engines = ("" if row["engine"] == "skipfast" else f"{row['engine']}: " for row in rows)
+    return [", ".join([engine + row["policy"], *(row[key] for key in apart)])
+            for engine, row in zip(engines, rows, strict=True)]  # fmt: skip
+
+
 def print_speeds(rows: Sequence[dict]) -> None:
     """A table of the speeds that have two definitions, by all samples together and by each, and of the prefill."""
     shown = cli.shown
     body = [
-        [row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}", row["backend"],
-         shown(row["tokens_per_s"]), shown(row["mean_sample_tokens_per_s"]),
+        [name, row["backend"], shown(row["tokens_per_s"]), shown(row["mean_sample_tokens_per_s"]),
          shown(row["speedup_over_fastest_ar"], ".2f") + "×", shown(row["mean_sample_speedup"], ".2f") + "×",
          shown(row["prefill_tokens_per_s"])]
-        for row in rows
+        for name, row in zip(row_names(rows), rows, strict=True)
     ]  # fmt: skip
     columns = ("policy", "backend", "Σ tokens\n÷ Σ seconds", "mean of samples'\ntokens/s", "speedup",
                "mean of samples'\nspeedups", "prefill\ntokens/s")  # fmt: skip
@@ -149,9 +161,8 @@ def print_speeds(rows: Sequence[dict]) -> None:
 def print_quality(rows: Sequence[dict]) -> None:
     """A table of the quality of the rows; rows of equal texts have equal numbers and stand in one line."""
     groups: dict[tuple, list[str]] = {}
-    for row in rows:
+    for name, row in zip(row_names(rows), rows, strict=True):
         if row["quality"]:
-            name = row["policy"] if row["engine"] == "skipfast" else f"{row['engine']}: {row['policy']}"
             groups.setdefault(tuple(row["quality"][metric] for metric in QUALITY), []).append(name)
     body = [
         [", ".join(dict.fromkeys(names)) if len(names) < 5 else f"{names[0]} and {len(names) - 1} rows like it",

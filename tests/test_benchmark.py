@@ -28,7 +28,7 @@ COLUMNS = {
 def bench(folder, tmp_path, monkeypatch, capsys):
     """bench(*flags, code=0) runs the benchmark in this process -> (JSON object or None, stdout, stderr)."""
     small, file = benchmark.read_bandwidth, tmp_path / "out.json"
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: small(gib=0.01, repeats=2))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
 
     def bench(*flags, code=0):
         file.unlink(missing_ok=True)
@@ -279,6 +279,8 @@ MISTAKES = {
     "json": (("--json", "/no/such/folder/x.json"), ["cannot write /no/such/folder/x.json"]),
     # a text of one token has no decoding to measure
     "length 1": (("--max_new_tokens", 1), ["max_new_tokens must be 2 or more", "got 1"]),
+    "no GPU": (("--device", "cpu", "--device", "cuda"), ["device cuda: torch sees no CUDA device here"]),
+    "a device twice": (("--device", "cpu", "--device", "cpu"), ["--device must name each device once", "cpu, cpu"]),
     "no prompts": (("--num_prompts", 0), ["num_prompts must be 1 or more", "got 0"]),
     "fewer prompts than none": (("--num_prompts", -1), ["num_prompts must be 1 or more", "got -1"]),
     # beyond the context a model's speed may be measured, but its text means nothing: generate.py refuses, too
@@ -290,6 +292,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_that_names_it_before_the_weights_are_read(bench, monkeypatch, name):
     flags, parts = MISTAKES[name]
     monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result, _, err = bench(*flags, code=2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in err and result is None
@@ -327,3 +330,51 @@ def test_formats_and_low_bit_drafts_are_measured_side_by_side(bench):
     assert result["weight_bytes"].keys() == {"none", "int8"} | copies
     assert result["ranks"] == [{key: result[key] for key in keys}]
     assert "static:1 (drafts int8), none" in out
+
+
+def test_devices_are_measured_side_by_side_each_with_its_own_weights_and_policies(bench, monkeypatch):
+    """A second device that is the CPU again: rows are compared with plain decoding of their own device."""
+    load, models, measured = cli.Session.load, {}, []
+
+    def load_here(session):
+        asked, session.flags.device = session.flags.device, "cpu"
+        try:
+            models[asked] = load(session)
+        finally:
+            session.flags.device = asked
+        return models[asked]
+
+    measure = benchmark.calibrate
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_300_000)
+    monkeypatch.setattr(cli.Session, "load", load_here)
+    monkeypatch.setattr(benchmark, "calibrate", lambda runner, policy, *rest: measured.append((runner.model, policy))
+                        or measure(runner, policy, *rest))  # fmt: skip
+    result, out, _ = bench("--device", "cpu", "--device", "cuda", "--policy", "static:1", "--prompt_lengths", "8")
+    assert models["cpu"] is not models["cuda"]
+    assert [model for model, _ in measured] == [models["cpu"], models["cuda"]]
+    assert measured[0][1] is not measured[1][1], "what a policy learns of a device stays there"
+    plain, rows = {}, [row for row in result["rows"] if row["exact_width"]]
+    for row in rows:
+        plain.setdefault(row["device"], row)
+    assert [(row["device"], row["policy"]) for row in rows] == [
+        (device, name) for device in ("cpu", "cuda") for name in ("none", "static:1")]  # fmt: skip
+    for row in result["rows"]:
+        own = max((other for other in result["rows"] if (other["device"], other["policy"]) == (row["device"], "none")),
+                  key=lambda other: other["tokens_per_s"])  # fmt: skip
+        pairs = zip(row["tokens_per_s_rounds"], own["tokens_per_s_rounds"], strict=True)
+        assert row["speedup_over_fastest_ar"] == pytest.approx(statistics.median(a / b for a, b in pairs))
+        assert row["ratio_to"].keys() == {"plain, cpu"} and (row["identical"] or not row["exact_width"])
+    assert "static:1, cuda" in out and "each device" in out and " 12.3 " in out
+    lines = [line.split(":")[0] for line in out.splitlines() if "MB of weights a pass" in line]
+    assert lines == ["cpu", "cuda"] == [row["device"] for row in result["lengths"]]
+    cpu_memory, cuda_memory = result["devices"].values()
+    assert cuda_memory["peak_memory_bytes"]["after_loading"] == 12_300_000
+    assert cuda_memory["weight_bytes"] == cpu_memory["weight_bytes"] == result["weight_bytes"]
+
+
+def test_one_device_is_not_named_in_the_table(bench):
+    result, out, _ = bench("--policy", "static:1")
+    assert {row["device"] for row in result["rows"]} == {"cpu"} == set(result["devices"])
+    assert "cpu" not in out and "each device" not in out

@@ -175,10 +175,17 @@ def test_texts_are_decodings_cut_at_the_first_stop_whatever_the_policy(make, pol
 
 
 def test_sampled_texts_follow_the_seed_differ_between_repeats_and_not_between_policies(make):
-    asked = requests(*[("def read(self", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 16, "until": []})] * 3)
+    asked = requests(("def read(self", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 16, "until": []})) * 3
     first = make().generate_until(asked, disable_tqdm=True)
     assert len(set(first)) == 3
     assert first == make(policy="static:2").generate_until(asked, disable_tqdm=True)
+
+
+def test_a_sampled_text_does_not_depend_on_what_else_is_asked(make):
+    how = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 16, "until": []}
+    asked = requests(("def read(self", how), ("import os", how), ("return a", how))
+    texts = make().generate_until(asked, disable_tqdm=True)
+    assert make().generate_until(asked[1:] + asked[:1], disable_tqdm=True) == texts[1:] + texts[:1]
 
 
 def test_a_prompt_too_long_for_the_cache_loses_its_beginning(make):
@@ -240,6 +247,29 @@ def test_the_bundled_tasks_run_offline_and_write_what_the_table_says(lm_eval, ru
     assert full["results"]["python_perplexity"] != found["python_perplexity"], "an exit layer changes likelihoods"
 
 
+def test_a_half_filled_cache_gives_the_sampled_texts_of_an_empty_one(lm_eval, run, tmp_path):
+    flags = ["--tasks", "python_completion", "--temperature", 1.0, "--log_samples"]
+    texts = lambda out: [json.loads(line)["resps"] for line in
+                         (out / "samples_python_completion.jsonl").read_text().splitlines()]  # fmt: skip
+    _, out, *_ = run(*flags)
+    expected = texts(out)
+    assert len({text for [[text]] in expected}) > 4
+    run(*flags, "--limit", 3, "--use_cache", tmp_path / "answers")
+    results, out, *_ = run(*flags, "--use_cache", tmp_path / "answers")
+    assert texts(out) == expected and results["skipfast"]["decoding"]["texts"] == 5, "three came from the cache"
+
+
+def test_the_bundled_tasks_run_from_any_folder(lm_eval, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results, *_ = run("--limit", 1, "--num_fewshot", 2)
+    assert results["results"].keys() >= {"python_choice", "python_completion", "python_perplexity"}
+
+
+def test_the_number_of_tokens_may_have_any_of_its_names(lm_eval, run):
+    results, *_ = run("--tasks", "python_completion", "--limit", 2, "--gen_kwargs", "max_new_tokens=1")
+    assert results["skipfast"]["decoding"]["new_tokens"] == 2
+
+
 def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_path):
     flags = ["--tasks", "python_choice,python_completion", "--limit", "7"]
     single, *_ = run(*flags)
@@ -263,7 +293,8 @@ def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_pat
     own = tmp_path / "own"
     own.mkdir()
     task = (harness.BUNDLED / "python_completion.yaml").read_text()
-    for name, line, other in (("beams", "do_sample: false", "num_beams: 4"), ("lost", "python_lines", "no_such_file")):
+    for name, line, other in (("beams", "do_sample: false", "num_beams: 4"), ("lost", "python_lines", "no_such_file"),
+                              ("again", "do_sample: false", "do_sample: false\nrepeats: 3")):  # fmt: skip
         (own / f"{name}.yaml").write_text(task.replace("python_completion", name).replace(line, other))
     with_own = ["--include_path", own]
     for flags, message in (
@@ -277,6 +308,20 @@ def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_pat
         (["--max_length", 9999], "max_length must be in 2..256"),
         (["--samples", "[1]"], "samples must be a JSON object"),
         (["--gen_kwargs", "num_beams=4"], "num_beams=4 is not supported"),
+        (["--gen_kwargs", "num_beams=two"], "gen_kwargs: generation argument num_beams='two' is not supported"),
+        (["--gen_kwargs", "max_gen_toks=abc"], "gen_kwargs: max_gen_toks must be a whole number, got 'abc'"),
+        (["--gen_kwargs", "max_new_tokens=0"], "gen_kwargs: max_new_tokens must be 1 or more, got 0"),
+        (["--gen_kwargs", "max_gen_toks=2.5"], "gen_kwargs: max_gen_toks must be a whole number, got 2.5"),
+        (["--gen_kwargs", "top_p=7"], "gen_kwargs: top_p must be in (0, 1], got 7"),
+        (["--gen_kwargs", "top_k=few"], "gen_kwargs: top_k must be a whole number, got 'few'"),
+        (["--gen_kwargs", "temperature=-1"], "gen_kwargs: temperature must be 0 (greedy) or in 1e-6..1e6, got -1"),
+        (["--gen_kwargs", "do_sample=maybe"], "gen_kwargs: do_sample must be true or false, got 'maybe'"),
+        (["--gen_kwargs", "until=5"], "gen_kwargs: until must be a text or a list of texts, got 5"),
+        (["--num_fewshot", 24], "num_fewshot must be at most 23 for the task python_choice, got 24"),
+        (["--tasks", ""], "tasks must name at least one task, got ''"),
+        (["--tasks", " ,"], "tasks must name at least one task, got ' ,'"),
+        ([*with_own, "--tasks", "again", "--temperature", 1, "--use_cache", own / "answers"],
+         "use_cache keeps one answer of a request, and again asks for 3 different ones at temperature 1"),
         ([*with_own, "--tasks", "beams"], "beams: generation argument num_beams=4 is not supported"),
         ([*with_own, "--tasks", "lost"], "cannot load lost"),
     ):

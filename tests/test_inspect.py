@@ -242,6 +242,16 @@ def test_a_token_cannot_end_the_script_or_the_table_and_white_space_is_seen():
     assert lens_page.visible("\n") == "⏎" and lens_page.visible("\u202e") == "\\u202e", "nothing turns the line around"
 
 
+def test_latex_is_left_no_character_that_it_would_obey():
+    ascii = [lens_page.visible(chr(code)) for code in range(128)]
+    escaped = [lens_page.latex(char) for char in ascii]
+    assert len(set(escaped)) == len(set(ascii)), "different characters stay different"
+    text = lens_page.latex("".join(ascii) + "·⏎⇥␍∅é€日")
+    left = re.sub(r"\\[a-z]+\{\}|\\[{}$&#_%]|\$\\emptyset\$|\{[-,]\}", "", text)
+    assert set(left) & set("\\{}$&#_%~^<>|\"'`-,·⏎⇥␍∅") == set()
+    assert left.endswith("é€日") and "abc" in left and lens_page.latex("a--b") == "a{-}{-}b"
+
+
 def test_two_checkpoints_stand_side_by_side_over_the_same_text(look, other):
     result, out, printed = look("--compare_with", other, "--policy", "static:2")
     first, second = result["models"]

@@ -66,6 +66,8 @@ def test_a_killed_sweep_goes_on_to_the_same_table_and_keeps_the_times_it_has(pla
     assert counts(tmp_path / "out") == counts(tmp_path / "whole")
     for line, row in zip(lines[1:], table(tmp_path / "out"), strict=False):
         assert row["seconds"] == str(json.loads(line)["seconds"])
+    _, err = play(sweep, *SMALL)
+    assert f"4 of 4 cells were finished before: their times are of the earlier run; delete {journal} to" in err
 
 
 def test_a_folder_of_another_sweep_is_refused_before_the_weights_are_read(play, monkeypatch):
@@ -101,6 +103,8 @@ def test_the_best_cells_and_their_distance():
     (("--y", "depth=1"), "got 'depth=1'"),
     (("--x", "exit_layer=1"), "must name different keys, got exit_layer twice"),
     (("--x", "num_draft_tokens=1,1"), "each value once"),
+    (("--y", "exit_layer=2,02"), "static:exit_layer=2,num_draft_tokens=1 and static:exit_layer=02,num_draft_tokens=1 "
+                                 "are the same"),
     (("--x", "num_draft_tokens=20"), "num_draft_tokens must be in 0..15, got 20"),
     (("--repeats", 0), "repeats must be 1 or more, got 0"),
     (("--max_new_tokens", 1), "max_new_tokens must be 2 or more to time decoding, got 1"),

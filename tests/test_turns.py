@@ -16,7 +16,7 @@ FLAGS = ("--dataset", "questions", "--num_samples", 2, "--max_new_tokens", 6, "-
 @pytest.fixture(autouse=True)
 def small_bandwidth(monkeypatch):
     small = benchmark.read_bandwidth
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: small(gib=0.01, repeats=2))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
 
 
 def lines(folder):
@@ -60,15 +60,17 @@ def test_a_killed_benchmark_goes_on_without_measuring_anything_twice(play, tmp_p
     before = lines(tmp_path / "out")[1]
     judged.clear()
     monkeypatch.setattr(turns, "_turn", lambda *rest: judged.append(rest[-1]) or take(*rest))
-    play(benchmark, *FLAGS)
+    _, err = play(benchmark, *FLAGS)
+    journal = tmp_path / "out" / "samples.jsonl"
+    assert f"1 of 4 turns of samples were finished before: their times are of the earlier run; delete {journal}" in err
     assert judged == ["0/0/0", "0/0/1", "0/1/1", "0/2/0", "0/2/1"]
     settings, records = lines(tmp_path / "out")
     assert records[: len(before)] == before
     facts = lambda records: [(r["row"], r["sample"], r["repeat"], r["tokens"], r.get("accepted")) for r in records]
     assert sorted(facts(records)) == sorted(facts(lines(tmp_path / "whole")[1]))
     judged.clear()
-    play(benchmark, *FLAGS, "--repeats", 1)  # nothing is left to do
-    assert judged == []
+    _, err = play(benchmark, *FLAGS, "--repeats", 1)  # nothing is left to do
+    assert judged == [] and "2 of 2 turns of samples were finished before" in err
     monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
     _, err = play(benchmark, *FLAGS, "--temperature", 0.5, code=2)
     assert "another temperature (0.0, now 0.5)" in err
