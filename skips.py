@@ -134,7 +134,7 @@ class Learned(SelfDrafting):
     def choose(self, hidden: Tensor) -> DraftPlan:
         """hidden [1, D] -> the plan. numpy: its calls cost a third of torch's, and a round may take 1 ms."""
         w1, b1, w2, b2 = self.network
-        state = hidden[0].float().cpu().numpy()
+        state = hidden.float().numpy(force=True).reshape(-1)
         scale = math.sqrt(len(state) / max(float(state @ state), 1e-12))
         keep = w2 @ np.maximum(w1 @ state * scale + b1, 0) + b2 > 0
         key = keep.tobytes()

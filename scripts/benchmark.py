@@ -160,7 +160,7 @@ def our_contenders(
 def make_policies(session: cli.Session) -> dict[str, DraftPolicy]:
     """The policies that the flags name, but for plain decoding. Raises ValueError for what the model does not take."""
     flags = session.flags
-    return policy_sets.make_policies(flags.policies, flags.policy, session.args.n_layer, flags.num_draft_tokens)
+    return policy_sets.make_policies(flags.policies, flags.policy, session.args, flags.num_draft_tokens)
 
 
 def peer_contenders(

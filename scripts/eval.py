@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cli
 from generate import check_unverified, check_unverified_flags, ideal_speedup, make_runner
+from model import ModelArgs
 from plan import DraftPolicy, check_exit_layer
 from policies import POLICIES, make_policy
 from runner import check_num_draft_tokens
@@ -22,11 +23,11 @@ from scripts import harness, ranks
 LONGEST = 4096  # positions of the cache, unless the model has fewer or --max_length says otherwise
 
 
-def wanted_policy(flags: argparse.Namespace, n_layer: int) -> DraftPolicy:
+def wanted_policy(flags: argparse.Namespace, args: ModelArgs) -> DraftPolicy:
     """The policy that writes texts: of --policy, else static at --exit_layer, else auto."""
     static = flags.exit_layer is not None or flags.no_verify
-    default = f"static:{flags.exit_layer or max(1, n_layer // 4)}" if static else "auto"
-    policy = make_policy(flags.policy or default, n_layer, num_draft_tokens=flags.num_draft_tokens)
+    default = f"static:{flags.exit_layer or max(1, args.n_layer // 4)}" if static else "auto"
+    policy = make_policy(flags.policy or default, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
     check_num_draft_tokens(policy.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
@@ -250,7 +251,7 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     session = everyone.open_session(flags)
     n_layer = session.args.n_layer
     check_exit_layer(n_layer if flags.exit_layer is None else flags.exit_layer, n_layer)
-    policy = wanted_policy(flags, n_layer)
+    policy = wanted_policy(flags, session.args)
     check_limits(flags, session.args.max_seq_len)
     cli.check_writable(flags.json)
     folder = cli.make_folder(flags.output_dir)

@@ -49,7 +49,8 @@ class Experiment:
         return self.session.args.n_layer
 
     def policy(self, text: str) -> DraftPolicy:
-        policy = make_policy(text, self.n_layer, num_draft_tokens=self.flags.num_draft_tokens)
+        args = self.session.args
+        policy = make_policy(text, args.n_layer, args.dim, num_draft_tokens=self.flags.num_draft_tokens)
         check_num_draft_tokens(policy.num_draft_tokens)
         return policy
 

@@ -64,7 +64,8 @@ def look_at(
     session: cli.Session, flags: argparse.Namespace, prompts: Sequence[list[int]], config: GenerateConfig
 ) -> tuple[list[lens.Lens], list[dict]]:
     """Continue each prompt with the policy of `flags` and look at all layers -> lenses, and the texts' summaries."""
-    policy = make_policy(flags.policy, session.args.n_layer, num_draft_tokens=flags.num_draft_tokens)
+    args = session.args
+    policy = make_policy(flags.policy, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
     length = max(map(len, prompts)) + config.max_new_tokens
     runner = make_runner(session, length, policy, config.sampling, prompts[0])
     lenses, summaries = [], []
@@ -201,7 +202,8 @@ def main() -> None:
     session = cli.open_session(flags)
     other = open_other(flags, session)
     config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
-    policy = make_policy(flags.policy, session.args.n_layer, num_draft_tokens=flags.num_draft_tokens)
+    args = session.args
+    policy = make_policy(flags.policy, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
     check_num_draft_tokens(policy.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)

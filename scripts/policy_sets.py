@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from model import ModelArgs
 from plan import DraftPolicy
 from policies import POLICIES, make_policy
 from runner import check_num_draft_tokens
@@ -58,20 +59,22 @@ def default_skips(n_layer: int) -> dict[str, list[int]]:
 
 
 def make_policies(
-    sets: Sequence[str], texts: Sequence[str], n_layer: int, num_draft_tokens: int | None
+    sets: Sequence[str], texts: Sequence[str], args: ModelArgs, num_draft_tokens: int | None
 ) -> dict[str, DraftPolicy]:
     """The policies of `texts` (policy strings) and of the named sets, each once; auto and static:L/4 without any.
 
     Raises ValueError for what `make_policy` refuses, and for more drafts than a runner takes.
     """
-    wanted = [*texts, *(text for name in sets for text in SETS[name](n_layer))] or ["auto", quarter(n_layer)]
+    wanted = [*texts, *(text for name in sets for text in SETS[name](args.n_layer))] or ["auto", quarter(args.n_layer)]
     policies = {}
     with tempfile.TemporaryDirectory() as folder:
         skips = Path(folder) / "skips.json"
-        skips.write_text(json.dumps(default_skips(n_layer)), encoding="utf-8")
+        skips.write_text(json.dumps(default_skips(args.n_layer)), encoding="utf-8")
         for text in wanted:
             if text != "none" and text not in policies:  # plain decoding is always measured
-                policies[text] = make_policy(text, n_layer, num_draft_tokens=num_draft_tokens, file=str(skips))
+                file = None if "learned" in text else str(skips)
+                policies[text] = make_policy(
+                    text, args.n_layer, args.dim, num_draft_tokens=num_draft_tokens, file=file)  # fmt: skip
                 check_num_draft_tokens(policies[text].num_draft_tokens)
     return policies
 

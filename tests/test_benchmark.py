@@ -5,6 +5,7 @@ import importlib.util
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_the_set_all_has_a_row_of_every_policy_and_all_write_the_same_texts(benc
     flags = ("--picture", picture) if has_matplotlib else ()
     result, out, _ = bench("--policies", "all", "--policy", "static:2", "--repeats", 1, *sampling, *flags)
     exact = [row for row in result["rows"] if row["exact_width"]]
-    assert {row["policy"].split(":")[0] for row in exact} >= set(POLICIES)
+    assert {row["policy"].split(":")[0] for row in exact} >= set(POLICIES) - {"learned"}, "which needs a file"
     assert [row["policy"] for row in exact if not row["identical"]] == []
     assert len({row["policy"] for row in exact}) == len(exact) > len(POLICIES) + 5 and row_of(result, "static:2")
     lookup = row_of(result, "prompt_lookup")
@@ -135,9 +136,9 @@ def test_the_grid_ends_with_how_near_auto_came_to_the_best_static_exit(bench):
     (1, [1]), (2, [1]), (12, [1, 2, 3, 4, 5, 6]), (16, [1, 2, 3, 4, 5, 6, 7, 8]), (32, [2, 4, 6, 8, 10, 12, 14, 16]),
 ])  # fmt: skip
 def test_the_sets_fit_models_of_every_depth(n_layer, depths):
-    policies = policy_sets.make_policies(["all", "grid"], [], n_layer, None)
+    policies = policy_sets.make_policies(["all", "grid"], [], SimpleNamespace(n_layer=n_layer, dim=64), None)
     assert {policy.exit_layer for name, policy in policies.items() if name.endswith("_tokens=1")} == set(depths)
-    assert len(policies) >= len(POLICIES) + 7 * len(depths)
+    assert len(policies) >= len(POLICIES) - 1 + 7 * len(depths)
 
 
 def test_without_verification_the_text_is_judged_and_not_called_identical(bench):
