@@ -15,7 +15,7 @@ from torch import Tensor
 
 import checkpoint
 from scripts.train_config import TrainConfig
-from tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # Folders of the standard library that hold tests, and those left out as tables, generated text or other people's code.
 STDLIB_TESTS = {"test", "tests", "idle_test"}
@@ -134,15 +134,16 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
     })  # fmt: skip
 
 
-def prepare_tokenizer(config: TrainConfig, texts: list[tuple[str, str]], out: Path) -> Tokenizer:
+def prepare_tokenizer(
+    config: TrainConfig, texts: list[tuple[str, str]], out: Path, source: checkpoint.Source | None
+) -> None:  # fmt: skip
     """Put tokenizer files into `out` (the checkpoint's, the given one, or a trained one) unless they are there."""
-    if config.checkpoint_path is not None:
-        source = Path(config.checkpoint_path)
+    if source is not None:
         for name in TOKENIZER_FILES:
-            if (source / name).is_file() and not (out / name).exists():
+            if (source.folder / name).is_file() and not (out / name).exists():
                 (out / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, out / name)
-        return load_tokenizer(out)
+                shutil.copyfile(source.folder / name, out / name)
+        return
     if config.tokenizer is not None:
         if not Path(config.tokenizer).is_file():
             raise ValueError(f"tokenizer: {config.tokenizer} is not a file")
@@ -164,7 +165,6 @@ def prepare_tokenizer(config: TrainConfig, texts: list[tuple[str, str]], out: Pa
     checkpoint.write_json(out / "tokenizer_config.json", own | names | flags | {"model_max_length": config.context})
     if config.tokenizer is None:
         write_tokenizer_json(sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model")), out)
-    return load_tokenizer(out)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Tensor:

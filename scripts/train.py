@@ -12,50 +12,82 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
+import checkpoint
 import cli
+from scripts import ranks
 from scripts.corpus import encode_texts, find_files, prepare_tokenizer, split_texts
 from scripts.optimizers import make_optimizers
-from scripts.train_config import parse_args
+from scripts.ranks import Ranks
+from scripts.train_config import TrainConfig, parse_args
 from scripts.train_loop import load_state, train
-from scripts.train_report import export, report
-from scripts.trainer import Trainer, build_model
+from scripts.train_report import HELDOUT_WINDOWS, export, print_report, report
+from scripts.trainer import Trainer, build_model, heldout_losses, open_checkpoint
+from tokenizer import Tokenizer, load_tokenizer
+
+
+class Data:
+    """The text of a run: its files, split; the tokenizer, put into output_dir; the tokens of both parts."""
+
+    def __init__(self, config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks):
+        """Raises ValueError for files that are not there or too little text."""
+        self.train_texts, self.heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
+        out = Path(config.output_dir)
+        if ranks.leads:
+            prepare_tokenizer(config, self.train_texts, cli.make_folder(out), source)
+        ranks.agreed(None)  # its files are there
+        self.tokenizer: Tokenizer = load_tokenizer(out)
+        self.tokens: Tensor = encode_texts(self.tokenizer, self.train_texts)
+        self.heldout: Tensor = encode_texts(self.tokenizer, self.heldout_texts)
+        if len(self.tokens) <= config.context:
+            raise ValueError(f"data: {len(self.tokens)} tokens are too few for one window of {config.context} "
+                             "(--context)")  # fmt: skip
+        self.hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def listing(self) -> list[str]:
+        """Every file with its size, training or held out."""
+        lines = [f"# Python {platform.python_version()}: split, bytes, name"]
+        for split, texts in (("train", dict(self.train_texts)), ("heldout", dict(self.heldout_texts))):
+            lines += [f"{split}\t{len(text.encode())}\t{name}" for name, text in texts.items()]
+        return lines
+
+
+def run(config: TrainConfig, ranks: Ranks) -> None:
+    """Train, or go on with the run found in output_dir, then report and export; the same call on every process."""
+    config.validate(ranks.size)
+    ranks.take_gpu(config.device)
+    if ranks.leads:
+        cli.check_writable(config.json)
+    source = open_checkpoint(config)
+    data = Data(config, source, ranks)
+    model = build_model(config, data.tokenizer, source)
+    if model.args.n_layer < 2:
+        raise ValueError("n_layer must be 2 or more: a single layer has no early exit")
+    trainer = Trainer(model, config, ranks, source)
+    optimizers = make_optimizers(model, config)
+    position = load_state(Path(config.output_dir) / "state.pt", trainer, optimizers, data.hash)
+    size = sum(param.numel() for param in model.parameters())
+    cli.notice(f"{size / 1e6:.1f} M parameters, {len(data.tokens)} training tokens, {len(data.heldout)} held out, "
+               f"from step {position['step']}")  # fmt: skip
+    if source is not None:
+        names = ("learning_rate", "optimizer", "dropout_schedule", "p_max", "curriculum", "e_scale", "exit_weight")
+        cli.notice("continual training: " + ", ".join(f"{name} {getattr(config, name)}" for name in names))
+        if position["heldout_before"] is None:
+            position["heldout_before"] = heldout_losses(trainer, data.heldout, HELDOUT_WINDOWS).mean(-1).tolist()
+    train(trainer, optimizers, data.tokens, data.heldout, position)
+    results = report(trainer, data.tokenizer, data.heldout_texts, data.heldout)
+    results |= {"parameters": size, "training_tokens": len(data.tokens)} | position
+    export(trainer, source, data.tokenizer, data.listing(), results["samples"])
+    if ranks.leads:
+        print_report(results, Path(config.output_dir))
+        if config.json is not None:
+            cli.write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
 
 
 def main() -> None:
-    """Train, or go on with the run found in output_dir, then report and export."""
-    config = parse_args(__doc__)
-    config.validate()
-    cli.check_writable(config.json)
-    out = Path(config.output_dir)
-    train_texts, heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(config, train_texts, out)
-    tokens, heldout = encode_texts(tokenizer, train_texts), encode_texts(tokenizer, heldout_texts)
-    if len(tokens) <= config.context:
-        raise ValueError(f"data: {len(tokens)} tokens are too few for one window of {config.context} (--context)")
-    model, hf_config = build_model(config, tokenizer)
-    if model.args.n_layer < 2:
-        raise ValueError("n_layer must be 2 or more: a single layer has no early exit")
-    optimizers, trainer = make_optimizers(model, config), Trainer(model, config)
-    data_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    position = load_state(out / "state.pt", model, optimizers, data_hash)
-    size = sum(param.numel() for param in model.parameters())
-    cli.notice(f"{size / 1e6:.1f} M parameters, {len(tokens)} training tokens, {len(heldout)} held out, "
-               f"from step {position['step']}")  # fmt: skip
-    train(trainer, optimizers, tokens, heldout, position)
-    results = report(trainer, tokenizer, heldout_texts, heldout)
-    results |= {"parameters": size, "training_tokens": len(tokens)} | position
-    listing = [f"# Python {platform.python_version()}: split, bytes, name"]
-    for split, texts in (("train", dict(train_texts)), ("heldout", dict(heldout_texts))):
-        listing += [f"{split}\t{len(text.encode())}\t{name}" for name, text in texts.items()]
-    export(trainer, tokenizer, hf_config, listing, results["samples"])
-    rows = [[str(depth), f"{loss:.3f}"] for depth, loss in enumerate(results["heldout_loss_by_exit"], start=1)]
-    cli.print_table("held-out loss", ["exit", "nats per token"], rows)
-    print(f"drafting with {results['exit_layer']} layers, K = {results['num_draft_tokens']}: acceptance rate "
-          f"{cli.shown(results['acceptance_rate'], '.3f')}, agreement {cli.shown(results['agreement'], '.3f')}; "
-          f"written: {out}")  # fmt: skip
-    if config.json is not None:
-        cli.write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
+    with ranks.joined() as group:
+        run(parse_args(__doc__), group)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,16 @@ EXAMPLE = """example, a few minutes on a laptop:
   python generate.py --checkpoint_path my_model --prompt "def main():" --draft_exit 2"""
 
 
+# Of the flags whose best value depends on what is trained: from scratch, from a checkpoint, adapters of one.
+DEFAULTS = {
+    "dropout_schedule": ("exp", "constant", "constant"),
+    "optimizer": ("muon", "adamw", "adamw"),
+    "learning_rate": (3e-3, 3e-5, 1e-3),
+}
+RECIPE = ("p_max", "dropout_schedule", "curriculum", "e_scale", "exit_weight", "focus_exits", "distill", "optimizer",
+          "workers")  # fmt: skip
+
+
 def setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
@@ -26,7 +36,7 @@ class TrainConfig:
     glob: str = setting("*.py", "which files of a folder")
     heldout: float = setting(0.03, "share of files never trained on, chosen by a hash of their names")
     tokenizer: str | None = setting(None, "sentencepiece model to use instead of training one")
-    checkpoint_path: str | None = setting(None, "Hugging Face Llama folder to go on from; sets shape and tokenizer")
+    checkpoint_path: str | None = setting(None, "Llama to go on from: folder or hub id; sets shape and tokenizer")
     n_layer: int = setting(12, "layers")
     dim: int = setting(256, "model width")
     n_head: int = setting(4, "query heads")
@@ -39,14 +49,17 @@ class TrainConfig:
     long_every: int = setting(8, "with short_context: every so many steps see whole windows")
     batch_size: int = setting(16, "windows of `context` tokens per step")
     p_max: float = setting(0.1, "chance of dropping the last layer at the end")
-    dropout_schedule: str = setting("exp", "exp: from 0 up (from scratch); constant (continual)")
+    dropout_schedule: str | None = setting(None, "exp: from 0 up (default from scratch); constant (default with "
+                                                 "checkpoint_path)")  # fmt: skip
     curriculum: str = setting("rotational:8", "rotational:R, gradual, or none: every exit on every step")
     e_scale: float = setting(0.2, "scale of the early exits' loss")
     exit_weight: str = setting("paper", "paper: e(l) grows with depth; uniform: e_scale for each early exit")
     focus_exits: str = setting("", "such as 3:0.5,6:0.2: exits on in every step, with a weight of their own on top")
     distill: float = setting(0.0, "share of the early exits' loss taken as KL from the last layer's distribution")
-    optimizer: str = setting("muon", "muon for matrices inside layers and adamw for the rest, or adamw for all")
-    learning_rate: float = setting(3e-3, "peak")
+    optimizer: str | None = setting(None, "muon for matrices inside layers and adamw for the rest (default from "
+                                          "scratch), or adamw for all (default with checkpoint_path)")  # fmt: skip
+    learning_rate: float | None = setting(None, "peak (default: 0.003 from scratch, 3e-05 with checkpoint_path, 0.001 "
+                                                "with adapter_exits)")  # fmt: skip
     weight_decay: float = setting(0.1, "of matrices")
     schedule: str = setting("linear", "decay to 0: linear, cosine, or wsd (over the last third)")
     warmup: float = setting(0.02, "share of the run")
@@ -60,13 +73,24 @@ class TrainConfig:
     device: str = setting("cpu", "cpu or cuda")
     compile: bool = setting(False, "torch.compile layers and losses")
     workers: int = setting(1, "threads that each take a part of the batch; set OMP_NUM_THREADS=1 beside it")
+    parallel: str = setting("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each has a "
+                                   "part of every weight, for models that do not fit")  # fmt: skip
+    adapter_exits: str = setting("", "such as 3,6: leave the checkpoint as it is and train an adapter for each of "
+                                     "these exits, so that it says what the last layer says")  # fmt: skip
+    adapter_rank: int = setting(64, "width of an adapter")
     json: str | None = setting(None, "write config and results here as one JSON object")
 
-    def validate(self) -> None:
+    def __post_init__(self):
+        purpose = 0 if self.checkpoint_path is None else 2 if self.adapter_exits else 1
+        for name, values in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[purpose])
+
+    def validate(self, n_process: int = 1) -> None:
         """Raise ValueError for the first setting that no run can have."""
         choices = {"dropout_schedule": ("exp", "constant"), "exit_weight": ("paper", "uniform"),
                    "optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine", "wsd"),
-                   "precision": ("bf16", "fp32"), "device": ("cpu", "cuda")}  # fmt: skip
+                   "precision": ("bf16", "fp32"), "device": ("cpu", "cuda"), "parallel": ("ddp", "fsdp")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -92,6 +116,37 @@ class TrainConfig:
             parse_focus(self.focus_exits, self.n_layer)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+        if self.adapter_exits:
+            self._validate_adapters(n_process)
+        elif self.adapter_rank != 64:
+            raise ValueError("adapter_rank is of exit adapters: give --adapter_exits, too")
+        self._validate_processes(n_process)
+
+    def _validate_adapters(self, n_process: int) -> None:
+        if self.checkpoint_path is None:
+            raise ValueError("adapter_exits needs --checkpoint_path: the model that the adapters are for")
+        if n_process > 1:
+            raise ValueError(f"adapter_exits: adapters are trained by one process, got {n_process}")
+        default = TrainConfig(checkpoint_path=self.checkpoint_path, adapter_exits=self.adapter_exits)
+        for name in RECIPE:
+            if getattr(self, name) != getattr(default, name):
+                raise ValueError(f"{name} is of training the model itself: leave it out with --adapter_exits")
+        if self.adapter_rank < 2 or self.adapter_rank % 2:
+            raise ValueError(f"adapter_rank must be even and 2 or more, got {self.adapter_rank}")
+
+    def _validate_processes(self, n_process: int) -> None:
+        if n_process == 1:
+            if self.parallel == "fsdp":
+                raise ValueError("parallel fsdp needs several processes: start them with torchrun")
+            return
+        if self.batch_size % n_process:
+            raise ValueError(f"batch_size must be a multiple of the {n_process} processes, got {self.batch_size}")
+        if self.workers > 1:
+            raise ValueError(f"workers must be 1 with several processes, got {self.workers}")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise ValueError("optimizer muon needs whole matrices, fsdp has parts of them: use adamw")
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError("compile is not supported with --parallel fsdp: leave it out")
 
 
 def parse_args(description: str) -> TrainConfig:

@@ -11,52 +11,63 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import ModelArgs, Transformer
+from model import ModelArgs
 from scripts.corpus import batch_at
+from scripts.parallel import averaged, part_of, whole
 from scripts.recipe import learning_rate_factor
 from scripts.train_config import TrainConfig
-from scripts.trainer import Trainer, heldout_losses
+from scripts.trainer import Trainer
 
 
-def save_state(path: Path, model: Transformer, optimizers: list, config: TrainConfig, position: dict) -> None:
-    """Write the whole run by rename: a kill at any moment leaves the last good state."""
+def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -> None:
+    """Write the whole run by rename: a kill at any moment leaves the last good state. Called on all processes."""
+    leads = trainer.ranks.leads
     state = {
-        "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "args": asdict(model.args), "config": asdict(config), **position,
+        "model": whole(trainer.trained.state_dict(), leads),
+        "optimizers": [whole(optimizer.state_dict(), leads) for optimizer in optimizers],
+        "args": asdict(trainer.args), "config": asdict(trainer.config), **position,
     }  # fmt: skip
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    if leads:
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    trainer.ranks.agreed(None)  # a disk may take longer than the others may be kept waiting for a message
 
 
-def load_state(path: Path, model: Transformer, optimizers: list, data_hash: str) -> dict:
+def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -> dict:
     """Put a saved run, if there is one, back into model and optimisers -> its position, or that of a new run."""
+    position = {"step": 0, "minutes": 0.0, "tokens": 0, "data_hash": data_hash, "heldout_before": None}
     if not path.exists():
-        return {"step": 0, "minutes": 0.0, "tokens": 0, "data_hash": data_hash}
-    state = torch.load(path, map_location=model.norm.weight.device, weights_only=True)
-    if ModelArgs(**state["args"]) != model.args:
+        return position
+    state, present = torch.load(path, map_location="cpu", weights_only=True, mmap=True), trainer.trained.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (state["model"], present)]
+    if ModelArgs(**state["args"]) != trainer.args or shapes[0] != shapes[1]:
         raise ValueError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
         raise ValueError(f"output_dir holds a run on other data ({path}); give the same --data or another --output_dir")
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"output_dir holds a run with another --optimizer ({path}); give the same or another folder")
-    model.load_state_dict(state["model"])
+    trainer.trained.load_state_dict({name: part_of(tensor, present[name]) for name, tensor in state["model"].items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for index, values in saved["state"].items():
+            for name, value in values.items():
+                values[name] = part_of(value, params[index]) if value.shape == params[index].shape else value.clone()
         optimizer.load_state_dict(saved)
-    return {key: state[key] for key in ("step", "minutes", "tokens", "data_hash")}
+    return position | {key: state[key] for key in position if key in state}
 
 
 def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, position: dict) -> None:
     """Run from `position` to the planned end, moving it along, saving every `save_every` steps and at the end."""
-    config, out = trainer.config, Path(trainer.config.output_dir)
+    config, out, leads = trainer.config, Path(trainer.config.output_dir), trainer.ranks.leads
     started, spent = time.monotonic(), position["minutes"]
-    with _open_log(out / "log.jsonl", position["step"]) as log, tqdm(
+    with _open_log(out / "log.jsonl" if leads else None, position["step"]) as log, tqdm(
         total=config.max_steps, initial=position["step"], unit="step", mininterval=2
     ) as bar:
         while not _is_over(config, position):
             step, progress = position["step"], _progress(config, position)
             inputs, targets = (part.to(config.device) for part in batch_at(tokens, step, config))
             by_exit = trainer.step(step, progress, inputs, targets)
-            norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).item()
+            norm = whole(torch.nn.utils.clip_grad_norm_(trainer.trained.parameters(), 1.0)).item()
             if not math.isfinite(norm):
                 raise ValueError(f"the loss diverged in step {step}: lower --learning_rate ({config.learning_rate})")
             for optimizer in optimizers:
@@ -65,22 +76,26 @@ def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, p
                 optimizer.step()
                 optimizer.zero_grad()
             position["step"], position["tokens"] = step + 1, position["tokens"] + inputs.numel()
-            position["minutes"] = spent + (time.monotonic() - started) / 60
-            row = {**position, "step": step, "grad_norm": norm, "loss_by_exit": by_exit}
-            del row["data_hash"]
+            minutes = spent + (time.monotonic() - started) / 60
+            position["minutes"], *losses = averaged(trainer.ranks, [minutes, *by_exit.values()])
+            by_exit = dict(zip(by_exit, losses, strict=True))
+            row = {name: position[name] for name in ("minutes", "tokens")}
+            row |= {"step": step, "grad_norm": norm, "loss_by_exit": by_exit}
             over = _is_over(config, position)
             if over or position["step"] % config.eval_every == 0:
-                row["heldout_by_exit"] = heldout_losses(trainer, heldout, 16).mean(-1).tolist()
+                row |= trainer.evaluate(heldout, 16)
             log.write(json.dumps(row) + "\n")
             log.flush()
             if over or position["step"] % config.save_every == 0:
-                save_state(out / "state.pt", trainer.model, optimizers, config, position)
+                save_state(out / "state.pt", trainer, optimizers, position)
             bar.update()
             bar.set_postfix({f"exit {depth}": f"{loss:.2f}" for depth, loss in sorted(by_exit.items())}, refresh=False)
 
 
-def _open_log(path: Path, step: int):
-    """Open the log for appending, without what a killed run wrote after its last saved state."""
+def _open_log(path: Path | None, step: int):
+    """Open the log for appending, without what a killed run wrote after its last saved state; None: no log."""
+    if path is None:
+        return open(os.devnull, "w")
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] < step))
     return path.open("a")

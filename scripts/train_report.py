@@ -1,6 +1,7 @@
 """What a finished run leaves behind: losses, the acceptance of drafting with its early layers, a picture, a folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,10 +9,13 @@ from torch import Tensor
 
 import checkpoint
 import cli
-from scripts.trainer import Trainer, heldout_losses, plain_states
+from scripts.parallel import shared_out, whole
+from scripts.trainer import Trainer, heldout_losses
 from tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 64, 96, 24  # of the acceptance measured at the end
+NUM_DRAFT_TOKENS, HELDOUT_WINDOWS = 3, 64
+Drafts = Callable[[list[int], int], dict[str, list[int]]]  # (tokens, first position) -> each drafter's choices
 
 
 def choose_prompts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -27,18 +31,18 @@ def choose_prompts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[t
     return [found[index * len(found) // wanted] for index in range(wanted)]
 
 
-@torch.no_grad()
-def continue_greedily(trainer: Trainer, prompt: list[int], exit_layer: int) -> tuple[list[int], list[bool]]:
-    """NEW_TOKENS greedy tokens of the full model, and whether `exit_layer` layers would have said the same."""
-    head, ids = trainer.model.head, list(prompt)
+def continue_greedily(trainer: Trainer, prompt: list[int], drafts: Drafts) -> tuple[list[int], dict[str, list[bool]]]:
+    """NEW_TOKENS greedy tokens of the full model, and where each drafter would have said the same."""
+    ids = list(prompt)
     with trainer.autocast():
         for _ in range(NEW_TOKENS):
-            hidden = plain_states(trainer, torch.tensor([ids], device=trainer.config.device))[-1]
-            ids.append(int(head(hidden[0, -1]).argmax()))
-        hidden = plain_states(trainer, torch.tensor([ids[:-1]], device=trainer.config.device))[exit_layer - 1]
-        drafts = head(hidden[0, len(prompt) - 1 :]).argmax(-1).tolist()
+            ids.append(trainer.exits.choices(ids, len(ids) - 1, [trainer.args.n_layer])[0][0])
+        drafted = drafts(ids[:-1], len(prompt) - 1)
     continuation = ids[len(prompt) :]
-    return continuation, [draft == token for draft, token in zip(drafts, continuation, strict=True)]
+    return continuation, {
+        name: [draft == token for draft, token in zip(tokens, continuation, strict=True)]
+        for name, tokens in drafted.items()
+    }
 
 
 def simulate_rounds(agree: list[bool], num_draft_tokens: int) -> tuple[int, int]:
@@ -54,30 +58,57 @@ def simulate_rounds(agree: list[bool], num_draft_tokens: int) -> tuple[int, int]
     return accepted, drafted
 
 
+def greedy_acceptance(
+    trainer: Trainer, tokenizer: Tokenizer, prompts: list[tuple[str, str]], drafts: Drafts
+) -> tuple[dict[str, dict], list[dict]]:  # fmt: skip
+    """Acceptance rate and agreement of each drafter along the full model's greedy texts, and these texts."""
+    work = lambda prompt: continue_greedily(trainer, tokenizer.encode(prompt[1]), drafts)
+    found = shared_out(trainer.ranks, prompts, work, "greedy texts")
+    results = {}
+    for name in found[0][1] if found else ():
+        agree = [where[name] for _, where in found]
+        rounds = [simulate_rounds(each, NUM_DRAFT_TOKENS) for each in agree]
+        accepted, drafted = (sum(counts) for counts in zip(*rounds, strict=True))
+        agreed, total = sum(map(sum, agree)), sum(map(len, agree))
+        results[name] = {"acceptance_rate": accepted / drafted if drafted else None, "agreement": agreed / total}
+    samples = [
+        {"file": file, "prompt": prompt, "continuation": tokenizer.decode(tokens, continues=True)}
+        for (file, prompt), (tokens, _) in zip(prompts, found, strict=True)
+    ]
+    return results, samples
+
+
 def report(trainer: Trainer, tokenizer: Tokenizer, texts: list[tuple[str, str]], heldout: Tensor) -> dict:
     """Held-out loss of every exit and by position, greedy acceptance of drafting with L/4 layers, and a sample."""
-    n_layer = trainer.model.args.n_layer
-    by_position = heldout_losses(trainer, heldout, 64)
-    exit_layer, num_draft_tokens = max(n_layer // 4, 1), 3
-    prompts = choose_prompts(tokenizer, texts)
-    accepted = drafted = agreed = total = 0
-    samples = []
-    for name, prompt in prompts:
-        tokens, agree = continue_greedily(trainer, tokenizer.encode(prompt), exit_layer)
-        counts = simulate_rounds(agree, num_draft_tokens)
-        accepted, drafted = accepted + counts[0], drafted + counts[1]
-        agreed, total = agreed + sum(agree), total + len(agree)
-        samples.append({"file": name, "prompt": prompt, "continuation": tokenizer.decode(tokens, continues=True)})
+    by_position = heldout_losses(trainer, heldout, HELDOUT_WINDOWS)
+    exit_layer, prompts = max(trainer.args.n_layer // 4, 1), choose_prompts(tokenizer, texts)
+    drafts = lambda ids, first: {"early": trainer.exits.choices(ids, first, [exit_layer])[0]}
+    found, samples = greedy_acceptance(trainer, tokenizer, prompts, drafts)
     parts = by_position[-1].chunk(4)
     return {
         "heldout_tokens": len(heldout),
         "heldout_loss_by_exit": by_position.mean(-1).tolist(),
         "heldout_loss_by_quarter_of_context": [part.mean().item() for part in parts],
-        "exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "prompts": len(prompts),
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "agreement": agreed / total if total else None,
+        "exit_layer": exit_layer, "num_draft_tokens": NUM_DRAFT_TOKENS, "prompts": len(prompts),
+        **found.get("early", {"acceptance_rate": None, "agreement": None}),
         "samples": samples,
     }  # fmt: skip
+
+
+def print_report(results: dict, out: Path) -> None:
+    """Print the losses, beside those before the run where it went on from a checkpoint, and the acceptance."""
+    losses = [results["heldout_loss_by_exit"]]
+    if results["heldout_before"]:
+        losses.insert(0, results["heldout_before"])
+    columns = ["before", "after"] if len(losses) > 1 else ["nats per token"]
+    rows = [
+        [str(depth), *(f"{loss:.3f}" for loss in row)]
+        for depth, row in enumerate(zip(*losses, strict=True), start=1)
+    ]  # fmt: skip
+    cli.print_table("held-out loss", ["exit", *columns], rows)
+    print(f"drafting with {results['exit_layer']} layers, K = {results['num_draft_tokens']}: acceptance rate "
+          f"{cli.shown(results['acceptance_rate'], '.3f')}, agreement {cli.shown(results['agreement'], '.3f')}; "
+          f"written: {out}")  # fmt: skip
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -111,12 +142,22 @@ def plot_losses(log: Path, picture: Path) -> None:
     pyplot.close(figure)
 
 
-def export(trainer: Trainer, tokenizer: Tokenizer, hf_config: dict, files: list[str], samples: list[dict]) -> None:
-    """Write the Hugging Face folder: weights and configs, data listing, held-out prompts, loss curve."""
+def export(
+    trainer: Trainer, source: checkpoint.Source | None, tokenizer: Tokenizer, files: list[str], samples: list[dict]
+) -> None:  # fmt: skip
+    """Write the Hugging Face folder: weights and configs, data listing, held-out prompts, loss curve.
+
+    source: the checkpoint that was trained on. Called on all processes; the first one writes.
+    """
+    state = whole(trainer.trained.state_dict(), trainer.ranks.leads)
+    if not trainer.ranks.leads:
+        return
     config, out = trainer.config, Path(trainer.config.output_dir)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    checkpoint.export_hf(trainer.model.state_dict(), trainer.model.args, out, hf_config, dtype)
-    (out / "files.txt").write_text("\n".join(files) + "\n", encoding="utf-8")
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0] if tokenizer.eos_ids else None}
+    hf_config = source.hf_config if source else checkpoint.hf_config_from_args(trainer.args, **ids)
+    checkpoint.export_hf(state, trainer.args, out, hf_config, dtype, source and source.generation_config or None)
+    cli.write_text(out / "files.txt", "\n".join(files) + "\n")
     prompts = [json.dumps({"file": sample["file"], "prompt": sample["prompt"]}) for sample in samples]
-    (out / "heldout_prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    cli.write_text(out / "heldout_prompts.jsonl", "\n".join(prompts) + "\n")
     plot_losses(out / "log.jsonl", out / "loss_curve.png")

@@ -152,7 +152,7 @@ def test_a_dropped_layer_leaves_its_samples_untouched():
         torch.nn.init.normal_(param, std=0.1)
     training = trainer.Trainer(model, train_config.TrainConfig(context=16, precision="fp32"))
     dropped = torch.tensor([[False, False], [True, False]])
-    first, second = training.hidden_states(torch.randint(50, (2, 16)), dropped)
+    first, second = training.exits.hidden_states(torch.randint(50, (2, 16)), dropped)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
