@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import io
 import os
+import platform
 import shutil
 import sysconfig
 from collections.abc import Iterable
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import cli
+from scripts.ranks import Ranks
 from scripts.train_config import TrainConfig
-from tokenizer import TOKENIZER_FILES, Tokenizer
+from tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 # Folders of the standard library that hold tests, and those left out as tables, generated text or other people's code.
 STDLIB_TESTS = {"test", "tests", "idle_test"}
@@ -138,6 +141,8 @@ def prepare_tokenizer(
     config: TrainConfig, texts: list[tuple[str, str]], out: Path, source: checkpoint.Source | None
 ) -> None:  # fmt: skip
     """Put tokenizer files into `out` (the checkpoint's, the given one, or a trained one) unless they are there."""
+    if config.adapter_exits:
+        return  # no model will stand beside it
     if source is not None:
         for name in TOKENIZER_FILES:
             if (source.folder / name).is_file() and not (out / name).exists():
@@ -174,6 +179,32 @@ def encode_texts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Tensor:
         if name not in cache:
             cache[name] = torch.tensor([*tokenizer.encode(text), *tokenizer.eos_ids[:1]], dtype=torch.int32)
     return torch.cat([cache[name] for name, _ in texts])
+
+
+class Data:
+    """The text of a run: its files, split; the tokenizer, whose files go into output_dir; the tokens of both parts."""
+
+    def __init__(self, config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks):
+        """Raises ValueError for files that are not there or too little text."""
+        self.train_texts, self.heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
+        out = Path(config.output_dir)
+        if ranks.leads:
+            prepare_tokenizer(config, self.train_texts, cli.make_folder(out), source)
+        ranks.agreed(None)  # its files are there
+        self.tokenizer = load_tokenizer(source.folder if source else out)
+        self.tokens = encode_texts(self.tokenizer, self.train_texts)
+        self.heldout = encode_texts(self.tokenizer, self.heldout_texts)
+        if len(self.tokens) <= config.context:
+            raise ValueError(f"data: {len(self.tokens)} tokens are too few for one window of {config.context} "
+                             "(--context)")  # fmt: skip
+        self.hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def listing(self) -> list[str]:
+        """Every file with its size, training or held out."""
+        lines = [f"# Python {platform.python_version()}: split, bytes, name"]
+        for split, texts in (("train", dict(self.train_texts)), ("heldout", dict(self.heldout_texts))):
+            lines += [f"{split}\t{len(text.encode())}\t{name}" for name, text in texts.items()]
+        return lines
 
 
 def batch_at(tokens: Tensor, step: int, config: TrainConfig) -> tuple[Tensor, Tensor]:

@@ -7,50 +7,18 @@ other Llama. Every random choice is a function of (seed, step), so the state of 
 and a run that was killed goes on as if nothing had happened.
 """
 
-import hashlib
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
-
-import checkpoint
 import cli
-from scripts import ranks
-from scripts.corpus import encode_texts, find_files, prepare_tokenizer, split_texts
+from scripts import ranks, train_adapter
+from scripts.corpus import Data
 from scripts.optimizers import make_optimizers
 from scripts.ranks import Ranks
 from scripts.train_config import TrainConfig, parse_args
 from scripts.train_loop import load_state, train
 from scripts.train_report import HELDOUT_WINDOWS, export, print_report, report
 from scripts.trainer import Trainer, build_model, heldout_losses, open_checkpoint
-from tokenizer import Tokenizer, load_tokenizer
-
-
-class Data:
-    """The text of a run: its files, split; the tokenizer, put into output_dir; the tokens of both parts."""
-
-    def __init__(self, config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks):
-        """Raises ValueError for files that are not there or too little text."""
-        self.train_texts, self.heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
-        out = Path(config.output_dir)
-        if ranks.leads:
-            prepare_tokenizer(config, self.train_texts, cli.make_folder(out), source)
-        ranks.agreed(None)  # its files are there
-        self.tokenizer: Tokenizer = load_tokenizer(out)
-        self.tokens: Tensor = encode_texts(self.tokenizer, self.train_texts)
-        self.heldout: Tensor = encode_texts(self.tokenizer, self.heldout_texts)
-        if len(self.tokens) <= config.context:
-            raise ValueError(f"data: {len(self.tokens)} tokens are too few for one window of {config.context} "
-                             "(--context)")  # fmt: skip
-        self.hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-
-    def listing(self) -> list[str]:
-        """Every file with its size, training or held out."""
-        lines = [f"# Python {platform.python_version()}: split, bytes, name"]
-        for split, texts in (("train", dict(self.train_texts)), ("heldout", dict(self.heldout_texts))):
-            lines += [f"{split}\t{len(text.encode())}\t{name}" for name, text in texts.items()]
-        return lines
 
 
 def run(config: TrainConfig, ranks: Ranks) -> None:
@@ -60,6 +28,9 @@ def run(config: TrainConfig, ranks: Ranks) -> None:
     if ranks.leads:
         cli.check_writable(config.json)
     source = open_checkpoint(config)
+    if config.adapter_exits:
+        train_adapter.run(config, source)
+        return
     data = Data(config, source, ranks)
     model = build_model(config, data.tokenizer, source)
     if model.args.n_layer < 2:

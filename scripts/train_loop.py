@@ -43,7 +43,8 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     if ModelArgs(**state["args"]) != trainer.args or shapes[0] != shapes[1]:
         raise ValueError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
-        raise ValueError(f"output_dir holds a run on other data ({path}); give the same --data or another --output_dir")
+        raise ValueError(f"output_dir holds a run on other data or of another checkpoint ({path}); give the same or "
+                         "another --output_dir")  # fmt: skip
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"output_dir holds a run with another --optimizer ({path}); give the same or another folder")
     trainer.trained.load_state_dict({name: part_of(tensor, present[name]) for name, tensor in state["model"].items()})
@@ -80,7 +81,7 @@ def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, p
             position["minutes"], *losses = averaged(trainer.ranks, [minutes, *by_exit.values()])
             by_exit = dict(zip(by_exit, losses, strict=True))
             row = {name: position[name] for name in ("minutes", "tokens")}
-            row |= {"step": step, "grad_norm": norm, "loss_by_exit": by_exit}
+            row |= {"step": step, "grad_norm": norm, trainer.measure: by_exit}
             over = _is_over(config, position)
             if over or position["step"] % config.eval_every == 0:
                 row |= trainer.evaluate(heldout, 16)

@@ -126,6 +126,8 @@ class Exits(nn.Module):
 class Trainer:
     """Leaves the gradients of a step in the parameters: of this process, its threads, and the processes beside it."""
 
+    measure = "loss_by_exit"
+
     def __init__(
         self, model: Transformer, config: TrainConfig, ranks: Ranks | None = None,
         source: checkpoint.Source | None = None,
@@ -194,8 +196,11 @@ class Trainer:
         return {"heldout_by_exit": heldout_losses(self, heldout, n_window).mean(-1).tolist()}
 
     def autocast(self):
-        device = torch.device(self.config.device).type
-        return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
+        return autocast(self.config.device, self.bf16)
+
+
+def autocast(device: str, bf16: bool):
+    return torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
