@@ -28,11 +28,15 @@ class Ranks:
         """As `cli.open_session`; where ranks share samples, each has a whole model, with cuda on a GPU of its own."""
         if not self.shares:
             return cli.open_session(flags, needs_tokenizer, self.group)
-        if self.group and flags.device == "cuda" and (count := torch.cuda.device_count()):
+        self.take_gpu(flags.device)
+        return cli.open_session(flags, needs_tokenizer)
+
+    def take_gpu(self, device: str) -> None:
+        """Let "cuda" mean a GPU of its own on each rank."""
+        if self.group and device == "cuda" and (count := torch.cuda.device_count()):
             if self.group.local_rank >= count:
                 raise ValueError(f"nproc_per_node: torch sees {count} CUDA devices here, one is needed for each rank")
             torch.cuda.set_device(self.group.local_rank)
-        return cli.open_session(flags, needs_tokenizer)
 
     def share(self, items: Sequence) -> list:
         """The items of this rank: every size-th, so that equal parts of a sorted list are equally long."""

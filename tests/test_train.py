@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 from model import ModelArgs, Transformer
-from scripts import train
+from scripts import corpus, recipe, train, train_config, train_report, trainer
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("textwrap.py", "heapq.py", "bisect.py", "contextlib.py", "keyword.py", "string.py")
@@ -44,8 +46,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, texts):
     """run(output_dir, *flags) trains in this process; the final report is cut short."""
-    monkeypatch.setattr(train, "NUM_PROMPTS", 2)
-    monkeypatch.setattr(train, "NEW_TOKENS", 6)
+    monkeypatch.setattr(train_report, "NUM_PROMPTS", 2)
+    monkeypatch.setattr(train_report, "NEW_TOKENS", 6)
 
     def run(output_dir, *flags):
         argv = ["train", "--data", str(texts), *TINY, "--output_dir", str(output_dir), *flags]
@@ -94,14 +96,14 @@ def test_a_tiny_run_lowers_the_loss_and_its_folder_says_the_same_in_transformers
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = Transformer(ModelArgs(**state["args"]))
     ours.load_state_dict(state["model"])
-    config = train.TrainConfig(precision="fp32", context=32)
-    tokenizer = train.load_tokenizer(out)
+    config = train_config.TrainConfig(precision="fp32", context=32)
+    tokenizer = load_tokenizer(out)
     stream = torch.tensor(tokenizer.encode("def merge(a, b):\n    return sorted(a + b)\n\n\nclass Heap:\n    pass\n"))
     with torch.no_grad():
         expected = theirs(stream[None, :-1], labels=None).logits[0]
         expected = torch.nn.functional.cross_entropy(expected, stream[1:]).item()
     config.context = len(stream) - 1
-    loss = train.heldout_losses(train.Trainer(ours, config), stream, 1)[-1].mean().item()
+    loss = trainer.heldout_losses(trainer.Trainer(ours, config), stream, 1)[-1].mean().item()
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
@@ -123,7 +125,7 @@ def test_threads_that_share_a_batch_agree_with_one_thread_when_no_layer_is_dropp
 def test_the_own_tokenizer_brings_back_every_character_and_agrees_with_transformers(run, texts, tmp_path):
     transformers = pytest.importorskip("transformers")
     run(tmp_path, "--max_steps", "1")
-    ours, theirs = train.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     odd = "  \n\n\n\tif x:\n          y = 'é漢\U0001f600' \r\n \n" + "\n" * 5 + "# 12345   end  "
     for text in [odd, " ", "a", *(path.read_text() for path in texts.iterdir())]:
         ids = ours.encode(text)
@@ -136,9 +138,9 @@ def test_layers_are_dropped_as_in_the_paper():
     for step in (0, 7, steps - 1):
         over_time = math.exp(step * math.log(2) / (steps - 1)) - 1
         expected = torch.tensor([math.exp(layer * math.log(2) / (n_layer - 1)) - 1 for layer in range(n_layer)]) * p_max
-        constant = train.dropout_probabilities(n_layer, p_max, "constant", step / (steps - 1))
+        constant = recipe.dropout_probabilities(n_layer, p_max, "constant", step / (steps - 1))
         torch.testing.assert_close(constant, expected)
-        growing = train.dropout_probabilities(n_layer, p_max, "exp", step / (steps - 1))
+        growing = recipe.dropout_probabilities(n_layer, p_max, "exp", step / (steps - 1))
         torch.testing.assert_close(growing, expected * over_time)
 
 
@@ -148,22 +150,22 @@ def test_a_dropped_layer_leaves_its_samples_untouched():
     model = Transformer(args)
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.1)
-    trainer = train.Trainer(model, train.TrainConfig(context=16, precision="fp32"))
+    training = trainer.Trainer(model, train_config.TrainConfig(context=16, precision="fp32"))
     dropped = torch.tensor([[False, False], [True, False]])
-    first, second = trainer.hidden_states(torch.randint(50, (2, 16)), dropped)
+    first, second = training.exits.hidden_states(torch.randint(50, (2, 16)), dropped)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
 def test_curricula_and_weights_follow_the_paper():
     n_layer, period, steps = 12, 8, 240
     for step in range(0, steps, 5):
-        rotational = train.active_exits(f"rotational:{period}", n_layer, step, 0.5)
+        rotational = recipe.active_exits(f"rotational:{period}", n_layer, step, 0.5)
         layers = [layer for layer in range(n_layer) if layer % period == step % period or layer == n_layer - 1]
         assert rotational == [layer + 1 for layer in layers]
-        gradual = train.active_exits("gradual", n_layer, step, step / steps)
+        gradual = recipe.active_exits("gradual", n_layer, step, step / steps)
         assert gradual == list(range(max(n_layer - step // (steps // (2 * n_layer)), 1), n_layer + 1))
     e_scale = 0.4
-    weights = train.exit_weights(list(range(1, n_layer + 1)), n_layer, e_scale, "paper")
+    weights = recipe.exit_weights(list(range(1, n_layer + 1)), n_layer, e_scale, "paper")
     raw = [e_scale * sum(range(layer + 1)) for layer in range(n_layer - 1)]
     raw.append(n_layer - 1 + e_scale * sum(range(n_layer - 1)))
     assert [weights.get(depth, 0.0) for depth in range(1, 13)] == pytest.approx([each / sum(raw) for each in raw])
@@ -172,23 +174,23 @@ def test_curricula_and_weights_follow_the_paper():
 def test_simulated_rounds_count_what_drafting_would_accept():
     # K = 3: [yes yes no] + correction, [yes yes yes] + bonus, then one draft before the last token
     agree = [True, True, False, True, True, True, False, True, True]
-    assert train.simulate_rounds(agree, 3) == (2 + 3 + 1, 3 + 3 + 1)
-    assert train.simulate_rounds([True], 3) == (0, 0)
+    assert train_report.simulate_rounds(agree, 3) == (2 + 3 + 1, 3 + 3 + 1)
+    assert train_report.simulate_rounds([True], 3) == (0, 0)
 
 
 def test_heldout_files_are_never_trained_on_and_copies_are_dropped(texts, tmp_path):
     for index in range(40):
         lines = "\n".join(f"value_{index}_{line} = compute_something({line})" for line in range(5))
         (tmp_path / f"file{index}.py").write_text(lines)
-    files = train.find_files([str(tmp_path)], "*.py")
-    training, heldout = train.split_texts(files * 2, 0.25)
+    files = corpus.find_files([str(tmp_path)], "*.py")
+    training, heldout = corpus.split_texts(files * 2, 0.25)
     assert {name for name, _ in training} | {name for name, _ in heldout} == {name for name, _ in files}
     assert not {name for name, _ in training} & {name for name, _ in heldout}
     assert 0 < len(heldout) < 20 and len(training) == 2 * (40 - len(heldout)), "named twice, counted twice"
     text = files[0][1].read_text()
     for index in range(20):
         (tmp_path / f"copy{index}.py").write_text(text)
-    again = train.split_texts(train.find_files([str(tmp_path)], "*.py"), 0.25)
+    again = corpus.split_texts(corpus.find_files([str(tmp_path)], "*.py"), 0.25)
     assert sum(other == text for part in again for _, other in part) == 1
 
 
@@ -206,7 +208,7 @@ def test_heldout_files_are_never_trained_on_and_copies_are_dropped(texts, tmp_pa
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train", *flags, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        train.cli.run(train.main)
+        cli.run(train.main)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and words in lines[0]
