@@ -32,7 +32,7 @@ ALLOWED = {
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
 OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "numpy",
-            "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
+            "optuna", "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
 REQUIRED = {"rich", "safetensors", "sentencepiece", "torch", "tqdm"}
 MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/train.py", "tests/")
 
