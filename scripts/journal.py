@@ -52,11 +52,7 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
                              f"another --output_dir") from None  # fmt: skip
-        if found != self.settings:
-            name = next(name for name in self.settings | found if self.settings.get(name) != found.get(name))
-            then, now = _short(found.get(name)), _short(self.settings.get(name))
-            raise ValueError(f"{self.path} is of a run with another {name} ({then}, now {now}): give another "
-                             f"--output_dir, or delete the file")  # fmt: skip
+        refuse_others(self.path, found, self.settings)
 
     def _complete_lines(self) -> list[str]:
         """Lines, without a last one that a killed run has not finished writing."""
@@ -89,6 +85,15 @@ class Journal:
 
     def get(self, *key) -> dict | None:
         return self.done.get(key)
+
+
+def refuse_others(path: Path, found: dict, wanted: dict) -> None:
+    """Raise ValueError if the settings in a file are not those that are wanted now."""
+    if found != wanted:
+        name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
+        then, now = _short(found.get(name)), _short(wanted.get(name))
+        raise ValueError(f"{path} is of a run with another {name} ({then}, now {now}): give another --output_dir, or "
+                         f"delete the file")  # fmt: skip
 
 
 def _short(value) -> str:

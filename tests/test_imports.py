@@ -34,7 +34,7 @@ ALLOWED = {
     "scripts": MODULES - {"tests"},
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
-OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib",
+OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "optuna",
             "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
 REQUIRED = {"numpy", "rich", "safetensors", "sentencepiece", "torch", "tqdm"}
 MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/trainer.py", "tests/")
