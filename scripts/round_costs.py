@@ -32,7 +32,7 @@ class RoundCosts:
     def seconds(self, keep: Sequence[bool], num_draft_tokens: int) -> float:
         """Of a round whose drafts run the sublayers that keep [2L] marks (attention and MLP of each layer in turn)."""
         found = sum(a * b for a, b in zip(self.fitted, _features(keep, num_draft_tokens), strict=True))
-        return max(found, self.plain / 2)  # a line may go below what any round takes
+        return max(found, self.plain)  # a line may go below what verification alone takes
 
     def speedup(self, tokens_per_round: float, keep: Sequence[bool], num_draft_tokens: int) -> float:
         """Over plain decoding."""
