@@ -24,11 +24,11 @@ import cli
 from calibrate import SAMPLE_TEXT
 from model import Transformer
 from scripts import policy_report
+from scripts.corpus import encode_texts, find_files, split_texts
 from scripts.journal import digest
 from scripts.round_costs import RoundCosts, measure
 from scripts.skip_network import SkipNetwork, draw, policy_loss
 from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, numbers
-from scripts.corpus import encode_texts, find_files, split_texts
 
 ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the layers left out
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
