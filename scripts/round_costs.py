@@ -61,7 +61,8 @@ def fit(features: torch.Tensor, seconds: torch.Tensor) -> tuple[list[float], flo
     """
     relative, columns = features / seconds[:, None], list(range(features.shape[1]))
     weights = torch.ones_like(seconds)
-    solve = lambda: torch.linalg.lstsq(relative[:, columns] * weights[:, None], weights[:, None], driver="gelsd").solution
+    solve = lambda: torch.linalg.lstsq(
+        relative[:, columns] * weights[:, None], weights[:, None], driver="gelsd").solution  # fmt: skip
     for _ in range(REFITS):
         while (found := solve()[:, 0]).min() < 0:
             del columns[int(found.argmin())]

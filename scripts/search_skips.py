@@ -196,7 +196,7 @@ def finish(run: Experiment, store: Store) -> None:
         "recommended": recommended, "reference": {one["policy"]: numbers(one) for one in rows[:2]},
     }  # fmt: skip
     decoded, exits = sum(trial.decoded for trial in trials), sum(trial.exit_layer is not None for trial in trials)
-    print(f"{exits} static exits and {len(trials) - exits} trials: {decoded} decoded, {len(trials) - decoded} screened; "
+    print(f"{exits} static exits, {len(trials) - exits} trials: {decoded} decoded, {len(trials) - decoded} screened; "
           f"the cost of a round is known to {store.get('costs')['error']:.1%}")  # fmt: skip
     print_search(rows, [None, static, *sets], run.title())
     command = command_line(flags, recommended)
