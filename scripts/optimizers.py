@@ -48,20 +48,16 @@ class Muon(torch.optim.Optimizer):
                     param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
-def make_adamw(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    params = list(params)
-    groups = [
-        {"params": [p for p in params if p.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
 def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers and AdamW for the rest, or AdamW for all."""
     hidden = [p for p in model.layers.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
     chosen = {id(p) for p in hidden}
-    optimizers = [make_adamw((p for p in model.parameters() if id(p) not in chosen), config)]
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)]
     if hidden:
         optimizers.append(Muon(hidden, config.learning_rate, config.weight_decay))
     return optimizers

@@ -19,7 +19,6 @@ import checkpoint
 import cli
 from model import Transformer
 from scripts.corpus import Data
-from scripts.optimizers import make_adamw
 from scripts.ranks import Ranks
 from scripts.train_config import TrainConfig
 from scripts.train_loop import load_state, train
@@ -129,6 +128,13 @@ def parse_exits(text: str, n_layer: int) -> list[int]:
     return depths
 
 
+def make_optimizer(adapters: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW whose step is as large, beside what `down` starts with, in a wide model as in a narrow one."""
+    downs, ups = ([getattr(adapter, name) for adapter in adapters.values()] for name in ("down", "up"))
+    groups = [{"params": downs, "lr_scale": downs[0].shape[1] ** -0.5}, {"params": ups}]
+    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+
+
 def save_adapters(adapters: nn.ModuleDict, args, path: Path) -> None:
     """Write the adapters by rename: fp32 tensors exit.E.down [r, D] and exit.E.up [D, r]."""
     tensors = {f"exit.{name}": tensor.detach().cpu() for name, tensor in adapters.state_dict().items()}
@@ -149,7 +155,7 @@ def run(config: TrainConfig, source: checkpoint.Source) -> None:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = checkpoint.load(source, dtype, config.device, pack=False, progress=cli.LoadBar()).model
     trainer = AdapterTrainer(model, config, depths)
-    optimizers = [make_adamw(trainer.trained.parameters(), config)]
+    optimizers = [make_optimizer(trainer.trained, config)]
     origin = hashlib.sha256(data.hash.encode() + model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()
     position = load_state(out / "state.pt", trainer, optimizers, origin)
     size = sum(param.numel() for param in trainer.trained.parameters())

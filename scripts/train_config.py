@@ -17,7 +17,7 @@ EXAMPLE = """example, a few minutes on a laptop:
 DEFAULTS = {
     "dropout_schedule": ("exp", "constant", "constant"),
     "optimizer": ("muon", "adamw", "adamw"),
-    "learning_rate": (3e-3, 3e-5, 1e-3),
+    "learning_rate": (3e-3, 3e-5, 1e-2),
 }
 RECIPE = ("p_max", "dropout_schedule", "curriculum", "e_scale", "exit_weight", "focus_exits", "distill", "optimizer",
           "workers")  # fmt: skip
@@ -58,7 +58,7 @@ class TrainConfig:
     distill: float = setting(0.0, "share of the early exits' loss taken as KL from the last layer's distribution")
     optimizer: str | None = setting(None, "muon for matrices inside layers and adamw for the rest (default from "
                                           "scratch), or adamw for all (default with checkpoint_path)")  # fmt: skip
-    learning_rate: float | None = setting(None, "peak (default: 0.003 from scratch, 3e-05 with checkpoint_path, 0.001 "
+    learning_rate: float | None = setting(None, "peak (default: 0.003 from scratch, 3e-05 with checkpoint_path, 0.01 "
                                                 "with adapter_exits)")  # fmt: skip
     weight_decay: float = setting(0.1, "of matrices")
     schedule: str = setting("linear", "decay to 0: linear, cosine, or wsd (over the last third)")

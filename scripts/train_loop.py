@@ -71,9 +71,10 @@ def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, p
             norm = whole(torch.nn.utils.clip_grad_norm_(trainer.trained.parameters(), 1.0)).item()
             if not math.isfinite(norm):
                 raise ValueError(f"the loss diverged in step {step}: lower --learning_rate ({config.learning_rate})")
+            rate = config.learning_rate * learning_rate_factor(config.schedule, config.warmup, progress)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * learning_rate_factor(config.schedule, config.warmup, progress)
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             position["step"], position["tokens"] = step + 1, position["tokens"] + inputs.numel()

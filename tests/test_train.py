@@ -107,19 +107,30 @@ def test_a_tiny_run_lowers_the_loss_and_its_folder_says_the_same_in_transformers
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_training_goes_on_from_a_hugging_face_folder(run, tmp_path):
+def test_training_goes_on_from_a_hugging_face_folder(run, tmp_path, capsys):
     first = run(tmp_path / "first", "--max_steps", "2")
-    continual = ["--checkpoint_path", str(tmp_path / "first"), "--dropout_schedule", "constant", "--optimizer", "adamw"]
+    result = tmp_path / "result.json"
+    continual = ["--checkpoint_path", str(tmp_path / "first"), "--json", str(result)]
     second = run(tmp_path / "second", *continual, "--max_steps", "3", "--learning_rate", "0.0")
-    assert second["step"] == 3
+    assert second["step"] == 3 and (second["config"]["optimizer"], second["config"]["dropout_schedule"]) == (
+        "adamw", "constant")  # fmt: skip
+    said = capsys.readouterr()
+    assert "before" in said.out and said.err.count("dropout_schedule constant") == 1, "the choice is told once"
+    results = json.loads(result.read_text())["results"]
+    assert results["heldout_before"] == results["heldout_loss_by_exit"], "nothing was learnt"
     for name, tensor in first["model"].items():
         assert torch.equal(tensor, second["model"][name]), f"{name} moved at learning rate 0"
 
 
-def test_threads_that_share_a_batch_agree_with_one_thread_when_no_layer_is_dropped(run, tmp_path):
-    states = [run(tmp_path / n, "--max_steps", "4", "--p_max", "0", "--workers", n) for n in ("1", "2")]
-    for name, tensor in states[0]["model"].items():
-        torch.testing.assert_close(tensor, states[1]["model"][name], atol=2e-3, rtol=0)
+def test_threads_that_share_a_batch_drop_the_layers_that_one_thread_drops(run, tmp_path):
+    rows = []
+    for workers in ("1", "2"):
+        run(tmp_path / workers, "--max_steps", "6", "--p_max", "0.5", "--dropout_schedule", "constant", "--optimizer",
+            "adamw", "--workers", workers)  # fmt: skip
+        log = (tmp_path / workers / "log.jsonl").read_text().splitlines()
+        rows.append([{"norm": row["grad_norm"], **row["loss_by_exit"]} for row in map(json.loads, log)])
+    for one, two in zip(*rows, strict=True):
+        assert one == pytest.approx(two, abs=1e-3)
 
 
 def test_the_own_tokenizer_brings_back_every_character_and_agrees_with_transformers(run, texts, tmp_path):
