@@ -61,10 +61,12 @@ def fit(features: torch.Tensor, seconds: torch.Tensor) -> tuple[list[float], flo
     """
     relative, columns = features / seconds[:, None], list(range(features.shape[1]))
     weights = torch.ones_like(seconds)
-    solve = lambda: torch.linalg.lstsq(
-        relative[:, columns] * weights[:, None], weights[:, None], driver="gelsd").solution  # fmt: skip
     for _ in range(REFITS):
-        while (found := solve()[:, 0]).min() < 0:
+        while True:
+            weighted = relative[:, columns] * weights[:, None]
+            found = torch.linalg.lstsq(weighted, weights[:, None], driver="gelsd").solution[:, 0]
+            if found.min() >= 0:
+                break
             del columns[int(found.argmin())]
         weights = ((relative[:, columns] @ found - 1).abs() + 0.02).rsqrt()
     coefficients = torch.zeros(features.shape[1], dtype=features.dtype)

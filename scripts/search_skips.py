@@ -30,6 +30,7 @@ from scripts.sweep import command_line, comparable
 from scripts.turns import Quality, measure
 
 STARTS = 10  # trials at random, from almost nothing left out to more than half, before a sampler is asked
+BAD_FIT = 0.05  # relative error of costs that are better measured again
 FINALISTS = 3  # sets that are timed at the end
 UNFIT = "+,=?%#{}"  # for the name of a folder in a policy string or in the address of a database
 
@@ -196,8 +197,8 @@ def finish(run: Experiment, store: Store) -> None:
         "recommended": recommended, "reference": {one["policy"]: numbers(one) for one in rows[:2]},
     }  # fmt: skip
     decoded, exits = sum(trial.decoded for trial in trials), sum(trial.exit_layer is not None for trial in trials)
-    print(f"{exits} static exits, {len(trials) - exits} trials: {decoded} decoded, {len(trials) - decoded} screened; "
-          f"the cost of a round is known to {store.get('costs')['error']:.1%}")  # fmt: skip
+    print(f"{exits} static exits and {len(trials) - exits} trials: {decoded} decoded, the others screened out; "
+          f"error of modelled costs {store.get('costs')['error']:.1%}")  # fmt: skip
     print_search(rows, [None, static, *sets], run.title())
     command = command_line(flags, recommended)
     print(*notes, f"fastest: {recommended}, {rows[winner]['speedup']:.2f}× plain decoding", command, sep="\n")
@@ -258,12 +259,23 @@ def load(run: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
     run.load([widest])
     runner, threads = run.runner(widest), store.get("threads")
     if threads is None or store.get("costs") is None:
-        sample = run.session.tokenizer.encode(SAMPLE_TEXT)
         store.set("threads", torch.get_num_threads())
-        store.set("costs", asdict(round_costs.measure(runner, sample, run.flags.most_drafts, run.flags.seed)))
+        store.set("costs", asdict(measured_costs(run, runner)))
     else:
         torch.set_num_threads(threads)
     return runner, RoundCosts(**store.get("costs"))
+
+
+def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
+    """The best of some attempts, with a notice if even that is bad."""
+    sample, tries = run.session.tokenizer.encode(SAMPLE_TEXT), []
+    while len(tries) < 3 and not (tries and tries[-1].error <= BAD_FIT):
+        tries.append(round_costs.measure(runner, sample, run.flags.most_drafts, run.flags.seed))
+    best = min(tries, key=lambda costs: costs.error)
+    if best.error > BAD_FIT:
+        cli.notice(f"the cost of a round is known to {best.error:.0%} only (a busy machine?), and with it the modelled "
+                   f"speedups by which sets are chosen")  # fmt: skip
+    return best
 
 
 def main() -> None:
