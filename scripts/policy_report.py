@@ -24,7 +24,7 @@ from runner import Runner
 from scripts.first_drafts import expected_tokens
 from scripts.round_costs import RoundCosts
 from scripts.skip_network import SkipNetwork
-from scripts.skip_rewards import Reward, Window, layers_skipped, numbers
+from scripts.skip_rewards import Reward, Window, layers_skipped, mean, numbers
 
 DRAFTS = range(1, 8)  # of a round
 PROMPT_TOKENS = 64
@@ -72,14 +72,10 @@ def evaluate(
             found[name, who].append(numbers(outcome, keep, rewards[name](outcome, keep), model))
     rows = []
     for name, sets in chosen.items():
-        row = {"alpha": name, **{who: _mean(found[name, who]) for who in sets}}
+        row = {"alpha": name, **{who: mean(found[name, who]) for who in sets}}
         row |= {f"over_{who}": _difference(found[name, "learned"], found[name, who]) for who in CONTROLS}
         rows.append(row | {"distinct_sets": len(sets["learned"].unique(dim=0))})
     return rows
-
-
-def _mean(rows: Sequence[dict]) -> dict:
-    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
 
 
 def _difference(rows: Sequence[dict], others: Sequence[dict]) -> dict[str, list[float | None]]:

@@ -95,3 +95,8 @@ def numbers(outcome: Outcome, keep: Tensor, reward: Tensor, model: Transformer) 
     found = {"reward": reward, "kl": outcome.kl, "ce": outcome.ce, "agreement": outcome.agrees.float(),
              "skipped": layers_skipped(keep, model)}  # fmt: skip
     return {name: values.mean().item() for name, values in found.items()}
+
+
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each number's mean over rows."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

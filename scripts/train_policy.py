@@ -28,10 +28,11 @@ from scripts.corpus import encode_texts, find_files, split_texts
 from scripts.journal import digest
 from scripts.round_costs import RoundCosts, measure
 from scripts.skip_network import SkipNetwork, draw, policy_loss
-from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, numbers
+from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, mean, numbers
 
 ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the layers left out
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
+UNSURE = 0.25  # mean error of round costs from which their conclusions are doubtful
 # What the weights of a policy follow from; a folder is continued only with the same.
 DECIDING = ("checkpoint_path", "device", "precision", "quantize", "threads", "context", "windows", "samples", "hidden",
             "actions", "reward", "loss", "steps", "learning_rate", "seed", "num_draft_tokens")  # fmt: skip
@@ -123,10 +124,6 @@ class Trainer:
                 seen.append(numbers(outcome, keep, rewards[-1], self.model))
             (policy_loss(logits, actions, torch.stack(rewards)) / flags.windows).backward()
         return mean(seen)
-
-
-def mean(rows: Sequence[dict]) -> dict:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def parse_alphas(text: str) -> list[str]:
@@ -243,7 +240,7 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
     policy_report.print_rows(rows, title, model.args.n_layer)
     fastest = max(rows, key=lambda row: row["speedup"])
     command = command_line(flags, fastest["policy"]) if fastest["speedup"] > 1 else None
-    print(f"fastest: alpha {fastest['alpha']}, {fastest['speedup']:.2f}× plain decoding\n{command}" if command
+    print(f"fastest: {fastest['policy']}, {fastest['speedup']:.2f}× plain decoding\n{command}" if command
           else "none is faster than plain decoding")  # fmt: skip
     curves = {name: saved["curve"] for name, saved in run.state["policies"].items()}
     result = {"title": title, "policies": rows, "fastest": fastest["policy"] if command else None, "command": command,
@@ -262,6 +259,8 @@ def main() -> None:
     engine.choose_threads()
     costs = run.costs(lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT),
                                       policy_report.DRAFTS[-1], flags.seed))  # fmt: skip
+    if costs.error > UNSURE:
+        cli.notice(f"rounds timed here fit no line (mean error {costs.error:.0%}): is the machine busy? K may be wrong")
     decoding_threads = torch.get_num_threads()
     torch.set_num_threads(threads)  # of training: the same in a run that goes on
     rewards, trainer = make_rewards(flags, model, costs), Trainer(model, tokens, flags)

@@ -89,6 +89,13 @@ def test_biased_estimators_are_caught_by_that_test(loss):
     assert standard_errors_off(loss, samples=2) > 8
 
 
+def test_a_reward_that_all_draws_get_teaches_nothing():
+    logits, rewards = torch.randn(5, 4, requires_grad=True), torch.randn(3, 5)
+    actions = draw(logits, 3, torch.Generator().manual_seed(0))
+    gradients = [torch.autograd.grad(policy_loss(logits, actions, more), logits)[0] for more in (rewards, rewards + 9)]
+    torch.testing.assert_close(*gradients)
+
+
 # ---------------------------------------------------------------- what is judged, and what is learned
 
 
@@ -178,6 +185,13 @@ def test_the_more_a_layer_left_out_is_worth_the_more_are(tmp_path):
     assert rows[0]["learned"]["kl"] < rows[1]["learned"]["kl"] < rows[2]["learned"]["kl"]
 
 
+def test_all_policies_see_the_same_windows_and_draws_and_every_step_others():
+    model = random_model(torch.float32, pack=False)
+    trainer = Trainer(model, torch.arange(2000) % 130, train_policy.parse_flags(["--context", "16"]))
+    seen = [trainer.step(step, trainer.network(), SkipReward(model, "kl", 0.1)) for step in (3, 3, 4)]
+    assert seen[0] == seen[1] and seen[0]["skipped"] != seen[2]["skipped"] and seen[0]["ce"] != seen[2]["ce"]
+
+
 def test_a_policy_that_sees_the_state_beats_one_set_for_all_where_states_differ(tmp_path):
     """Rewarded for layer 0 after some tokens and for layer 3 after others."""
     model = random_model(torch.float32, pack=False)
@@ -209,17 +223,17 @@ def test_the_number_of_drafts_follows_costs_and_agreement(monkeypatch):
     model = random_model(torch.float32, pack=False)
     network = SkipNetwork(64, N_LAYER, 8)
     text = torch.randint(130, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    choose = lambda kept, agrees, costs, given=None: (
+    choose = lambda kept, tenths, costs, given=None: (
         monkeypatch.setattr(SkipNetwork, "choose", lambda _, states: torch.full((len(states), 8), kept)),
         monkeypatch.setattr(Window, "judge", lambda self, keep: argparse.Namespace(
-            agrees=torch.arange(len(keep)) % 100 < agrees)),
+            agrees=(torch.arange(len(keep)) % 10 < tenths) & (torch.arange(len(keep)) >= 63))),  # never in the prompt
         policy_report.choose_drafts(model, [text], network, costs, given),
     )[-1]  # fmt: skip
     cheap, dear = RoundCosts(1.0, [1.0, 0.01, 0, 0, 0], 0.0), RoundCosts(1.0, [1.0, 0.9, 0, 0, 0], 0.0)
-    assert choose(False, 100, cheap)["num_draft_tokens"] == 7
-    assert choose(False, 100, cheap)["expected_speedup"] == pytest.approx(8 / 1.07)
-    assert choose(False, 80, dear)["num_draft_tokens"] == 1 and choose(False, 80, dear, 3)["num_draft_tokens"] == 3
-    idle = choose(True, 100, cheap)
+    assert choose(False, 10, cheap)["num_draft_tokens"] == 7
+    assert choose(False, 10, cheap)["expected_speedup"] == pytest.approx(8 / 1.07)
+    assert choose(False, 8, dear)["num_draft_tokens"] == 1 and choose(False, 8, dear, 3)["num_draft_tokens"] == 3
+    idle = choose(True, 10, cheap)
     assert idle["expected_speedup"] == 1 and idle["own_text_agreement"] is None
 
 
