@@ -46,7 +46,7 @@ def load_sharded(model: nn.Module, source: checkpoint.Source, device: str) -> No
     state = model.state_dict()
     parts = {}
     for name in checkpoint.our_names(source.args):
-        parts[name] = nn.Parameter(part_of(source.read(name, torch.float32, device), state[name]))
+        parts[name] = nn.Parameter(part_of(source.read(name, torch.float32, device), state[name]).clone())
     parts.setdefault("lm_head.weight", parts["embedding.weight"])
     model.load_state_dict(parts, assign=True)
 
@@ -68,7 +68,7 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None).clone()
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
 
 
 def averaged(ranks: Ranks, values: Sequence[float]) -> list[float]:

@@ -35,6 +35,7 @@ def run(config: TrainConfig, ranks: Ranks) -> None:
     model = build_model(config, data.tokenizer, source)
     if model.args.n_layer < 2:
         raise ValueError("n_layer must be 2 or more: a single layer has no early exit")
+    ranks.agreed(None)  # reading text and weights may have taken some longer than others may be kept waiting
     trainer = Trainer(model, config, ranks, source)
     optimizers = make_optimizers(model, config)
     position = load_state(Path(config.output_dir) / "state.pt", trainer, optimizers, data.hash)
@@ -44,7 +45,7 @@ def run(config: TrainConfig, ranks: Ranks) -> None:
     if source is not None:
         names = ("learning_rate", "optimizer", "dropout_schedule", "p_max", "curriculum", "e_scale", "exit_weight")
         cli.notice("continual training: " + ", ".join(f"{name} {getattr(config, name)}" for name in names))
-        if position["heldout_before"] is None:
+        if not position["step"]:
             position["heldout_before"] = heldout_losses(trainer, data.heldout, HELDOUT_WINDOWS).mean(-1).tolist()
     train(trainer, optimizers, data.tokens, data.heldout, position)
     results = report(trainer, data.tokenizer, data.heldout_texts, data.heldout)

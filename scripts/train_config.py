@@ -20,7 +20,7 @@ DEFAULTS = {
     "learning_rate": (3e-3, 3e-5, 1e-2),
 }
 RECIPE = ("p_max", "dropout_schedule", "curriculum", "e_scale", "exit_weight", "focus_exits", "distill", "optimizer",
-          "workers")  # fmt: skip
+          "workers", "compile")  # fmt: skip
 
 
 def setting(default, text: str):

@@ -52,7 +52,8 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for index, values in saved["state"].items():
             for name, value in values.items():
-                values[name] = part_of(value, params[index]) if value.shape == params[index].shape else value.clone()
+                part = part_of(value, params[index]) if value.shape == params[index].shape else value
+                values[name] = part.clone()  # not mapped from a file that will be replaced
         optimizer.load_state_dict(saved)
     return position | {key: state[key] for key in position if key in state}
 
