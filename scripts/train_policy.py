@@ -32,7 +32,7 @@ from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, mean, 
 
 ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the layers left out
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
-UNSURE = 0.25  # mean error of round costs from which their conclusions are doubtful
+UNSURE = 0.25  # median error of round costs from which their conclusions are doubtful
 # What the weights of a policy follow from; a folder is continued only with the same.
 DECIDING = ("checkpoint_path", "device", "precision", "quantize", "threads", "context", "windows", "samples", "hidden",
             "actions", "reward", "loss", "steps", "learning_rate", "seed", "num_draft_tokens")  # fmt: skip
@@ -260,7 +260,7 @@ def main() -> None:
     costs = run.costs(lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT),
                                       policy_report.DRAFTS[-1], flags.seed))  # fmt: skip
     if costs.error > UNSURE:
-        cli.notice(f"rounds timed here fit no line (mean error {costs.error:.0%}): is the machine busy? K may be wrong")
+        cli.notice(f"rounds timed here fit no curve (median error {costs.error:.0%}): is the machine busy? K may be wrong")
     decoding_threads = torch.get_num_threads()
     torch.set_num_threads(threads)  # of training: the same in a run that goes on
     rewards, trainer = make_rewards(flags, model, costs), Trainer(model, tokens, flags)

@@ -23,7 +23,7 @@ from scripts.skip_network import SkipNetwork, draw, policy_loss
 from scripts.skip_rewards import SkipReward, SpeedReward, Window, layers_skipped
 from scripts.train_policy import Run, Trainer
 
-COSTS = RoundCosts(1.0, [0.5, 0.1, 0.05, 0.05, 0.0], 0.0)
+COSTS = RoundCosts(1.0, [0.5, 0.1, 0.05, 0.05, 0.0, 0.0], 0.0)
 SMALL = ("--steps", 6, "--save_every", 2, "--context", 24, "--windows", 1, "--samples", 2, "--hidden", 8,
          "--eval_windows", 3, "--num_prompts", 2, "--max_new_tokens", 8, "--repeats", 1)  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_the_number_of_drafts_follows_costs_and_agreement(monkeypatch):
             agrees=(torch.arange(len(keep)) % 10 < tenths) & (torch.arange(len(keep)) >= 63))),  # never in the prompt
         policy_report.choose_drafts(model, [text], network, costs, given),
     )[-1]  # fmt: skip
-    cheap, dear = RoundCosts(1.0, [1.0, 0.01, 0, 0, 0], 0.0), RoundCosts(1.0, [1.0, 0.9, 0, 0, 0], 0.0)
+    cheap, dear = RoundCosts(1.0, [1.0, 0.01, 0, 0, 0, 0], 0.0), RoundCosts(1.0, [1.0, 0.9, 0, 0, 0, 0], 0.0)
     assert choose(False, 10, cheap)["num_draft_tokens"] == 7
     assert choose(False, 10, cheap)["expected_speedup"] == pytest.approx(8 / 1.07)
     assert choose(False, 8, dear)["num_draft_tokens"] == 1 and choose(False, 8, dear, 3)["num_draft_tokens"] == 3
@@ -309,7 +309,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_by_the_costs_it_measured(learn, tm
     learn(*flags, code=130)
     assert steps[-1] == 3 and not list((tmp_path / "out").glob("learned_*"))
     monkeypatch.setattr(Trainer, "step", lambda self, number, *rest: steps.append(number) or step(self, number, *rest))
-    monkeypatch.setattr(train_policy, "measure", lambda *_: RoundCosts(1.0, [0.9, 9.0, 0.0, 0.0, 0.0], 0.0))
+    monkeypatch.setattr(train_policy, "measure", lambda *_: RoundCosts(1.0, [0.9, 9.0, 0.0, 0.0, 0.0, 0.0], 0.0))
     learn(*flags)
     assert steps[-4:] == [2, 3, 4, 5], "from the last saved state on"
     whole, resumed = exported(tmp_path / "whole"), exported(tmp_path / "out")
