@@ -260,7 +260,7 @@ def main() -> None:
     costs = run.costs(lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT),
                                       policy_report.DRAFTS[-1], flags.seed))  # fmt: skip
     if costs.error > UNSURE:
-        cli.notice(f"rounds timed here fit no curve (median error {costs.error:.0%}): is the machine busy? K may be wrong")
+        cli.notice(f"rounds timed here fit no curve (median error {costs.error:.0%}): is the machine busy?")
     decoding_threads = torch.get_num_threads()
     torch.set_num_threads(threads)  # of training: the same in a run that goes on
     rewards, trainer = make_rewards(flags, model, costs), Trainer(model, tokens, flags)
