@@ -27,6 +27,7 @@ from generate import (
     check_prompt,
     decode,
     early_exit,
+    fastest_plain,
     head_cost_layers,
     share_equal,
 )
@@ -137,6 +138,8 @@ def our_contenders(
     for compile in (True, False) if flags.compile else (False,):
         exact = runners.get(1, compile)
         found.append(skipfast_contender(exact, plain, "none", config))
+        if exact.backend == "c++":
+            found.append(skipfast_contender(exact, fast := fastest_plain(exact), str(fast), config))
         if not exact.rows_independent:  # padding costs time: plain decoding is faster without
             found.append(skipfast_contender(runners.get(1, compile, False), plain, "none", config, exact=False))
     for name, policy in policies.items():

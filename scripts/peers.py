@@ -58,7 +58,7 @@ class Contender:
 
     @property
     def is_ar(self) -> bool:
-        return self.engine == "skipfast" and self.policy == "none"
+        return self.engine == "skipfast" and self.policy.split(":")[0] == "none"
 
 
 def missing(peers: list[str], device: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from generate import CALIBRATION_TOKENS, GenerateConfig, Generation, decode
+from generate import CALIBRATION_TOKENS, GenerateConfig, Generation, decode, fastest_plain
 from model import Transformer
 from plan import DraftPolicy
 from policies import make_policy
@@ -153,7 +153,7 @@ class Engine:
         """Continue every prompt with plain decoding and each policy in turns -> the numbers of each policy."""
         n_layer, new = self.session.args.n_layer, self.flags.max_new_tokens
         expected = [text[len(prompt) :] for text, prompt in zip(self.continued(prompts), prompts, strict=True)]
-        contenders = [(self.plain, make_policy("none", n_layer))]
+        contenders = [(self.plain, fastest_plain(self.plain))]
         contenders += [(self.drafting, make_policy(text, n_layer)) for text in policies]
         seconds = [[0.0] * self.flags.repeats for _ in contenders]
         found: list[list[Generation]] = [[] for _ in contenders]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from calibrate import time_rounds
+from generate import fastest_plain
 from plan import DraftPlan
-from policies import make_policy
 from runner import Runner
 from sampling import SamplingConfig
 
@@ -25,8 +25,9 @@ REFITS = 8
 
 @dataclass
 class RoundCosts:
-    """plain: seconds of a round of plain decoding. fitted: of [the round, each draft, each attention of a draft, each
-    MLP of a draft, its sublayers² ÷ 2L, less each layer below its first skip]. error: median |fitted ÷ measured - 1|.
+    """plain: seconds of a token of plain decoding at its fastest. fitted: of [the round, each draft, each attention of
+    a draft, each MLP of a draft, its sublayers² ÷ 2L, less each layer below its first skip]. error: median |fitted ÷
+    measured - 1|.
     """
 
     plain: float
@@ -83,11 +84,11 @@ def measure(runner: Runner, sample: Sequence[int], most_drafts: int, seed: int =
         rounds.append((keep, 1 + index % most_drafts))
     sample = list(sample)[: max(1, runner.cache_length - most_drafts - 1)]
     runner.prefill(sample)
-    none, plans = DraftPlan(), [DraftPlan((), k, *map(frozenset, skips_of(keep))) for keep, k in rounds]
-    policy = make_policy("none", runner.n_layer)
-    took = time_rounds(runner, policy, [none, *plans], sample, SamplingConfig(), BUDGET_S)
+    plain, plans = fastest_plain(runner), [DraftPlan((), k, *map(frozenset, skips_of(keep))) for keep, k in rounds]
+    none = DraftPlan()
+    took = time_rounds(runner, plain, [none, plain.plan, *plans], sample, SamplingConfig(), BUDGET_S)
     timed = list(zip(rounds, (took[plan] for plan in plans), strict=True))
     timed += [((rounds[0][0], 0), took[none])] * PLAIN_WEIGHT
     features = torch.tensor([_features(*each) for each, _ in timed], dtype=torch.float64)
     fitted, error = fit(features, torch.tensor([seconds for _, seconds in timed], dtype=torch.float64))
-    return RoundCosts(took[none], fitted, error)
+    return RoundCosts(took[plain.plan] / plain.steps, fitted, error)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import cli
 from calibrate import SAMPLE_TEXT
+from generate import fastest_plain
 from plan import DraftPolicy, check_range
 from runner import Runner, check_num_draft_tokens
 from scripts import policy_sets, ranks, round_costs, skip_charts
@@ -100,7 +101,7 @@ def timed(run: Experiment, sets: Sequence[Trial], static: Trial) -> list[dict]:
 
     `rates`: tokens/s of each turn; `speedup`: the median over turns of the ratio to plain decoding.
     """
-    policies: list[DraftPolicy] = [run.policy("none"), run.policy(static_text(static))]
+    policies: list[DraftPolicy] = [fastest_plain(run.runner(None)), run.policy(static_text(static))]
     policies += [drafting_policy(trial.keep, trial.num_draft_tokens) for trial in sets]
     runners = [run.runner(None), *(run.runner(policy) for policy in policies[1:])]
     run.runners.warm_up()

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import cli
 from calibrate import SAMPLE_TEXT, time_rounds
-from generate import Generation, ideal_speedup
-from plan import DraftPlan, DraftPolicy, RoundContext
+from generate import Generation, fastest_plain, ideal_speedup
+from plan import DraftPolicy, RoundContext
 from scripts import contour, policy_sets, ranks
 from scripts.experiment import Experiment, add_flags
 from scripts.journal import Journal
@@ -74,7 +74,7 @@ def measure_cell(run: Experiment, policy: DraftPolicy, repeats: int) -> dict:
 
     Counts are sums over samples, `seconds` too (the median turn); a rate is tokens after the first ÷ those seconds.
     """
-    plain = run.policy("none")
+    plain = fastest_plain(run.runner(None))
     run.calibrate(policy)
     mine = run.ranks.share(run.samples)
     for _, ids in mine[:1]:  # warm-up
@@ -140,7 +140,7 @@ def measure_sample(run: Experiment, policy: DraftPolicy, plain: DraftPolicy, ids
 
 
 def round_cost(run: Experiment, policy: DraftPolicy) -> float | None:
-    """Seconds of a round of the policy ÷ of plain decoding's, timed apart on a sample text, whatever is accepted.
+    """Seconds of a round of the policy ÷ of a plain token's, timed apart on a sample text, whatever is accepted.
 
     None for policies that do not draft by one plan that is fixed beforehand.
     """
@@ -152,9 +152,10 @@ def round_cost(run: Experiment, policy: DraftPolicy) -> float | None:
         return None
     runner.prefill(tokens)
     seconds = lambda where, how, wanted: time_rounds(where, how, [wanted], tokens, run.config.sampling)[wanted]
-    none, sides = DraftPlan(), []
+    plain, sides = fastest_plain(run.runner(None)), []
     for _ in range(3):
-        sides.append(seconds(runner, policy, plan) / seconds(run.runner(None), run.policy("none"), none))
+        token_s = seconds(run.runner(None), plain, plain.plan) / plain.steps
+        sides.append(seconds(runner, policy, plan) / token_s)
     return statistics.median(sides)
 
 

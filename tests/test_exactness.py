@@ -33,7 +33,7 @@ COMBINATIONS = (
     "prompt_lookup+static:2", "skip_set:FILE+confidence:0.6", "confidence:0.5,stop=0.6,num_draft_tokens=7",
     "static:2,stop=adaptive", "static:2,stop=svip", "entropy:1.5,decay=4,candidates=1-2-3",
     "static:1,adapter=ADAPTER", "confidence:0.5,candidates=1-2-3,adapter=ADAPTER,stop=0.2", "learned:LEARNED+static:3",
-    "auto:adapter=ADAPTER",
+    "auto:adapter=ADAPTER", "none:steps=8",
     "random:num_draft_tokens=1+static:2,num_draft_tokens=5", "layer_skip_proportion+margin:0.3,stop=0.2",
 )  # fmt: skip
 

@@ -88,6 +88,7 @@ def test_settings_that_are_the_default_are_not_written():
 
 def test_the_policy_none_drafts_nothing():
     assert make_policy("none", 8).start_round(CONTEXT) == DraftPlan()
+    assert make_policy("none:steps=4", 8).start_round(CONTEXT) == DraftPlan((8,), 3), "nothing is left to verify"
 
 
 @pytest.mark.parametrize(("text", "parts"), [
@@ -99,7 +100,7 @@ def test_the_policy_none_drafts_nothing():
     ("static:num_draft_tokens=5,3", ["policy static has the keys", "'3'"]),
     ("static:plan=3", ["policy static has the keys", "'plan=3'"]),
     ("static:3,exit_layer=4", ["exit_layer is given twice"]),
-    ("none:3", ["policy none has the keys (none)", "'3'"]),
+    ("none:0", ["steps must be 1 or more", "got 0"]),
     ("static:three", ["exit_layer must be of type int", "'three'"]),
     ("static:2.5", ["exit_layer must be of type int", "'2.5'"]),
     ("static:exit_layer=", ["exit_layer must be of type int", "''"]),
