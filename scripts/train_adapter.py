@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import checkpoint
@@ -140,7 +140,7 @@ def save_adapters(adapters: nn.ModuleDict, args, path: Path) -> None:
     tensors = {f"exit.{name}": tensor.detach().cpu() for name, tensor in adapters.state_dict().items()}
     metadata = {"format": "skipfast exit adapter", "n_layer": str(args.n_layer), "dim": str(args.dim)}
     unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata)
+    unfinished.write_bytes(save(tensors, metadata))  # save_file would hide it from other users
     unfinished.replace(path)
 
 

@@ -28,7 +28,7 @@ EXAMPLES = {
     "logits_future": "logits_future:0.5,candidates=1-2-3",
     "layer_skip_proportion": "layer_skip_proportion:0.4,seed=2",
     "skip_set": "skip_set:FILE",
-    "learned": "learned:LEARNED,num_draft_tokens=5",
+    "learned": "learned:LEARNED,num_draft_tokens=5,every=1",
     "prompt_lookup": "prompt_lookup:5,min_ngram=1",
     "auto": "auto:5,candidates=1-2-3",
 }
@@ -214,7 +214,7 @@ def test_a_learned_policy_leaves_out_what_its_network_says_of_the_state_and_keep
     save_file(network, file, {"format": "skipfast learned policy", "n_layer": "2", "dim": "4"})
     seen = lambda *state: RoundContext([1], 9, hidden=torch.tensor([state]))
     plan = lambda attention, mlp: DraftPlan((), 3, frozenset(attention), frozenset(mlp))
-    policy = make_policy(f"learned:{file}", n_layer)
+    policy = make_policy(f"learned:{file},every=1", n_layer)
     policy.start_prompt([1])
     first = seen(9.0, 0.0, 0.0, 0.0)  # over its rms: 2, 0, 0, 0; layer one: 2, 0
     second = seen(0.0, 9.0, 0.0, 0.0)  # layer one: 0, 1.5
