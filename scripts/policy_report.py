@@ -109,7 +109,8 @@ def choose_drafts(
     agreement = agrees[drafting].float().mean().item() if drafted else None
 
     def speedup(k: int) -> float:
-        seconds = idle * costs.plain + sum(count * costs.seconds(one, k) for one, count in rounds)
+        seconds = idle * costs.seconds([True] * keep.shape[1], 0)
+        seconds += sum(count * costs.seconds(one, k) for one, count in rounds)
         return (idle + drafted * expected_tokens(agreement or 0.0, k)) * costs.plain / seconds
 
     best = given or max(DRAFTS, key=speedup)
