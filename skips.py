@@ -87,8 +87,8 @@ class Learned(SelfDrafting):
     nothing is drafted.
 
     file: safetensors, fp32 w1 [H, D], b1 [H], w2 [2L, H], b2 [2L]: a sublayer (attention and MLP of each layer in turn)
-    is kept if w2·relu(w1·h/rms(h) + b1) + b2 is above 0. every: rounds until it chooses anew: with a small model's weights
-    between two choices all of this is out of the caches, and costs 5 % of the demo's time if done each round.
+    is kept if w2·relu(w1·h/rms(h) + b1) + b2 is above 0. every: rounds until it chooses anew: done in each round, with
+    all of it out of the caches, it would cost 5 % of a model as small as the demo.
     """
 
     name = "learned"

@@ -16,8 +16,8 @@ POLICIES = (
     "confidence:0.05,candidates=1-2-4", "margin:0.02,candidates=1-3,stop=0.03", "entropy:4.5,candidates=1-2-3",
     "confidence:0.05,candidates=1-2-3,decay=4", "layer_skip_proportion:0.5", "skip_set:FILE",
     "consistent_tokens:2,candidates=1-2-3,stop=0.03", "consistent_tokens:2,num_draft_tokens=0",
-    "saturation:0.2,stop=0.03", "learned:LEARNED,every=1", "learned:LEARNED,every=3+static:3", "static:1,adapter=ADAPTER",
-    "skip_set:FILE+confidence:0.05,candidates=1-2-4",
+    "saturation:0.2,stop=0.03", "learned:LEARNED,every=1", "learned:LEARNED,every=3+static:3",
+    "static:1,adapter=ADAPTER", "skip_set:FILE+confidence:0.05,candidates=1-2-4",
     "confidence:0.05,candidates=1-2-4,adapter=ADAPTER,stop=0.03", "prompt_lookup", "prompt_lookup:min_ngram=1+static:2",
 )  # fmt: skip
 
