@@ -299,7 +299,8 @@ def compare_with_autoregressive(
         unpadded.warm_up()
         contenders["unpadded"] = (unpadded, plain)
     elif runner.backend == "c++":
-        contenders["several a call"] = (runner, fastest_plain(runner))
+        full = Runner(runner.model, runner.cache_length, 1, compile=True) if runner.drafter else runner
+        contenders["several a call"] = (full, fastest_plain(full))
     rates, texts = {name: [] for name in contenders}, {name: [] for name in contenders}
     for _ in range(COMPARE_REPEATS):
         for name, (chosen, how) in contenders.items():

@@ -38,6 +38,7 @@ class Autoregressive(DraftPolicy):
 
     name = "none"
     steps: int = 1
+    plan = DraftPlan()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -45,7 +46,8 @@ class Autoregressive(DraftPolicy):
         self.num_draft_tokens = self.steps - 1  # "drafts" of the whole depth, of which nothing is left to verify
 
     def fit(self, n_layer: int) -> None:
-        self.plan = DraftPlan((n_layer,), self.steps - 1) if self.steps > 1 else DraftPlan()
+        if self.steps > 1:
+            self.plan = DraftPlan((n_layer,), self.steps - 1)
 
     def draft_depth(self, n_layer: int) -> int:
         return 0

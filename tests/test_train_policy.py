@@ -106,7 +106,7 @@ def test_decoding_chooses_and_accepts_what_a_window_says(tmp_path):
     torch.nn.init.normal_(network.w2, std=0.5, generator=torch.Generator().manual_seed(0))
     torch.nn.init.constant_(network.b2, 0.5)
     network.export(tmp_path / "p", {"n_layer": str(N_LAYER), "dim": "64", "num_draft_tokens": "1"})
-    policy = make_policy(f"learned:{tmp_path / 'p'}", N_LAYER, 64)
+    policy = make_policy(f"learned:{tmp_path / 'p'},every=1", N_LAYER, 64)
     plans, choose = [], policy.start_round
     policy.start_round = lambda context: plans.append(choose(context)) or plans[-1]
     found = tokens_of(Runner(model, 120, max_rows=8), PROMPT, policy, SamplingConfig(), new=80)
