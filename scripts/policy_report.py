@@ -152,10 +152,10 @@ class Engine:
 
     def compare(self, policies: Sequence[str], prompts: Sequence[list[int]]) -> list[dict]:
         """Continue every prompt with plain decoding and each policy in turns -> the numbers of each policy."""
-        n_layer, new = self.session.args.n_layer, self.flags.max_new_tokens
+        args, new = self.session.args, self.flags.max_new_tokens
         expected = [text[len(prompt) :] for text, prompt in zip(self.continued(prompts), prompts, strict=True)]
         contenders = [(self.plain, fastest_plain(self.plain))]
-        contenders += [(self.drafting, make_policy(text, n_layer)) for text in policies]
+        contenders += [(self.drafting, make_policy(text, args.n_layer, args.dim)) for text in policies]
         seconds = [[0.0] * self.flags.repeats for _ in contenders]
         found: list[list[Generation]] = [[] for _ in contenders]
         for turn in tqdm(range(self.flags.repeats), desc="decoding", leave=False):

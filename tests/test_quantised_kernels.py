@@ -80,7 +80,8 @@ def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compile
         expected = tokens_of(runner, PROMPT, "none", sampling, new=64).tokens
         assert tokens_of(eager, PROMPT, "none", sampling, new=64).tokens == expected
         texts = ("static:2,num_draft_tokens=5", "static:1,num_draft_tokens=1", "confidence:0.3,candidates=1-2-3",
-                 "skip_set:FILE", "prompt_lookup:min_ngram=1")  # fmt: skip
+                 "skip_set:FILE", "prompt_lookup:min_ngram=1", "learned:LEARNED,every=1",
+                 "static:1,adapter=ADAPTER")  # fmt: skip
         for policy in (*(example(text, skip_file, 4) for text in texts), Chaos(1)):
             for each in (runner, eager):
                 found = tokens_of(each, PROMPT, policy, sampling, new=64)

@@ -6,6 +6,7 @@ The ranks are processes of their own on gloo: this file is also the program that
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_policies import example
 
 import checkpoint
 import convert_hf_checkpoint
@@ -36,7 +38,8 @@ GREEDY = SamplingConfig()
 SAMPLING = {"greedy": GREEDY, "coupled": SamplingConfig(temperature=0.8, seed=7)}
 ALL_SAMPLING = SAMPLING | {"top_k": SamplingConfig(temperature=1.2, top_k=40, top_p=0.9, seed=3)}
 REJECTION = SamplingConfig(temperature=0.8, seed=7, verification="rejection")
-POLICIES = ("static:2", "confidence:0.5,candidates=1-2-3", "skip_set:FILE", "prompt_lookup:min_ngram=1")
+POLICIES = ("static:2", "confidence:0.5,candidates=1-2-3", "skip_set:FILE", "prompt_lookup:min_ngram=1",
+            "learned:LEARNED,every=1", "static:1,adapter=ADAPTER")  # fmt: skip
 MORE_POLICIES = ("saturation:0.9,candidates=1-2-3", "static:2,stop=0.5", "logits_future", "prompt_lookup+static:1")
 SAME_AS_ONE_RANK = ("random", "demo", "int8", "int4")  # int8 and int4: files; all computed in fp32
 LOW = Format("int8")
@@ -46,9 +49,9 @@ SECONDS = 90  # a group of ranks may take in a test, on a busy machine; a tenth 
 # ---- what a rank runs ----
 
 
-def text(runner, policy, sampling):
+def text(runner, policy, sampling, skips="skips.json"):
     config = GenerateConfig(NEW, sampling)
-    return Generation.collect(decode(runner, PROMPT, config, make_policy(policy, runner.n_layer)))
+    return Generation.collect(decode(runner, PROMPT, config, example(policy, skips, runner.n_layer)))
 
 
 def settings(size, precision):
@@ -80,7 +83,7 @@ def write_texts(group, source: str, skips: str, out: str) -> None:
                 if policy == "draft_quantize":
                     low = checkpoint.load_drafter(checkpoint.open_source(source), loaded.model, 2, LOW, group=group)
                     which = Runner(loaded.model, 80, max_rows=8, compile=pack, drafter=low.model), "static:2"
-                each = text(which[0], which[1].replace("FILE", skips), ALL_SAMPLING[sampling])
+                each = text(*which, ALL_SAMPLING[sampling], skips)
                 texts[policy] = each.tokens, sum(step.accepted for step in each.rounds)
     found["rejection"] = text(runner, "static:2", REJECTION).tokens
     for name in SAME_AS_ONE_RANK:
@@ -139,7 +142,7 @@ def run_ranks(size: int, command: list[str], **keywords) -> tuple[list[int], str
 
 
 @pytest.fixture(scope="module")
-def model_files(tmp_path_factory):
+def model_files(tmp_path_factory, skip_file):
     """A random model of 4 heads and 2 kv heads in both formats: 2 ranks read a folder, 4 ranks one file of ours."""
     from test_exactness import random_model
 
@@ -150,7 +153,8 @@ def model_files(tmp_path_factory):
     checkpoint.save(model, folder / "ours.safetensors", config)
     for mode in ("int8", "int4"):
         convert_hf_checkpoint.convert(str(folder / "hf"), folder / mode, None, False, Format.parse(mode))
-    (folder / "skips.json").write_text(json.dumps({"skip_attention": [2], "skip_mlp": [1, 3]}))
+    for name in ("skips.json", "learned4.safetensors", "adapter4.safetensors"):
+        shutil.copy(Path(skip_file).with_name(name), folder)
     return {1: folder / "hf", 2: folder / "hf", 4: folder / "ours.safetensors", "skips": folder / "skips.json"}
 
 
