@@ -42,14 +42,22 @@ def time_rounds(
 ) -> dict[DraftPlan, float]:  # fmt: skip
     """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
     drafter, position = Drafter(runner, policy, runner.sampler(sampling), ()), len(sample) - 1
-    limit, taken = runner.cache_length - len(sample), {plan: [] for plan in plans}
+    taken = {plan: [] for plan in plans}
+
+    def play(plan: DraftPlan) -> float:
+        start = time.perf_counter()
+        wanted = max(plan.num_draft_tokens, len(plan.proposed))  # no more: no round is started ahead of being asked for
+        drafter.round(plan, sample[-1], position, min(wanted, runner.cache_length - len(sample)))
+        return time.perf_counter() - start
+
+    for _ in range(runner.unsteady_rounds):
+        for plan in taken:
+            play(plan)
     end = time.perf_counter() + budget_s
     for turn in range(TURNS + 1):
         if turn and runner.agreed(time.perf_counter() > end):
             break
         for plan, times in taken.items():
-            start = time.perf_counter()
-            drafter.round(plan, sample[-1], position, limit)
-            times.append(time.perf_counter() - start)
+            times.append(play(plan))
     medians = {plan: statistics.median(times[1:] or times) for plan, times in taken.items()}  # the first may build
     return runner.agreed(medians)

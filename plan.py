@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
     def holds(self, stats: ExitStats) -> bool:
         """Decide for one row."""
-        value = getattr(stats, self.measure).item()
+        value = float(getattr(stats, self.measure))
         return value <= self.threshold if self.measure == "entropy" else value >= self.threshold
 
 
@@ -66,10 +66,10 @@ class DraftPlan:
         return self.ask_to_stop or (len(self.exits) > 1 and self.leave_if is None)
 
     @property
-    def is_static(self) -> bool:
-        """Whether the round has one shape: one exit at most, no decisions, every sublayer runs, nothing proposed."""
-        free = self.leave_if or self.stop_unless or self.ask_to_stop or self.skip_attention or self.skip_mlp
-        return not (free or self.proposed) and (len(self.exits) == 1 or not self.num_draft_tokens)
+    def is_fixed(self) -> bool:
+        """Whether nothing is proposed, and nothing decided while the round runs."""
+        decides = self.stop_unless or self.ask_to_stop or len(self.exits) > 1
+        return not self.proposed and not (decides and self.num_draft_tokens)
 
     @property
     def first_skip(self) -> int | None:

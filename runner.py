@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters import Adapter, Adapters
+from device_rounds import DeviceRounds
 from kernels.exit_head import Draw, Exit, Head
 from kernels.layers import PackedLayers, PlayedRound
 from kernels.linear import is_packed
 from model import Linear, Transformer
 from plan import DraftPlan
-from sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, accept, make_sampler
+from sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, make_sampler
 
 PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
 MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
@@ -52,111 +53,6 @@ def check_num_draft_tokens(num_draft_tokens: int) -> None:
 def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
     # A plain function of the layer: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
     return layer(hidden, cos, sin, positions, run_attention, run_mlp)
-
-
-class DeviceRound:
-    """A whole round of a static plan as a program on device tensors: drafts, verification and acceptance.
-
-    On a GPU the program is captured once as a CUDA graph and replayed. Token and position stay on the device from round
-    to round, so the next round is started before the host has read this one: a round that nobody wants, after the end
-    of a text, costs its time and nothing else. On a CPU the same program runs as it stands.
-    """
-
-    def __init__(self, runner: "Runner", plan: DraftPlan, sampled: bool):
-        self.runner, self.drafts, self.sampled = runner, plan.num_draft_tokens, sampled
-        self.exit_layer, self.adapters = plan.exits[0] if self.drafts else 0, plan.adapters
-        self.resume_layer = 0 if runner.drafter else self.exit_layer
-        device = runner.positions.device
-        self.on_gpu = device.type == "cuda"
-        self.token, self.position, self.seed = torch.zeros(3, 1, dtype=torch.int64, device=device)
-        self.temperature = torch.ones(1, device=device)
-        self.result = torch.zeros(2 * self.drafts + 1, dtype=torch.int64, device=device)
-        self.offsets = torch.arange(self.drafts + 1, device=device)
-        self.ahead: tuple | None = None  # of a round started unasked: what it starts from, and its output
-        self.graph, self.turn = None, 0
-
-    def program(self) -> None:
-        """One round. Nothing in it waits for the device."""
-        runner, token, states, drafted = self.runner, self.token, [], []
-        for i in range(self.drafts + 1):
-            positions = self.position + self.offsets[i : i + 1]
-            states.append(runner.model.embed(token))
-            if self.resume_layer:
-                states[-1] = runner._run_blocks(states[-1], positions, 0, self.resume_layer)
-            if i < self.drafts:
-                draft = states[-1]
-                if self.resume_layer < self.exit_layer:
-                    draft = runner._run_blocks(draft, positions, self.resume_layer, self.exit_layer, draft=True)
-                token = self.choose(runner.adapted(draft, self.adapters, self.exit_layer), positions, draft=True)
-                drafted.append(token)
-        positions = self.position + self.offsets
-        hidden = runner._run_blocks(torch.cat(states), positions, self.resume_layer, runner.n_layer)
-        chosen = self.choose(hidden, positions)
-        drafts = torch.cat(drafted) if drafted else chosen[:0]
-        accepted = (drafts == chosen[:-1]).long().cumprod(0).sum(0, keepdim=True)
-        self.result.copy_(torch.cat((drafts, chosen)))
-        self.token.copy_(chosen[accepted])
-        self.position += accepted + 1
-
-    def choose(self, hidden: Tensor, positions: Tensor, draft: bool = False) -> Tensor:
-        """The token after each row, int64 [T]."""
-        draw = Draw(positions + 1, self.seed, self.temperature) if self.sampled else None
-        exit = self.runner.exit(hidden, draw, draft)
-        return exit.samples() if self.sampled else exit.token_ids()
-
-    def capture(self) -> None:
-        """Make the graph of the program, and two places for what it found: one is written while one is read."""
-        self.outputs = [torch.zeros_like(self.result, device="cpu").pin_memory() for _ in range(2)]
-        self.events = [torch.cuda.Event() for _ in range(2)]
-        state = [tensor.clone() for tensor in (self.token, self.position)]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels compile and allocate what a capture must not
-            for _ in range(2):
-                self.program()
-                self.position.copy_(state[1])
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.runner.graph_pool()):
-            self.program()
-        self.token.copy_(state[0])
-        self.position.copy_(state[1])
-
-    def start(self) -> int:
-        """Start a round from the token and position on the device; return which output will hold it."""
-        self.graph.replay()
-        self.turn = 1 - self.turn
-        self.outputs[self.turn].copy_(self.result, non_blocking=True)
-        self.events[self.turn].record()
-        return self.turn
-
-    def play(self, token: int, position: int, sampling: SamplingConfig) -> tuple[list[int], list[int]]:
-        """The round after `token`, which stands at `position` -> (drafted [K], the model's choices [K + 1])."""
-        wanted = (token, position, sampling.seed, sampling.temperature)
-        started, self.ahead = (self.ahead[1] if self.ahead and self.ahead[0] == wanted else None), None
-        if started is None:
-            self.token.fill_(token)
-            self.position.fill_(position)
-            if self.sampled:
-                self.seed.fill_(sampling.seed)
-                self.temperature.fill_(sampling.temperature)
-        if not self.on_gpu:
-            self.program()
-            tokens = self.result.tolist()
-            return tokens[: self.drafts], tokens[self.drafts :]
-        if self.graph is None:
-            self.capture()
-        if started is None:
-            started = self.start()
-        room = position + 2 * (self.drafts + 1) <= len(self.runner.positions)
-        following = self.start() if room else None
-        self.events[started].synchronize()
-        tokens = self.outputs[started].tolist()
-        drafted, chosen = tokens[: self.drafts], tokens[self.drafts :]
-        if following is not None:
-            accepted, target = accept(drafted, chosen)
-            self.ahead = (target, position + accepted + 1, *wanted[2:]), following
-        return drafted, chosen
 
 
 def packed_layers(model: Transformer) -> PackedLayers:
@@ -224,14 +120,13 @@ class Runner:
             drafter.share_cache(model)
         self.positions = torch.arange(slots, device=model.cos.device)
         self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
-        self._rounds: dict[tuple[DraftPlan, bool], DeviceRound] = {}
-        self._captured_cos = model.cos  # made anew with every cache
         self.compile_s = 0.0
         self._layers: PackedLayers | None = None  # for the "c++" backend
         self._draft_layers: PackedLayers | None = None
-        self._compiled_block, self._warm, self._graph_pool = None, False, None
+        self._compiled_block, self._warm = None, False
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+        self._rounds, self._captured_cos = DeviceRounds(self), model.cos  # cos is made anew with every cache
 
     def agreed(self, value):
         """`value`, or with several ranks that of rank 0: for whatever time or vector arithmetic decides, see tp.py."""
@@ -241,11 +136,10 @@ class Runner:
         """The sampler for `config`."""
         return make_sampler(config, self.group.agreed if self.group else None)
 
-    def graph_pool(self):
-        """One memory pool for the captured rounds of this runner: only one of them runs at a time."""
-        if self._graph_pool is None:
-            self._graph_pool = torch.cuda.graph_pool_handle()
-        return self._graph_pool
+    @property
+    def unsteady_rounds(self) -> int:
+        """How many rounds of a plan take longer than all after them: they are captured as CUDA graphs."""
+        return 2 if self._rounds.on_gpu else 0
 
     @property
     def compiled(self) -> bool:
@@ -313,10 +207,9 @@ class Runner:
 
         top: go only so far up; nothing is in the cache of the layers above.
         """
-        for each in self._rounds.values():
-            each.ahead = None  # it continues another text
+        self._rounds.forget()
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
-            self._rounds, self._graph_pool, self._captured_cos = {}, None, self.model.cos
+            self._rounds, self._captured_cos = DeviceRounds(self), self.model.cos
         if self.drafter:
             self.drafter.share_cache(self.model)
         if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
@@ -349,8 +242,9 @@ class Runner:
         if layers := (draft and self._draft_layers) or self._layers:
             return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
         positions = self.positions[position : position + len(hidden)]
+        run = self._rounds.run_layers if self._rounds.on_gpu else self.run_blocks
         parts = [
-            self._run_blocks(rows, at, start, stop, skip_attention, skip_mlp, draft)
+            run(rows, at, start, stop, skip_attention, skip_mlp, draft)
             for rows, at in zip(hidden.split(self.width), positions.split(self.width), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -370,7 +264,7 @@ class Runner:
         read = layers - attention * self._attention_share - mlp * (1 - self._attention_share)
         return read * self._draft_share if draft else read
 
-    def _run_blocks(
+    def run_blocks(
         self, hidden: Tensor, positions: Tensor, start: int, stop: int,
         skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), draft: bool = False,
     ) -> Tensor:  # fmt: skip
@@ -414,19 +308,9 @@ class Runner:
                 skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], temperature=sampling.temperature,
                 seed=sampling.seed, adapters=self._adapters_at(plan.adapters, exits), want_hidden=want_hidden,
             )  # fmt: skip
-        if not plan.is_static or want_hidden:
+        if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width:
             return None
-        key = plan, sampled
-        if key not in self._rounds:
-            self._rounds[key] = DeviceRound(self, plan, sampled)
-        drafted, chosen = self._rounds[key].play(token, position, sampling)
-        drafted, depth = drafted[:limit], plan.exits[0] if plan.exits else 0
-        layers, draft_layers = self.n_layer, len(drafted) * depth
-        if not self.drafter:
-            layers, draft_layers = layers + draft_layers, 0
-        resume, exit_layers = self._rounds[key].resume_layer, [depth] * len(drafted)
-        return PlayedRound(
-            drafted, exit_layers, chosen[: limit + 1], resume, layers, draft_layers, (0, 0), len(drafted))  # fmt: skip
+        return self._rounds.play(plan, sampling, token, position, limit, want_hidden)
 
     def adapted(self, hidden: Tensor, adapters: Adapters | None, depth: int) -> Tensor:
         """hidden [T, D] that leaves at `depth`, as the adapter of that exit corrects it, if there is one."""

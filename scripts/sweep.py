@@ -148,7 +148,7 @@ def round_cost(run: Experiment, policy: DraftPolicy) -> float | None:
     tokens = tokens[: max(1, runner.cache_length - policy.num_draft_tokens - 2)]
     policy.start_prompt(tokens)
     plan = policy.start_round(RoundContext(tokens, policy.num_draft_tokens + 2))
-    if not plan.is_static:
+    if not plan.is_fixed or plan.first_skip is not None:
         return None
     runner.prefill(tokens)
     seconds = lambda where, how, wanted: time_rounds(where, how, [wanted], tokens, run.config.sampling)[wanted]
