@@ -290,7 +290,7 @@ class Runner:
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int,
         want_hidden: bool = False,
     ) -> PlayedRound | None:  # fmt: skip
-        """Play a round in one call, with up to `limit` drafts. None: cannot.
+        """Play a round without the policy's say, with up to `limit` drafts; in C++ in one call. None: cannot.
 
         want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
         small model's layers do.

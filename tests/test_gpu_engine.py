@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_exactness import N_LAYER, Chaos, random_model, tokens_of
+from test_exactness import COMBINATIONS, N_LAYER, SAMPLING, Chaos, low_bit_copies, random_model, tokens_of
 from test_policies import example
 from test_rounds import POLICIES, CallByCall
 
@@ -133,6 +133,17 @@ def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(dtype
             accepted += one.accepted
     assert accepted > 100, "too little was accepted: this test compared little"
     assert set(AsOnGPU.replays) == {"whole_round", "draft", "verify", "layers"}
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["own", "low-bit"])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_nothing_that_a_plan_can_say_changes_a_token_of_rounds_by_graphs(sampling, copies, as_on_gpu, skip_file):
+    model = random_model(torch.bfloat16, pack=False)
+    drafter = low_bit_copies(model, "int8", N_LAYER, pack=False) if copies else None
+    expected = tokens_of(CallByCall(model, 80, max_rows=1), [1, 5, 9], "none", SAMPLING[sampling]).tokens
+    runner = Runner(model, 80, max_rows=8, drafter=drafter)
+    for policy in [*(example(text, skip_file, N_LAYER) for text in COMBINATIONS), *map(Chaos, range(6))]:
+        assert tokens_of(runner, [1, 5, 9], policy, SAMPLING[sampling]).tokens == expected, str(policy)
 
 
 def samples_from_logits(exit):
