@@ -21,6 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import checkpoint
+import memory
 import tp
 from kernels import cpu, gpu
 from kernels.formats import PLAIN, Format
@@ -36,9 +37,15 @@ STYLES = {"accepted": "green", "target": "blue", "rejected": "red strike"}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program's main; a user's mistake becomes `error: …` and exit code 2, Ctrl-C exit code 130."""
+    """Call a program's main; a user's mistake, also memory asked for that is not there, becomes `error: …` and exit
+    code 2, Ctrl-C exit code 130."""
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        what = str(error).split(". ")[0]
+        print(f"error: device cuda: {what}. Fewer tokens, --quantize int8 or int4, or no --draft_quantize need less",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -123,15 +130,21 @@ class Session:
                              f"({self.source.format}); give the plain checkpoint")  # fmt: skip
         checkpoint.check_format(format, self.args, self.group.size if self.group else 1)
 
-    def load(self) -> Transformer:
-        """Read the weights, with a progress bar; on a CPU, build the kernels on first use."""
+    def load(self, length: int = 0) -> Transformer:
+        """Read the weights, with a progress bar; on a CPU, build the kernels on first use.
+
+        length: of the cache that will be asked for. Raises ValueError if a GPU has no room for it.
+        """
+        dtype = checkpoint.resolve_dtype(self.args, PRECISIONS.get(self.flags.precision))
         start = time.perf_counter()
         if self.flags.device == "cpu" and (reason := cpu.load(notice)):
             notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
-        if self.flags.device == "cuda" and (reason := gpu.load()):
-            notice(f"{reason}: using torch's own operators, which are slower")
+        if self.flags.device == "cuda":
+            format, free = self.source.format or self.format, torch.cuda.mem_get_info()[0]
+            memory.check_fits(self.args, dtype, format, length, free, self.group, bool(self.source.format))
+            if reason := gpu.load() or memory.uncovered(self.args, dtype):
+                notice(f"{reason}: using torch's own operators, which are slower")
         self.compile_s = time.perf_counter() - start
-        dtype = PRECISIONS[self.flags.precision] if self.flags.precision else None
         loaded = checkpoint.load(
             self.source, dtype, self.flags.device, progress=LoadBar(), group=self.group, format=self.format
         )

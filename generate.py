@@ -417,7 +417,7 @@ def make_runner(
     flags, measures = session.flags, bool(policy.plans_to_time())
     check_draft_vocab(flags.draft_vocab, session.args.vocab_size)
     length = max(length, min(CALIBRATION_TOKENS, session.args.max_seq_len)) if measures else length
-    model = session.load()
+    model = session.load(length)
     runner = Runner(
         model, length, 1 + policy.num_draft_tokens, flags.compile, notice=cli.notice, draft_vocab=flags.draft_vocab,
         drafter=session.load_drafter([policy]),

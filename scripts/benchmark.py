@@ -290,7 +290,7 @@ def load_all(
         before = peak_memory_bytes(device)
         for session.format in formats:
             first = device == "cpu" and not loaded  # one number of threads for the whole process
-            models[device, session.quantize] = session.load()
+            models[device, session.quantize] = session.load(length)
             contenders += our_contenders(session, config, length, first and session.flags.threads is None)
             loaded[session.quantize] = session.weight_bytes
             if session.draft_bytes:

@@ -68,7 +68,7 @@ class Experiment:
         length = max(len(ids) for _, ids in self.samples) + flags.max_new_tokens
         if any(policy.plans_to_time() for policy in policies):
             length = max(length, min(CALIBRATION_TOKENS, most))
-        model = self.session.load()
+        model = self.session.load(length)
         self.runners = Runners(model, length, flags.draft_vocab, self.session.load_drafter(policies))
         plain = self.runner(None)
         if plain.rows_independent and flags.threads is None:

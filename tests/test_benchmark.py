@@ -292,7 +292,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_that_names_it_before_the_weights_are_read(bench, monkeypatch, name):
     flags, parts = MISTAKES[name]
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result, _, err = bench(*flags, code=2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

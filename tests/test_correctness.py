@@ -101,7 +101,7 @@ def test_errors_are_counted_place_by_place_and_lengths_count():
     (("--dataset", "xsum_summarization"), "dataset xsum_summarization"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(correctness, *FLAGS, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -288,7 +288,7 @@ def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_pa
 
 
 def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.Session, "load", lambda self: pytest.fail("weights were read"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     own = tmp_path / "own"
     own.mkdir()

@@ -269,7 +269,7 @@ def test_two_runs_give_the_same_numbers(look):
 
 
 def test_mistakes_are_one_line_before_the_weights_are_read(look, folder, tmp_path, monkeypatch, make_hf):
-    monkeypatch.setattr(cli.Session, "load", lambda self: pytest.fail("weights were read"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     stranger = tmp_path / "stranger"
     shutil.copytree(folder, stranger)

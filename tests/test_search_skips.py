@@ -123,7 +123,7 @@ def test_a_search_killed_within_a_trial_goes_on_to_the_history_of_one_that_was_n
 def test_a_finished_search_says_the_same_again_without_the_weights_and_takes_more_trials(play, tmp_path, monkeypatch):
     first, _ = play(search_skips, *SMALL, "--trials", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+        patch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
         assert play(search_skips, *SMALL, "--trials", 3)[0] == first
     before = history(tmp_path / "out")
     play(search_skips, *SMALL, "--trials", 5)
@@ -201,7 +201,7 @@ def test_costs_are_never_negative_and_a_slow_second_does_not_bend_them():
     (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -215,7 +215,7 @@ def test_optuna_is_named_where_it_is_missing(play, monkeypatch):
 
 def test_a_folder_of_another_search_and_other_files_are_left_alone(play, tmp_path, monkeypatch):
     play(search_skips, *SMALL, "--trials", 1)
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, "--max_new_tokens", 9, code=2)
     assert "another max_new_tokens (24, now 9): give another --output_dir" in err.splitlines()[-1]
     (tmp_path / "out" / "search.db").write_bytes(b"something of mine")

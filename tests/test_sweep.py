@@ -72,7 +72,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table_and_keeps_the_times_it_has(pla
 
 def test_a_folder_of_another_sweep_is_refused_before_the_weights_are_read(play, monkeypatch):
     play(sweep, *SMALL, "--y", "exit_layer=1")
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(sweep, *SMALL, "--max_new_tokens", 9, code=2)
     assert "another max_new_tokens (8, now 9): give another --output_dir" in err.splitlines()[-1]
 
@@ -112,7 +112,7 @@ def test_the_best_cells_and_their_distance():
     (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(sweep, *SMALL, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line

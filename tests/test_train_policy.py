@@ -328,7 +328,7 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     after = exported(tmp_path / "out")
     assert len(after) == 2 and after["learned_2.safetensors"][0]["num_draft_tokens"] == "2"
     assert all(torch.equal(before[name], tensor) for name, tensor in after["learned_0.1.safetensors"][1].items())
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn("--seed", 1, code=2)
     assert "is of a run with another seed (0, now 1): give another --output_dir" in error
     (tmp_path / "out" / "state.pt").write_bytes(b"mine")
@@ -354,7 +354,7 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     (("--json", "/no/such/file"), "cannot write /no/such/file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_the_weights_are_read(learn, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn(*flags, code=2)
     [line] = [line for line in error.splitlines() if line.startswith("error: ")]
     assert message in line
