@@ -4,7 +4,8 @@ Calls here are padded to one number of rows, so rows cost nothing: verification 
 layers, which reads no more weights than taking the last one to where the others wait, and is the same for every plan.
 What the host has to know to go on cuts a round into parts:
   * a plan that decides nothing (one exit or none, any sublayers left out) is one graph. Token, position and number of
-    accepted drafts stay on the device, so the next round is started before the host has read this one.
+    accepted drafts stay on the device, so if the plan will repeat, the next round is started
+    before the host has read this one.
   * with a rule to stop, each draft is a graph; the next one is started before the statistics of this one are read.
   * with several candidate exits, each climb to the next candidate is a graph, and what was seen there chooses.
   * proposed tokens are verified by the graph that verifies the drafts of parts; rows behind the last one are masked.
@@ -191,7 +192,7 @@ class DeviceRounds:
         """Play a round, as Runner.play. The plan asks no policy and drafts fewer than `rows` tokens."""
         depths, parts = plan.exits or (self.runner.n_layer,), []
         if plan.is_fixed:
-            may_go_on = limit > plan.num_draft_tokens and not want_hidden
+            may_go_on = plan.repeats and limit > plan.num_draft_tokens and not want_hidden
             drafted, found = self.play_whole(plan, sampling, token, position, may_go_on)
             drafted = drafted[:limit]
             exit_layers = depths[:1] * len(drafted)

@@ -8,7 +8,7 @@ is the full model's (`rounds.py`), whatever the policy did.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,6 +46,7 @@ class DraftPlan:
     stop_unless: after each drafted token, end the draft unless this holds. None: it goes on to num_draft_tokens.
     ask_to_stop: whether the policy is asked, too (should_stop).
     adapters: what corrects the states that leave at some of the exits.
+    repeats: the policy's next plan will be this one, too, so a GPU may start the next round before this one is read.
     """
 
     exits: tuple[int, ...] = ()
@@ -57,6 +58,7 @@ class DraftPlan:
     stop_unless: Rule | None = None
     ask_to_stop: bool = False
     adapters: Adapters | None = None
+    repeats: bool = field(default=False, compare=False)
 
     @property
     def asks_policy(self) -> bool:

@@ -38,7 +38,7 @@ class Autoregressive(DraftPolicy):
 
     name = "none"
     steps: int = 1
-    plan = DraftPlan()
+    plan = DraftPlan(repeats=True)
 
     def __post_init__(self):
         if self.steps < 1:
@@ -47,7 +47,7 @@ class Autoregressive(DraftPolicy):
 
     def fit(self, n_layer: int) -> None:
         if self.steps > 1:
-            self.plan = DraftPlan((n_layer,), self.steps - 1)
+            self.plan = DraftPlan((n_layer,), self.steps - 1, repeats=True)
 
     def draft_depth(self, n_layer: int) -> int:
         return 0
@@ -65,7 +65,7 @@ class Static(SelfDrafting):
 
     def fit(self, n_layer: int) -> None:
         check_exit_layer(self.exit_layer, n_layer)
-        self.only_plan = self.new_plan((self.exit_layer,))
+        self.only_plan = self.new_plan((self.exit_layer,), repeats=True)
 
 
 @dataclass
@@ -311,6 +311,7 @@ class Combined(DraftPolicy):
             skip_mlp=frozenset().union(*(plan.skip_mlp for plan in plans)),
             stop_unless=rules[-1] if rules else None,
             ask_to_stop=bool(self.asked),
+            repeats=all(plan.repeats for plan in plans),
         )
 
     def should_exit(self, depth: int, exit: Exit) -> bool:

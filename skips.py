@@ -75,7 +75,7 @@ class SkipSet(SelfDrafting):
             wrong = [i for i in layers if type(i) is not int or not 0 <= i < n_layer]
             if wrong:
                 raise ValueError(f"skip_set: {self.file}: {key} must be in 0..{n_layer - 1}, got {wrong[0]!r}")
-        self.only_plan = self.new_plan(**self.skips)
+        self.only_plan = self.new_plan(**self.skips, repeats=True)
 
 
 @dataclass

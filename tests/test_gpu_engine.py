@@ -156,7 +156,7 @@ def samples_from_logits(exit):
     return torch.tensor([choose(row, position, config) for row, position in rows])
 
 
-def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the_last_one_is_read(as_on_gpu):
+def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the_last_one_is_read(as_on_gpu, skip_file):
     model = random_model(torch.float32, pack=False)
     order = []
 
@@ -174,11 +174,14 @@ def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the
         runner._rounds.found = [Watched(runner._rounds.ids) for _ in range(2)]
         runner._rounds.seen = [Watched(runner._rounds.stats) for _ in range(2)]
         order.clear()
-        found = tokens_of(runner, [1, 5, 9], policy, SamplingConfig(), new=40)
+        found = tokens_of(runner, [1, 5, 9], example(policy, skip_file, N_LAYER), SamplingConfig(), new=40)
         return found.rounds, "".join(event[0] for event in order)
 
     rounds, seen = events("static:2,num_draft_tokens=3")
     assert seen.startswith("ss" + "rs" * (len(rounds) - 2)), "the next round is on its way when one is read"
+    for unknown in ("prompt_lookup:min_ngram=1+static:2,num_draft_tokens=3", "learned:LEARNED", "auto"):
+        rounds, seen = events(unknown)
+        assert seen == "sr" * len(rounds), "nothing is started before it is known what the next round will be"
     rounds, seen = events("static:2,num_draft_tokens=3,stop=0.0001")
     assert {len(step.drafted) for step in rounds[:-1]} == {3}
     assert seen.startswith("ssrsr" + "sr"), "three drafts, two judged while the next runs; the verification"
@@ -223,7 +226,7 @@ def test_what_comes_only_once_is_not_captured(as_on_gpu):
 
 def test_times_of_plans_are_of_single_rounds_after_their_capture(as_on_gpu, monkeypatch):
     runner = Runner(random_model(torch.float32, pack=False), 60, max_rows=4)
-    plans = [DraftPlan((depth,), 3) for depth in (1, 2)]
+    plans = [DraftPlan((depth,), 3, repeats=True) for depth in (1, 2)]
     runner.prefill([1, 5, 9])
     monkeypatch.setattr("calibrate.TURNS", 2)
     time_rounds(runner, make_policy("static:2", 4), plans, [1, 5, 9], SamplingConfig())
