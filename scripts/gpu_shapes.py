@@ -71,6 +71,6 @@ TINY = Shapes(
     ), 0),
     models={"tiny": Shape((64, 4, 4, 2, 16, 128, 256), 1)},
     linears=((96, 64),), vocabularies=(250,), head_width=64, attention=(4, 2, 16), contexts=(20,), slots=64,
-    thorough="tiny bf16", prompt=12, tokens=8, exact_tokens=24, profiled_tokens=12, repeats=1, cold_bytes=2**14,
+    thorough="tiny bf16", prompt=12, tokens=8, exact_tokens=24, profiled_tokens=6, repeats=1, cold_bytes=2**14,
     copy_bytes=2**20,
 )  # fmt: skip
