@@ -8,6 +8,7 @@ failed; a missed target (`gpu_targets.py`) is a result.
 
 import argparse
 import datetime
+import faulthandler
 import itertools
 import json
 import re
@@ -157,6 +158,8 @@ def old_file(flags: argparse.Namespace) -> Path:
 def main() -> None:
     flags = parse_flags()
     path = old_file(flags) if flags.resume else new_file(flags)
+    if flags.worker:
+        faulthandler.enable()  # a crash says where
     if flags.worker or flags.device == "cpu":
         worn = work(Report(path, SHAPES[flags.shapes], flags.device, flags.minutes))
         if flags.worker:

@@ -25,7 +25,6 @@ from scripts.gpu_shapes import Shapes
 from scripts.gpu_targets import judge_all
 
 REPEATS = 7  # of every timing of a kernel
-LAUNCHES = 20  # at least, in the graph that is timed
 WARM_S = 0.03  # of work before a timing: an idle GPU has turned its clocks down
 GRACE_S = 45  # after the time is over, for the section that is running
 SHORT = {
@@ -128,8 +127,8 @@ class Report:
 
     def time(self, op: str, shape: str, rows: int, read: int, calls: list[Callable], matmuls=()) -> None:
         """Time a kernel that reads `read` bytes; matmuls: plain ones, the fastest of which stands beside it."""
-        took = seconds_per_call(calls, self.device)
-        beside = min((seconds_per_call(each, self.device) for each in matmuls), default=None)
+        timed = functools.partial(seconds_per_call, launches=self.shapes.launches, device=self.device)
+        took, beside = timed(calls), min(map(timed, matmuls), default=None)
         self.row(op=op, shape=shape, rows=rows, us=1e6 * took, bytes=read, share_of_bandwidth=self.share(read / took),
                  matmul_us=None if beside is None else 1e6 * beside)  # fmt: skip
 
@@ -170,9 +169,9 @@ def median_seconds(run: Callable[[], object], device: str, warm_s: float = WARM_
     return statistics.median(elapsed(run, device) for _ in range(REPEATS))
 
 
-def seconds_per_call(calls: list[Callable[[], object]], device: str) -> float:
-    """Median seconds of a call, all of them one after the other in a CUDA graph, at least LAUNCHES in turns."""
-    calls = list(itertools.islice(itertools.cycle(calls), max(LAUNCHES, len(calls))))
+def seconds_per_call(calls: list[Callable[[], object]], launches: int, device: str) -> float:
+    """Median seconds of a call, all of them one after the other in a CUDA graph, at least `launches` in turns."""
+    calls = list(itertools.islice(itertools.cycle(calls), max(launches, len(calls))))
 
     def run():
         for call in calls:

@@ -43,6 +43,7 @@ class Shapes:
     exact_tokens: int  # a run compared with plain decoding
     profiled_tokens: int
     repeats: int
+    launches: int  # of a kernel, at least, in the graph that is timed
     cold_bytes: int  # weights that take turns: a multiple of the L2 cache
     copy_bytes: int
 
@@ -61,8 +62,8 @@ FULL = Shapes(
     },
     linears=((4096, 4096), (28672, 4096), (4096, 14336), (2048, 2048), (16384, 2048), (128256, 4096)),
     vocabularies=(128256, 32000), head_width=4096, attention=(32, 8, 128), contexts=(100, 2000, 16000), slots=32768,
-    thorough="1B bf16", prompt=512, tokens=128, exact_tokens=2000, profiled_tokens=64, repeats=5, cold_bytes=2**29,
-    copy_bytes=2**31,
+    thorough="1B bf16", prompt=512, tokens=128, exact_tokens=2000, profiled_tokens=64, repeats=5, launches=20,
+    cold_bytes=2**29, copy_bytes=2**31,
 )  # fmt: skip
 TINY = Shapes(
     sections=dict.fromkeys((
@@ -71,6 +72,6 @@ TINY = Shapes(
     ), 0),
     models={"tiny": Shape((64, 4, 4, 2, 16, 128, 256), 1)},
     linears=((96, 64),), vocabularies=(250,), head_width=64, attention=(4, 2, 16), contexts=(20,), slots=64,
-    thorough="tiny bf16", prompt=12, tokens=8, exact_tokens=24, profiled_tokens=6, repeats=1, cold_bytes=2**14,
-    copy_bytes=2**20,
+    thorough="tiny bf16", prompt=12, tokens=8, exact_tokens=24, profiled_tokens=4, repeats=1, launches=2,
+    cold_bytes=2**14, copy_bytes=2**20,
 )  # fmt: skip
