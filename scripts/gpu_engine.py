@@ -97,6 +97,18 @@ class Engine:
     def run(self, text: str, count: int, setting: str = "greedy") -> Generation:
         return Generation.collect(self.rounds(text, count, setting))
 
+    def plain_tokens(self, setting: str) -> list[int]:
+        """The text of plain decoding. If not even that can be captured, all rounds go call by call from here on."""
+        if setting not in self.plain:
+            arguments = "none", self.report.shapes.exact_tokens, setting
+            found = self.report.attempt(f"plain decoding, {setting}", self.run, *arguments)
+            if found is None:
+                self.runner.play = lambda *plan, **how: None
+                self.report.section["notices"].append("rounds call by call: playing them in one failed")
+                found = self.run(*arguments)
+            self.plain[setting] = found.tokens
+        return self.plain[setting]
+
 
 def check_engine(report: Report, name: str, mode: str) -> None:
     """Plain and static decoding, for one model also sampled, and then with the dynamic policies."""
@@ -115,9 +127,7 @@ def check_exactness(engine: Engine, texts: Sequence[str], settings: Sequence[str
     """Compare the tokens of each policy with plain decoding's -> the policies that have run to the end."""
     report, count, ran = engine.report, engine.report.shapes.exact_tokens, list(texts)
     for setting in settings:
-        if setting not in engine.plain:
-            engine.plain[setting] = engine.run("none", count, setting).tokens
-        plain = engine.plain[setting]
+        plain = engine.plain_tokens(setting)
         for text in texts:
             name = f"exact: {engine.title} {text} {setting}"
             found = report.attempt(name, engine.run, text, count, setting)

@@ -181,6 +181,18 @@ def test_where_the_compiled_block_fails_the_engine_is_measured_without_it(check,
     assert len(section["rows"]) == 3 and all(entry["ok"] for entry in section["checks"])
 
 
+def test_where_no_round_can_be_played_in_one_the_engine_is_measured_call_by_call(check, monkeypatch):
+    def fail(self, *arguments, **keys):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu_engine.Runner, "play", fail)
+    code, result, _, _ = check("--sections", "engine tiny int8")
+    section = result["sections"]["engine tiny int8"]
+    assert code == 1 and list(section["failures"]) == ["plain decoding, greedy"]
+    assert section["notices"] == ["rounds call by call: playing them in one failed"]
+    assert len(section["rows"]) == 3 and all(entry["ok"] for entry in section["checks"]) and len(section["checks"]) == 5
+
+
 def test_a_wrong_kernel_and_a_text_that_differs_give_exit_code_1(check, monkeypatch):
     error = gpu_kernels.relative_error
     monkeypatch.setattr(gpu_kernels, "relative_error", lambda found, expected: error(1.1 * found, expected))
