@@ -21,8 +21,9 @@ import torch
 
 import cli
 from scripts.gpu_baselines import check_baselines
-from scripts.gpu_engine import check_engine, check_profile
+from scripts.gpu_engine import check_engine
 from scripts.gpu_kernels import check_environment, check_kernels
+from scripts.gpu_profile import check_profile
 from scripts.gpu_report import Report
 from scripts.gpu_shapes import FULL, TINY
 from scripts.gpu_targets import judge_all, print_targets

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cli
-from scripts import gpu_check, gpu_engine, gpu_kernels
+from scripts import gpu_check, gpu_engine, gpu_kernels, gpu_profile
 from scripts.gpu_report import DeviceLostError, Report
 from scripts.gpu_shapes import DRAFTS, FULL, OPS, TINY
 from scripts.gpu_targets import TARGETS
@@ -331,7 +331,7 @@ def test_graphs_and_waits_are_counted_from_the_second_round_on(monkeypatch):
 
     modes = []
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(CUDAGraph=Graph, set_sync_debug_mode=modes.append))
-    assert gpu_engine.count_launches(rounds(), "cuda") == {"graph_launches": 1.0, "syncs": 0.25}
+    assert gpu_profile.count_launches(rounds(), "cuda") == {"graph_launches": 1.0, "syncs": 0.25}
     assert modes == ["warn", "default"]
 
 
