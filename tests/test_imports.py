@@ -37,7 +37,7 @@ ALLOWED = {
 OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "optuna",
             "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
 REQUIRED = {"numpy", "rich", "safetensors", "sentencepiece", "torch", "tqdm"}
-MAY_COMPILE = ("runner.py", "scripts/gpu_check.py", "scripts/trainer.py", "tests/")
+MAY_COMPILE = ("runner.py", "scripts/gpu_", "scripts/trainer.py", "tests/")
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

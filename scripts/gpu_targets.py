@@ -1,0 +1,92 @@
+"""The targets of the GPU path: one table, and what a run of `gpu_check` says about each. A missed one is no error."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import cli
+
+STATIC = r"static:\d+,num_draft_tokens=\d+"
+ONE_PLAN = f"none|{STATIC}"  # policies whose rounds are all alike
+
+
+@dataclass(frozen=True)
+class Target:
+    """figures: of one section's result, all of which should be at least (or, if not at_least, at most) `bound`.
+
+    sections: a regular expression for the names of the sections that it is about.
+    """
+
+    name: str
+    sections: str
+    bound: float
+    figures: Callable[[dict], Iterable[float | None]]
+    at_least: bool = True
+
+    def judge(self, sections: dict[str, dict]) -> dict:
+        """The worst figure of each section, the worst of all, and whether it will do (None: not measured)."""
+        worst = min if self.at_least else max
+        found = {}
+        for name, section in sections.items():
+            if re.fullmatch(self.sections, name) and "rows" in section:
+                figures = [figure for figure in self.figures(section) if figure is not None]
+                found |= {name: worst(figures)} if figures else {}
+        where = worst(found, key=found.get) if found else None
+        measured = found.get(where)
+        met = None if measured is None else (measured >= self.bound if self.at_least else measured <= self.bound)
+        return {"target": self.name, "wanted": f"{'≥' if self.at_least else '≤'} {self.bound:g}", "measured": measured,
+                "worst_in": where, "met": met, "by_section": found}  # fmt: skip
+
+
+def of_rows(key: str, policies: str) -> Callable[[dict], Iterable[float | None]]:
+    """The values of `key` in the rows of policies that match a regular expression."""
+    return lambda section: [row[key] for row in section["rows"] if re.fullmatch(policies, row["policy"])]
+
+
+def of_heads(mode: str) -> Callable[[dict], Iterable[float | None]]:
+    return lambda section: [row["share_of_bandwidth"] for row in section["rows"] if row["shape"].endswith(mode)]
+
+
+def head_over_matmul(section: dict) -> Iterable[float]:
+    return [row["us"] / row["matmul_us"] for row in section["rows"]]
+
+
+def other_graphs(section: dict) -> Iterable[float]:
+    """How many graphs more or less than one a round starts."""
+    return [abs(graphs - 1) for graphs in of_rows("graph_launches", ONE_PLAN)(section) if graphs is not None]
+
+
+def peak_over_needed(section: dict) -> Iterable[float | None]:
+    return [section["memory"]["peak_over_needed"]] if "memory" in section else []
+
+
+def different_texts(section: dict) -> Iterable[int]:
+    exact = [check["ok"] for check in section["checks"] if check["name"].startswith("exact: ")]
+    return [exact.count(False)] if exact else []
+
+
+TARGETS = (
+    Target("texts that differ from plain decoding's", "engine .*", 0, different_texts, at_least=False),
+    *(Target(f"plain decoding, share of copy bandwidth, {mode}",
+             f"engine (?!1B).* {mode}",  # a model of 1B is mostly a head
+             bound, of_rows("share_of_bandwidth", "none"))
+      for mode, bound in (("bf16", 0.90), ("int8", 0.85), ("int4", 0.75))),
+    Target("static drafts, share of the ideal speedup", "engine .*", 0.95, of_rows("share_of_ideal", STATIC)),
+    *(Target(f"exit head, share of copy bandwidth, {mode}", "kernels exit_head", bound, of_heads(mode))
+      for mode, bound in (("bf16", 0.90), ("int8", 0.85))),
+    Target("exit head, time ÷ that of the fastest matmul alone", "kernels exit_head", 1.03, head_over_matmul, False),
+    Target("plain and static: graphs started a round, off one", "profile .*", 0, other_graphs, at_least=False),
+    Target("plain and static: blocking waits within a round", "profile .*", 0, of_rows("syncs", ONE_PLAN), False),
+    Target("peak memory ÷ (weights + cache)", "engine .*", 1.10, peak_over_needed, at_least=False),
+)  # fmt: skip
+
+
+def judge_all(sections: dict[str, dict]) -> list[dict]:
+    return [target.judge(sections) for target in TARGETS]
+
+
+def print_targets(judged: list[dict]) -> None:
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    rows = [[each["target"], each["wanted"], cli.shown(each["measured"], ".3f"), each["worst_in"] or "–",
+             words[each["met"]]] for each in judged]  # fmt: skip
+    cli.print_table("targets", ["target", "wanted", "worst", "in", ""], rows)
