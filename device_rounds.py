@@ -16,7 +16,6 @@ same programs run as they stand.
 
 from collections.abc import Callable, Collection, Hashable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +24,6 @@ from kernels.exit_head import Draw, Exit, ExitStats
 from kernels.layers import PlayedRound
 from plan import DraftPlan, Rule
 from sampling import SamplingConfig, accept
-
-if TYPE_CHECKING:
-    from runner import Runner
 
 
 class Arrival:
@@ -52,9 +48,9 @@ class Arrival:
 
 
 class DeviceRounds:
-    """The rounds of one runner. Its tensors are the arguments and results of all programs, so a graph may hold them."""
+    """The rounds of one runner.Runner. Its tensors are what programs get and leave, so a graph may hold them."""
 
-    def __init__(self, runner: "Runner"):
+    def __init__(self, runner):
         self.runner, self.rows = runner, runner.width
         norm = runner.model.norm.weight
         self.on_gpu = norm.is_cuda
