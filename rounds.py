@@ -191,9 +191,11 @@ def agreement(
     """
     guesses = {}
     for depth, hidden in states.items():
-        hidden = runner.adapted(hidden, adapters, depth)
-        exit = runner.exit(hidden, sampler.draw(position), draft=depth < runner.n_layer)
-        guesses[depth] = list(sampler.guesses(exit, position))
+        hidden, guesses[depth] = runner.adapted(hidden, adapters, depth), []
+        for rows in hidden.split(runner.width if hidden.is_cuda else len(hidden)):  # what the fused head of a GPU takes
+            at = position + len(guesses[depth])
+            exit = runner.exit(rows, sampler.draw(at), draft=depth < runner.n_layer)
+            guesses[depth] += sampler.guesses(exit, at)
     full = guesses[runner.n_layer]
     return {depth: list(map(operator.eq, found, full)) for depth, found in guesses.items()}
 

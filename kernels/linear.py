@@ -13,6 +13,7 @@ from kernels.formats import dequantised
 
 STRIP = 16  # output features that lie together; cpp/linear.h has the same constants
 BLOCK = 32  # packed weights hold a multiple of these
+DEQUANTISED = 4096  # rows of a quantised weight at once, where no kernel takes it: bounds the memory of a prefill
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torc
         return torch.ops.skipfast_cpu.linear.default(x.contiguous(), weight, out_features)
     if gpu.supports(x) and x.shape[-1] % 16 == 0 and not (torch.is_grad_enabled() and weight.requires_grad):
         return _linear_on_gpu(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], out_features)
-    return linear_reference(x, weight if scale is None else dequantised(weight, scale).to(x.dtype))
+    if scale is None:
+        return linear_reference(x, weight)
+    parts = zip(weight.split(DEQUANTISED), scale.split(DEQUANTISED), strict=True)
+    return torch.cat([linear_reference(x, dequantised(*part).to(x.dtype)) for part in parts], -1)
 
 
 def _linear_on_gpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
