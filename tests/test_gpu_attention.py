@@ -8,6 +8,7 @@ if "triton" not in sys.modules:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 
 attention = pytest.importorskip("kernels.gpu.attention", reason="needs triton")
 
@@ -167,6 +168,22 @@ def test_the_op_runs_the_reference_on_the_cpu():
 def test_the_op_keeps_the_contract_of_custom_ops():
     call = Call((4, 2, 64), [3, -1, 5], slots=32)
     torch.library.opcheck(attention.decode_attention, (call.q, call.k, call.v, *call.caches, call.positions))
+
+
+def test_compiled_code_writes_to_the_caches_without_copying_them(monkeypatch):
+    monkeypatch.undo()  # the compiler allocates, too
+    call = Call((4, 2, 64), [3, -1, 5], slots=32)
+    expected, caches = call.written(), [cache.clone() for cache in call.caches]
+    step = torch.compile(torch.ops.skipfast.decode_attention.default, fullgraph=True)
+    _, (code,) = run_and_get_code(step, call.q, call.k, call.v, *caches, call.positions)
+    assert "empty_strided_cpu(" not in code.partition("def call")[2].partition("def get_args")[0], code
+    assert torch.equal(torch.stack(caches), expected)
+
+
+def test_the_stride_of_a_dimension_of_one_head_means_nothing():
+    call = Call((2, 1, 64), [3, 70], seed=6)
+    oracle, call.k = call.oracle(), call.k.as_strided(call.k.shape, (call.k.stride(0), 7, 1))
+    assert_close(call.launch(), oracle)
 
 
 def test_misfits_are_refused():

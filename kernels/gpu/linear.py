@@ -6,8 +6,6 @@ copy; x comes from the L2 cache. A weight with few rows cannot occupy the GPU, s
 partial sums are added in the order of the splits by the program that arrives last, as a ticket tells: a second kernel
 would cost a start-up per layer, which is longer than the addition takes.
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,11 +14,10 @@ from torch import Tensor
 
 from kernels.formats import dequantise_int4, dequantise_int8
 from kernels.gpu import ROWS
-from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group
 FORMATS = {torch.bfloat16: "linear_bf16", torch.int8: "linear_int8", torch.uint8: "linear_int4"}
-CPU_PROCESSORS = 132  # what the interpreter pretends to have
 
 # Nibbles to bf16, two at a time. 0x4300 is 128 and its last mantissa bit counts 1: a nibble put there is 128 + nibble,
 # from which 136 is subtracted exactly. A register of two pairs of bytes holds two neighbours of each kind of nibble
@@ -239,20 +236,6 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
 # ---- launching ----
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors of a GPU; of a CPU, a number that lets tests reach every path."""
-    return CPU_PROCESSORS if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def tickets_of(device: torch.device) -> Tensor:
-    """Return the device's tickets, int32 zeros, one per tile of a split weight. Calls on a device must not overlap."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first call of a linear on a GPU must come before the capture of a graph")
-    return torch.zeros(2 * processors(device), dtype=torch.int32, device=device)
-
-
 def splits_of(n: int, k: int, tile: Tile, n_processors: int) -> int:
     """Return how many programs share the features of one tile of a weight [n, k]: two programs per processor, or 1."""
     tiles, steps = -(-n // tile.n), -(-k // tile.k)
@@ -280,7 +263,7 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         weight = weight.view(torch.int16)
     kernel = linear_kernel if group is None else linear_int4_kernel
     kernel[(-(-n // tile.n), splits)](x, weight, scale, y, partials, tickets, m, n, k, x.stride(0), **constants,
-                                      num_warps=tile.warps, num_stages=tile.stages)
+                                      **tile.options)
     return y
 
 
@@ -370,7 +353,7 @@ def compile_cases() -> list[CompileCase]:
 def compile_case(dtype: torch.dtype, n: int, k: int, group: int | None = None) -> CompileCase:
     """The kernel for a weight [n, k], as `launch` would start it."""
     tile, kernel = TILES[FORMATS[dtype]], linear_kernel if group is None else linear_int4_kernel
-    constants = constants_of(tile, n, k, CPU_PROCESSORS, group) | {"UPCAST": False}
+    constants = constants_of(tile, n, k, processors(torch.device("cpu")), group) | {"UPCAST": False}
     element = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8" if group == 32 else "*i16"}[dtype]
     optional = {"scale": {torch.bfloat16: None, torch.int8: "*fp32", torch.uint8: "*bf16"}[dtype]}
     optional |= dict.fromkeys(("partials", "tickets")) if constants["SPLITS"] == 1 else {
