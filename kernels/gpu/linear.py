@@ -200,15 +200,18 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
     PARTS: tl.constexpr = K // GROUP
     first = tl.program_id(0) * N
     start, stop = split_of_k(k, K, SPLITS)
-    rows, lanes, words, parts = tl.arange(0, HEIGHT), tl.arange(0, K), tl.arange(0, WORDS), tl.arange(0, PARTS)
+    words, parts = tl.arange(0, WORDS), tl.arange(0, PARTS)
+    pieces, lanes = tl.arange(0, HEIGHT * K // 16), tl.arange(0, 16)
     weight_rows = tl.minimum(tl.arange(0, N), n - 1 - first)
     pitch = k // 32 * (32 // NIBBLES)  # k is a multiple of 32: said like this, 16-byte copies are seen to be aligned
     scale_pitch = k // K * PARTS if EVEN else k // GROUP
     weights = packed + first.to(tl.int64) * pitch + start // NIBBLES + (weight_rows[:, None] * pitch + words[None, :])
     scales = scale + first.to(tl.int64) * scale_pitch + start // GROUP
     scales += weight_rows[:, None] * scale_pitch + parts[None, :]
-    inputs = x + start + (rows[:, None] * x_stride + lanes[None, :])
-    live = rows[:, None] < m
+    # 16 features of every row, then the next 16: a warp reads 8 rows at once, and whole ones would share memory banks
+    row, place = (pieces % HEIGHT)[:, None], (pieces // HEIGHT * 16)[:, None]
+    inputs = x + start + (row * x_stride + place + lanes[None, :])
+    live = row < m
     total = tl.zeros([HEIGHT, N], tl.float32)
     next_scale = tl.load(scales, mask=parts[None, :] < (k - start) // GROUP, other=0.0)
     for position in range(start, stop, K):
@@ -222,7 +225,9 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
             next_scale = tl.load(scales, mask=parts[None, :] < (k - position - K) // GROUP, other=0.0)
             inside = words[None, :] < (k - position) // 32 * (32 // NIBBLES)
             w = tl.load(weights, mask=inside, other=0, eviction_policy="evict_first")
-            rows_of_x = tl.load(inputs, mask=live & (lanes[None, :] < k - position), other=0.0)
+            rows_of_x = tl.load(inputs, mask=live & (place < k - position), other=0.0)
+        rows_of_x = tl.permute(tl.reshape(rows_of_x, [K // 16, HEIGHT, 16]), [1, 0, 2])
+        rows_of_x = tl.reshape(rows_of_x, [HEIGHT, K])
         weights += WORDS
         inputs += K
         for part in tl.static_range(PARTS):
