@@ -28,11 +28,13 @@ MODULES = ("kernels.gpu.linear", "kernels.gpu.exit_head", "kernels.gpu.attention
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one program, by target
 MOST_REGISTERS, MOST_STACK = 200, 16
-# What PTX must not hold, where a ticket says that other programs' stores can be read. One thread takes the ticket.
+# What PTX must not hold, where one thread's ticket says that all programs' stores can be read, or a program copies into
+# shared memory what its other threads have stored.
 DISORDER = {
     "loads past the cache's coherence": r"ld\.global\.nc",
     "a ticket that neither releases nor acquires": r"atom\.global\.(?!gpu\.acq_rel)",
     "stores that no barrier puts before the ticket": r"st\.global(?:(?!bar\.sync|st\.global).)*atom\.global",
+    "stores that no barrier puts before the copies": r"st\.global(?:(?!bar\.sync|st\.global).)*cp\.async\.c[ag]",
     "loads that no barrier puts behind the ticket": r"atom\.global(?:(?!bar\.sync).)*ld\.global",
 }
 WEIGHT_BYTES = {"*u8": 0.5, "*i16": 0.5, "*i8": 1, "*bf16": 2}  # of one weight; u8 and i16 hold nibbles

@@ -8,6 +8,7 @@ if "triton" not in sys.modules:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from test_gpu_linear import run_backwards  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
 
 attention = pytest.importorskip("kernels.gpu.attention", reason="needs triton")
@@ -128,6 +129,14 @@ def test_bits_do_not_depend_on_the_length_of_the_cache_nor_on_the_number_of_prog
     assert torch.equal(long.launch(), expected)
     monkeypatch.setattr(attention, "PROGRAMS", 4)  # each takes every second segment
     assert torch.equal(long.launch(), expected)
+
+
+def test_the_order_in_which_programs_come_changes_no_bit(monkeypatch):
+    forwards, backwards = (Call((16, 2, 64), [5, 300, 256, 299], slots=301, seed=7, stale=torch.nan) for _ in range(2))
+    expected = forwards.launch()  # two blocks for each kv head, which write the same slots
+    run_backwards(monkeypatch)
+    assert torch.equal(backwards.launch(), expected)
+    assert torch.equal(backwards.caches, forwards.caches)
 
 
 @pytest.mark.parametrize("stale", [torch.nan, torch.inf, -3e38])
