@@ -27,7 +27,7 @@ def load() -> str | None:
         return f"the GPU kernels need Triton 3.6 or newer ({error})"
     if torch.cuda.is_available():
         try:
-            importlib.import_module("triton").runtime.driver.active.utils  # builds it on first use
+            importlib.import_module("triton").runtime.driver.active.get_current_target()  # builds what starts kernels
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             return f"the GPU kernels need a C compiler and Python's headers ({error})"
     _loaded = True
