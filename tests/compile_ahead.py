@@ -1,8 +1,10 @@
 """Compile the Triton kernels for GPUs that are not there and hold them to their gates: `python -m tests.compile_ahead`.
 
 Reads from the machine code what decides the speed of a kernel that waits for memory: registers, stack and shared memory
-(how much is in flight), the tensor-core instruction, and how wide the asynchronous copies are. Prints one line per case
-and target; exits with 1, naming the gates, where one fails. Arguments: other modules with a `compile_cases()`.
+(how much is in flight), the tensor-core instruction, and how wide the asynchronous copies are; and from the PTX what
+keeps programs that share memory in order, which the interpreter, running one after the other, cannot show. Prints one
+line per case and target; exits with 1, naming the gates, where one fails. Arguments: other modules with a
+`compile_cases()`.
 """
 import importlib
 import importlib.util
@@ -26,17 +28,30 @@ MODULES = ("kernels.gpu.linear", "kernels.gpu.exit_head", "kernels.gpu.attention
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one program, by target
 MOST_REGISTERS, MOST_STACK = 200, 16
+# What PTX must not hold, where one thread's ticket says that all programs' stores can be read, or a program copies into
+# shared memory what its other threads have stored.
+DISORDER = {
+    "loads past the cache's coherence": r"ld\.global\.nc",
+    "a ticket that neither releases nor acquires": r"atom\.global\.(?!gpu\.acq_rel)",
+    "stores that no barrier puts before the ticket": r"st\.global(?:(?!bar\.sync|st\.global).)*atom\.global",
+    "stores that no barrier puts before the copies": r"st\.global(?:(?!bar\.sync|st\.global).)*cp\.async\.c[ag]",
+    "loads that no barrier puts behind the ticket": r"atom\.global(?:(?!bar\.sync).)*ld\.global",
+}
 WEIGHT_BYTES = {"*u8": 0.5, "*i16": 0.5, "*i8": 1, "*bf16": 2}  # of one weight; u8 and i16 hold nibbles
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses. instructions: how often each opcode occurs, such as "HMMA.16816.F32.BF16"."""
+    """What one compiled kernel uses. instructions: how often each opcode occurs, such as "HMMA.16816.F32.BF16".
+
+    disorder: which of DISORDER its PTX holds.
+    """
 
     registers: int
     stack: int
     shared: int
     instructions: Counter
+    disorder: list[str]
 
     def products(self, mma: str) -> int:
         return sum(count for opcode, count in self.instructions.items() if opcode.split(".")[0] == mma)
@@ -56,8 +71,7 @@ def resources(case: CompileCase, target: int) -> Resources:
     source = ASTSource(case.kernel, {name: case.types.get(name, "constexpr") for name in names},
                        constexprs=case.constants,
                        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned})
-    options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages} | case.options
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.tile.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -65,12 +79,13 @@ def resources(case: CompileCase, target: int) -> Resources:
                        for option in ("-res-usage", "-sass"))
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
-    return Resources(registers, stack, compiled.metadata.shared, instructions)
+    disorder = [name for name, pattern in DISORDER.items() if re.search(pattern, compiled.asm["ptx"], re.DOTALL)]
+    return Resources(registers, stack, compiled.metadata.shared, instructions, disorder)
 
 
 def failures(case: CompileCase, target: int, found: Resources) -> list[str]:
     """Return the gates that the case does not pass."""
-    failed = []
+    failed = [*found.disorder]
     for name, value, most in (("registers", found.registers, MOST_REGISTERS), ("stack", found.stack, MOST_STACK),
                               ("shared memory", found.shared, SHARED_BYTES[target])):
         if value > most:

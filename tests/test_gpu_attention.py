@@ -8,6 +8,8 @@ if "triton" not in sys.modules:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from test_gpu_linear import run_backwards  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 
 attention = pytest.importorskip("kernels.gpu.attention", reason="needs triton")
 
@@ -129,6 +131,14 @@ def test_bits_do_not_depend_on_the_length_of_the_cache_nor_on_the_number_of_prog
     assert torch.equal(long.launch(), expected)
 
 
+def test_the_order_in_which_programs_come_changes_no_bit(monkeypatch):
+    forwards, backwards = (Call((16, 2, 64), [5, 300, 256, 299], slots=301, seed=7, stale=torch.nan) for _ in range(2))
+    expected = forwards.launch()  # two blocks for each kv head, which write the same slots
+    run_backwards(monkeypatch)
+    assert torch.equal(backwards.launch(), expected)
+    assert torch.equal(backwards.caches, forwards.caches)
+
+
 @pytest.mark.parametrize("stale", [torch.nan, torch.inf, -3e38])
 def test_stale_slots_behind_the_positions_do_not_leak(stale):
     positions = [130, -1, 129, 40]
@@ -167,6 +177,22 @@ def test_the_op_runs_the_reference_on_the_cpu():
 def test_the_op_keeps_the_contract_of_custom_ops():
     call = Call((4, 2, 64), [3, -1, 5], slots=32)
     torch.library.opcheck(attention.decode_attention, (call.q, call.k, call.v, *call.caches, call.positions))
+
+
+def test_compiled_code_writes_to_the_caches_without_copying_them(monkeypatch):
+    monkeypatch.undo()  # the compiler allocates, too
+    call = Call((4, 2, 64), [3, -1, 5], slots=32)
+    expected, caches = call.written(), [cache.clone() for cache in call.caches]
+    step = torch.compile(torch.ops.skipfast.decode_attention.default, fullgraph=True)
+    _, (code,) = run_and_get_code(step, call.q, call.k, call.v, *caches, call.positions)
+    assert "empty_strided_cpu(" not in code.partition("def call")[2].partition("def get_args")[0], code
+    assert torch.equal(torch.stack(caches), expected)
+
+
+def test_the_stride_of_a_dimension_of_one_head_means_nothing():
+    call = Call((2, 1, 64), [3, 70], seed=6)
+    oracle, call.k = call.oracle(), call.k.as_strided(call.k.shape, (call.k.stride(0), 7, 1))
+    assert_close(call.launch(), oracle)
 
 
 def test_misfits_are_refused():

@@ -14,8 +14,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 pytest.importorskip("triton")
+import triton  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
+from kernels import gpu  # noqa: E402
 from kernels.gpu import linear, tiles  # noqa: E402
 from kernels.gpu.linear import dequantise_int4, dequantise_int8, launch  # noqa: E402
 
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 def seed_and_poison(monkeypatch):
     """Fresh memory holds garbage, and no call may leave a ticket behind."""
     torch.manual_seed(0)
-    tickets, empty = linear.tickets_of(CPU), torch.empty
+    tickets, empty = tiles.tickets_of(CPU), torch.empty
 
     def poisoned(*shape, **options):
         tensor = empty(*shape, **options)
@@ -73,6 +75,16 @@ def width(kind: str, k: int) -> int:
     return -(-k // step) * step
 
 
+def run_backwards(monkeypatch):
+    """From now on the interpreter runs the last program of a grid first: a GPU runs them in any order."""
+    forwards = interpreter.InterpreterBuilder.set_grid_idx
+
+    def backwards(self, *index):
+        forwards(self, *(size - 1 - i for size, i in zip(self.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", backwards)
+
+
 def assert_close(result: Tensor, exact: Tensor):
     """One rounding to bf16, at most half a unit in the last of 8 bits, and fp32 sums."""
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
@@ -104,6 +116,15 @@ def test_a_row_has_the_same_bits_alone_and_among_fifteen_others(kind, processors
         assert torch.equal(launch(x[:count], weight, scale), whole[:count]), f"{count} first rows"
         assert torch.equal(launch(x[-count:], weight, scale), whole[-count:]), f"{count} last rows"
     assert torch.equal(launch(x, weight, scale), whole), "a second call"
+
+
+@EVERY_FORMAT
+def test_the_order_in_which_programs_come_changes_no_bit(kind, monkeypatch):
+    weight, scale, _ = make_weight(kind, 150, 384)
+    x = make_rows(3, 384)
+    expected = launch(x, weight, scale)
+    run_backwards(monkeypatch)
+    assert torch.equal(launch(x, weight, scale), expected)
 
 
 @pytest.mark.parametrize("n, k", [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (64, 64)])
@@ -269,11 +290,25 @@ def test_features_must_be_a_multiple_of_sixteen():
         launch(make_rows(1, 24), torch.zeros(8, 24, dtype=torch.bfloat16))
 
 
+def test_a_gpu_machine_where_nothing_can_be_launched_is_told_why(monkeypatch):
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(gpu, "_loaded", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    assert gpu.load() == "the GPU kernels need a C compiler and Python's headers (Failed to find C compiler.)"
+    assert not gpu._loaded
+
+
 def test_tickets_are_not_made_while_a_graph_is_captured(monkeypatch):
     """The zeros would be written when the graph runs, not before."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="before the capture"):
-        linear.tickets_of(torch.device("cuda", 0))
+        tiles.tickets_of(torch.device("cuda", 0))
 
 
 def test_compile_cases_name_every_argument_once_and_cover_every_way_to_launch():

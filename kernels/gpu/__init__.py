@@ -4,6 +4,7 @@
 files need Triton, which is optional: they are imported by `load()`, when a model goes to a GPU, or by their tests.
 """
 import importlib
+import subprocess
 
 import torch
 
@@ -24,6 +25,11 @@ def load() -> str | None:
             importlib.import_module(f"kernels.gpu.{name}")
     except (ImportError, AttributeError) as error:  # the latter from an old Triton
         return f"the GPU kernels need Triton 3.6 or newer ({error})"
+    if torch.cuda.is_available():
+        try:
+            importlib.import_module("triton").runtime.driver.active.get_current_target()  # builds what starts kernels
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            return f"the GPU kernels need a C compiler and Python's headers ({error})"
     _loaded = True
     return None
 

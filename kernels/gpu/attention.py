@@ -165,7 +165,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, pos
     tensors = (q, k, v, k_cache, v_cache)
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors) or positions.dtype != torch.int64:
         raise ValueError("decode attention takes bf16 tensors and int64 positions")
-    if any(tensor.stride()[1:] != (head_dim, 1) for tensor in tensors[:3]) or not positions.is_contiguous() \
+    if not all(tensor[0].is_contiguous() for tensor in tensors[:3]) or not positions.is_contiguous() \
             or not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ValueError("decode attention takes contiguous caches and positions, and q, k, v contiguous in each row")
 
@@ -184,10 +184,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     tile = TILES["attention"]
     attend_segments[(blocks, groups, programs)](
         q, k, v, k_cache, v_cache, positions, outs, stats, rows, slots, q.stride(0), k.stride(0), v.stride(0),
-        **attend_constants(ratio, head_dim), num_warps=tile.warps, num_stages=tile.stages)
+        **attend_constants(ratio, head_dim), **tile.options)
     merge_segments[(rows * heads, triton.cdiv(head_dim, MERGE.k))](
-        outs, stats, positions, out, rows, slots, **merge_constants(heads, head_dim), num_warps=MERGE.warps,
-        num_stages=MERGE.stages)
+        outs, stats, positions, out, rows, slots, **merge_constants(heads, head_dim), **MERGE.options)
     return out
 
 

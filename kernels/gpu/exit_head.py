@@ -12,8 +12,6 @@ the token is the argmax of the plain head's logits, ties to the lowest id.
 
 The public functions are `exit_head_rows` and, for tensor parallelism, `exit_head_partials` and `merge`.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -21,11 +19,10 @@ from torch import Tensor
 
 from kernels.exit_head import Draw, Partials, merge, partials_of
 from kernels.gpu import ROWS
-from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 from kernels.linear import linear_reference
 
-PROGRAMS_PER_SM = 2  # that fit together with the shared memory of the tiles in the table
-SMS_WITHOUT_GPU = 132  # of an H100 or H200
+PROGRAMS = 2  # per multiprocessor: that many fit together with the shared memory of the tiles in the table
 SLOTS = 64  # partials that the last program reads per step
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and exp(LOWEST - anything) is 0 where that of -inf - -inf is NaN
 NO_ID = tl.constexpr(2**31 - 1)  # above every token id
@@ -231,18 +228,6 @@ def exit_head_kernel(x, weight, scale, positions, seed, temperature, values, ids
 # ---- launching ----
 
 
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors of a GPU, a usual one for other devices."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS_WITHOUT_GPU
-
-
-@functools.cache
-def ticket_of(device: torch.device) -> Tensor:
-    """Return the device's ticket counter, int32 [1], 0 between calls; the first call must not be under capture."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def tile_of(weight_dtype: torch.dtype) -> Tile:
     return TILES["exit_head_int8" if weight_dtype == torch.int8 else "exit_head_bf16"]
 
@@ -274,16 +259,16 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offs
     """
     check(x, weight, scale, n_vocab, draw)
     x, m, tile = x.contiguous(), len(x), tile_of(weight.dtype)
-    programs = min(triton.cdiv(n_vocab, tile.n), programs or PROGRAMS_PER_SM * sm_count(x.device))
+    programs = min(triton.cdiv(n_vocab, tile.n), programs or PROGRAMS * processors(x.device))
     values = torch.empty(4 + (draw is not None), m, programs + 1, dtype=torch.float32, device=x.device)
     ids = torch.empty(len(values) - 3, m, programs + 1, dtype=torch.int32, device=x.device)
     tokens = torch.empty(m, dtype=torch.int64, device=x.device)
     samples = torch.empty(m if draw else 0, dtype=torch.int64, device=x.device)
     stats = torch.empty(m, 4, dtype=torch.float32, device=x.device)
     exit_head_kernel[(programs,)](
-        x, weight, scale, *(draw or (None, None, None)), values, ids, ticket_of(x.device), tokens, stats, samples,
+        x, weight, scale, *(draw or (None, None, None)), values, ids, tickets_of(x.device), tokens, stats, samples,
         m, n_vocab, v_offset, D=x.shape[1], ROWS=ROWS, N=tile.n, K=tile.k, SLOTS=SLOTS, UPCAST=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages)
+        **tile.options)
     return Partials(values, ids), (tokens, stats, samples)
 
 

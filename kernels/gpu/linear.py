@@ -6,8 +6,6 @@ copy; x comes from the L2 cache. A weight with few rows cannot occupy the GPU, s
 partial sums are added in the order of the splits by the program that arrives last, as a ticket tells: a second kernel
 would cost a start-up per layer, which is longer than the addition takes.
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,11 +14,10 @@ from torch import Tensor
 
 from kernels.formats import dequantise_int4, dequantise_int8
 from kernels.gpu import ROWS
-from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
+from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group
 FORMATS = {torch.bfloat16: "linear_bf16", torch.int8: "linear_int8", torch.uint8: "linear_int4"}
-CPU_PROCESSORS = 132  # what the interpreter pretends to have
 
 # Nibbles to bf16, two at a time. 0x4300 is 128 and its last mantissa bit counts 1: a nibble put there is 128 + nibble,
 # from which 136 is subtracted exactly. A register of two pairs of bytes holds two neighbours of each kind of nibble
@@ -203,15 +200,18 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
     PARTS: tl.constexpr = K // GROUP
     first = tl.program_id(0) * N
     start, stop = split_of_k(k, K, SPLITS)
-    rows, lanes, words, parts = tl.arange(0, HEIGHT), tl.arange(0, K), tl.arange(0, WORDS), tl.arange(0, PARTS)
+    words, parts = tl.arange(0, WORDS), tl.arange(0, PARTS)
+    pieces, lanes = tl.arange(0, HEIGHT * K // 16), tl.arange(0, 16)
     weight_rows = tl.minimum(tl.arange(0, N), n - 1 - first)
     pitch = k // 32 * (32 // NIBBLES)  # k is a multiple of 32: said like this, 16-byte copies are seen to be aligned
     scale_pitch = k // K * PARTS if EVEN else k // GROUP
     weights = packed + first.to(tl.int64) * pitch + start // NIBBLES + (weight_rows[:, None] * pitch + words[None, :])
     scales = scale + first.to(tl.int64) * scale_pitch + start // GROUP
     scales += weight_rows[:, None] * scale_pitch + parts[None, :]
-    inputs = x + start + (rows[:, None] * x_stride + lanes[None, :])
-    live = rows[:, None] < m
+    # 16 features of every row, then the next 16: a warp reads 8 rows at once, and whole ones would share memory banks
+    row, place = (pieces % HEIGHT)[:, None], (pieces // HEIGHT * 16)[:, None]
+    inputs = x + start + (row * x_stride + place + lanes[None, :])
+    live = row < m
     total = tl.zeros([HEIGHT, N], tl.float32)
     next_scale = tl.load(scales, mask=parts[None, :] < (k - start) // GROUP, other=0.0)
     for position in range(start, stop, K):
@@ -225,7 +225,9 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
             next_scale = tl.load(scales, mask=parts[None, :] < (k - position - K) // GROUP, other=0.0)
             inside = words[None, :] < (k - position) // 32 * (32 // NIBBLES)
             w = tl.load(weights, mask=inside, other=0, eviction_policy="evict_first")
-            rows_of_x = tl.load(inputs, mask=live & (lanes[None, :] < k - position), other=0.0)
+            rows_of_x = tl.load(inputs, mask=live & (place < k - position), other=0.0)
+        rows_of_x = tl.permute(tl.reshape(rows_of_x, [K // 16, HEIGHT, 16]), [1, 0, 2])
+        rows_of_x = tl.reshape(rows_of_x, [HEIGHT, K])
         weights += WORDS
         inputs += K
         for part in tl.static_range(PARTS):
@@ -237,20 +239,6 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
 
 
 # ---- launching ----
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors of a GPU; of a CPU, a number that lets tests reach every path."""
-    return CPU_PROCESSORS if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def tickets_of(device: torch.device) -> Tensor:
-    """Return the device's tickets, int32 zeros, one per tile of a split weight. Calls on a device must not overlap."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first call of a linear on a GPU must come before the capture of a graph")
-    return torch.zeros(2 * processors(device), dtype=torch.int32, device=device)
 
 
 def splits_of(n: int, k: int, tile: Tile, n_processors: int) -> int:
@@ -280,7 +268,7 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         weight = weight.view(torch.int16)
     kernel = linear_kernel if group is None else linear_int4_kernel
     kernel[(-(-n // tile.n), splits)](x, weight, scale, y, partials, tickets, m, n, k, x.stride(0), **constants,
-                                      num_warps=tile.warps, num_stages=tile.stages)
+                                      **tile.options)
     return y
 
 
@@ -370,7 +358,7 @@ def compile_cases() -> list[CompileCase]:
 def compile_case(dtype: torch.dtype, n: int, k: int, group: int | None = None) -> CompileCase:
     """The kernel for a weight [n, k], as `launch` would start it."""
     tile, kernel = TILES[FORMATS[dtype]], linear_kernel if group is None else linear_int4_kernel
-    constants = constants_of(tile, n, k, CPU_PROCESSORS, group) | {"UPCAST": False}
+    constants = constants_of(tile, n, k, processors(torch.device("cpu")), group) | {"UPCAST": False}
     element = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8" if group == 32 else "*i16"}[dtype]
     optional = {"scale": {torch.bfloat16: None, torch.int8: "*fp32", torch.uint8: "*bf16"}[dtype]}
     optional |= dict.fromkeys(("partials", "tickets")) if constants["SPLITS"] == 1 else {
