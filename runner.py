@@ -38,11 +38,13 @@ PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
 MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
 
 
-def missing_compiler() -> str | None:
-    """Why torch.compile cannot work on the CPU here, in one line; None if it can."""
-    if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+def missing_compiler(device: str = "cpu") -> str | None:
+    """Why torch.compile cannot work here for a kind of device, in one line; None if it can."""
+    language, names = ("C++", ("g++", "clang++", "c++")) if device == "cpu" else ("C", ("gcc", "clang", "cc"))
+    if any(map(shutil.which, names)):
         return None
-    return "no C++ compiler (g++ or clang++) on this machine: running eagerly, which is slower; the text is exact too"
+    return (f"no {language} compiler ({names[0]} or {names[1]}) on this machine: running eagerly, which is slower; "
+            "the text is exact too")  # fmt: skip
 
 
 def check_num_draft_tokens(num_draft_tokens: int) -> None:
@@ -106,7 +108,7 @@ class Runner:
             self.backend = "c++ ops" if self.rows_independent else "eager"
         elif compile and self.rows_independent:
             self.backend = "c++"
-        elif compile and model.norm.weight.device.type == "cpu" and (reason := missing_compiler()):
+        elif compile and (reason := missing_compiler(model.norm.weight.device.type)):
             notice(reason)
         elif compile:
             self.backend = "inductor"

@@ -67,7 +67,8 @@ def test_every_section_runs_and_what_it_measured_and_checked_is_in_the_file(chec
         plain, *drafting = section["rows"]
         assert plain["policy"] == "none" and plain["speedup"] == 1
         assert len(drafting) == len(DRAFTS) + (5 if mode == "bf16" else 0)
-        assert all(row["tokens_per_s"] > 0 and row["acceptance_rate"] > 0 for row in drafting)
+        assert all(row["tokens_per_s"] > 0 for row in drafting)
+        assert all(row["acceptance_rate"] > 0 for row in drafting[: len(DRAFTS)])  # others may have drafted nothing
         assert 0.5 < section["dial"]["agreement"] < 1 and section["memory"]["weights_bytes"] > 0
     sizes = [sections[f"engine tiny {mode}"]["rows"][0]["weight_bytes_per_token"] for mode in ("bf16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
