@@ -3,12 +3,12 @@
 Calls here are padded to one number of rows, so rows cost nothing: verification runs all of a round's tokens through all
 layers, which reads no more weights than taking the last one to where the others wait, and is the same for every plan.
 What the host has to know to go on cuts a round into parts:
-  * a plan that decides nothing (one exit or none, any sublayers left out) is one graph. Token, position and number of
-    accepted drafts stay on the device, so if the plan will repeat, the next round is started
-    before the host has read this one.
-  * with a rule to stop, each draft is a graph; the next one is started before the statistics of this one are read.
+  * a plan that decides nothing (one exit or none, any sublayers left out) and repeats is one graph. Token, position and
+    number of accepted drafts stay on the device, so the next round is started before the host has read this one.
+  * otherwise each draft is a graph, and verification another, which plans of any K share: plans may change every round.
+  * with a rule to stop, the next draft is started before the statistics of this one are read.
   * with several candidate exits, each climb to the next candidate is a graph, and what was seen there chooses.
-  * proposed tokens are verified by the graph that verifies the drafts of parts; rows behind the last one are masked.
+  * proposed tokens are verified like drafts of parts; rows behind the last one are masked.
 Policies that decide in Python, and samplers that need all logits, go call by call; runs of layers are graphs for them.
 A round started ahead, which nobody wants after the end of a text, costs its time and nothing else. Without a GPU the
 same programs run as they stand.
@@ -186,33 +186,21 @@ class DeviceRounds:
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int, want_hidden: bool
     ) -> PlayedRound:  # fmt: skip
         """Play a round, as Runner.play. The plan asks no policy and drafts fewer than `rows` tokens."""
-        depths, parts = plan.exits or (self.runner.n_layer,), []
-        if plan.is_fixed:
-            may_go_on = plan.repeats and limit > plan.num_draft_tokens and not want_hidden
+        if plan.is_fixed and plan.repeats:
+            may_go_on = limit > plan.num_draft_tokens and not want_hidden
             drafted, found = self.play_whole(plan, sampling, token, position, may_go_on)
             drafted = drafted[:limit]
-            exit_layers = depths[:1] * len(drafted)
-            parts = [(0, depth) for depth in exit_layers]
+            exit_layers = [plan.exits[0] if plan.exits else self.runner.n_layer] * len(drafted)
+            runs = [(0, depth) for depth in exit_layers]
         else:
             self.forget()
             self.set(token, position, sampling)
-            sampled = sampling.temperature > 0
-            if plan.proposed:
-                proposed, exit_layers = plan.proposed[:limit], ()
-                count = len(proposed)
-                self.tokens[1 : count + 1].copy_(torch.tensor(proposed, dtype=torch.int64))
-            else:
-                exit_layers = self.play_drafts(plan, sampled, min(plan.num_draft_tokens, limit), parts)
-                count = len(exit_layers)
-            self.last_row.fill_(count)
-            self.run(self.verify, sampled, self.rows if self.on_gpu else count + 1, self.on_gpu)
-            ids = self.send(self.found).read()
-            drafted, found = ids[1 : count + 1], ids[self.rows :]
-        left_out = [sum(start <= i < stop for start, stop in parts for i in skips)
+            drafted, found, exit_layers, runs = self.play_parts(plan, sampling.temperature > 0, limit)
+        left_out = [sum(start <= i < stop for start, stop in runs for i in skips)
                     for skips in (plan.skip_attention, plan.skip_mlp)]  # fmt: skip
-        rows, visits = len(drafted) + 1, sum(stop - start for start, stop in parts)
+        rows, visits = len(drafted) + 1, sum(stop - start for start, stop in runs)
         return PlayedRound(
-            drafted, list(exit_layers), found[:rows], 0, self.runner.n_layer, visits, tuple(left_out), len(parts),
+            drafted, exit_layers, found[:rows], 0, self.runner.n_layer, visits, tuple(left_out), len(runs),
             self.hidden[:rows].clone() if want_hidden else None,
         )  # fmt: skip
 
@@ -244,17 +232,35 @@ class DeviceRounds:
             self.ahead = (plan, target, position + accepted + 1, *of_text), following
         return drafted, found
 
+    def play_parts(
+        self, plan: DraftPlan, sampled: bool, limit: int
+    ) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:  # fmt: skip
+        """Draft part by part or take what is proposed, and verify -> drafted, the model's choices, and of the drafts
+        the exit layers and the runs of layers (start, stop)."""
+        if plan.proposed:
+            proposed, exit_layers, runs = plan.proposed[:limit], [], []
+            self.tokens[1 : len(proposed) + 1].copy_(torch.tensor(proposed, dtype=torch.int64))
+            count = len(proposed)
+        else:
+            exit_layers, runs = self.play_drafts(plan, sampled, min(plan.num_draft_tokens, limit))
+            count = len(exit_layers)
+        self.last_row.fill_(count)
+        self.run(self.verify, sampled, self.rows if self.on_gpu else count + 1, self.on_gpu)
+        ids = self.send(self.found).read()
+        return ids[1 : count + 1], ids[self.rows :], exit_layers, runs
+
     def play_drafts(
-        self, plan: DraftPlan, sampled: bool, most: int, parts: list[tuple[int, int]]
-    ) -> list[int]:  # fmt: skip
-        """Draft until a rule ends it, or `most` -> their exit layers. parts: gets the (start, stop) of all runs."""
-        depths, exit_layers, started = plan.exits or (self.runner.n_layer,), [], None
+        self, plan: DraftPlan, sampled: bool, most: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:  # fmt: skip
+        """Draft until a rule ends it, or `most` tokens -> their exit layers, and all runs of layers (start, stop)."""
+        depths, exit_layers, runs, started = plan.exits or (self.runner.n_layer,), [], [], None
+        judged = bool(plan.stop_unless or len(depths) > 1)
         shape = DraftPlan(depths, 1, plan.skip_attention, plan.skip_mlp, adapters=plan.adapters)  # no thresholds: a key
 
-        def run(row: int, exit: int) -> Arrival:
-            self.run(self.draft, shape, sampled, row, exit, True)
-            parts.append((depths[exit - 1] if exit else 0, depths[exit]))
-            return self.send(self.seen)
+        def run(row: int, exit: int) -> Arrival | None:
+            self.run(self.draft, shape, sampled, row, exit, judged)
+            runs.append((depths[exit - 1] if exit else 0, depths[exit]))
+            return self.send(self.seen) if judged else None
 
         for row in range(most):
             arrival, started, exit = started or run(row, 0), None, 0
@@ -267,7 +273,7 @@ class DeviceRounds:
                     started = run(row + 1, 0)
                 if not self.holds(plan.stop_unless, arrival):
                     break
-        return exit_layers
+        return exit_layers, runs
 
     def holds(self, rule: Rule, arrival: Arrival) -> bool:
         return self.runner.agreed(rule.holds(ExitStats(None, *arrival.read(), None)))

@@ -218,10 +218,23 @@ def test_a_round_started_ahead_is_forgotten_when_another_text_begins(as_on_gpu):
 def test_what_comes_only_once_is_not_captured(as_on_gpu):
     runner = Runner(random_model(torch.float32, pack=False), 120, max_rows=4)
     found = tokens_of(runner, [1, 5, 9], "layer_skip_proportion:0.5", SamplingConfig(), new=80)
-    plans = AsOnGPU.captures["whole_round"]
-    assert len(found.rounds) > 20 and plans < len(found.rounds) / 2, "random sets of 4 layers seldom come twice"
+    drafted = sum(len(step.drafted) for step in found.rounds)
+    assert len(found.rounds) > 20 and AsOnGPU.captures["draft"] < drafted / 2, "random sets seldom come twice"
     tokens_of(runner, [1, 5, 9], "static:2", SamplingConfig(), new=80)
-    assert AsOnGPU.captures["whole_round"] == plans + 1
+    assert AsOnGPU.captures["whole_round"] == AsOnGPU.captures["verify"] == 1
+
+
+def test_changing_the_number_of_drafts_captures_nothing_new(as_on_gpu):
+    class Changing(type(make_policy("static:2", 4))):
+        drafts = itertools.cycle((1, 2, 3))
+
+        def start_round(self, context):
+            return DraftPlan((2,), next(self.drafts))
+
+    runner = Runner(random_model(torch.float32, pack=False), 120, max_rows=4)
+    found = tokens_of(runner, [1, 5, 9], Changing(2), SamplingConfig(), new=80)
+    assert {len(step.drafted) for step in found.rounds[:-2]} == {1, 2, 3}
+    assert AsOnGPU.captures == {"draft": 3, "verify": 1}
 
 
 def test_times_of_plans_are_of_single_rounds_after_their_capture(as_on_gpu, monkeypatch):
