@@ -43,7 +43,10 @@ def find_files(sources: Iterable[str], pattern: str) -> list[tuple[str, Path]]:
         root = Path(source)
         if not root.exists():
             raise ValueError(f"data: {source} does not exist")
-        paths = [root] if root.is_file() else sorted(path for path in root.rglob(pattern) if path.is_file())
+        try:
+            paths = [root] if root.is_file() else sorted(path for path in root.rglob(pattern) if path.is_file())
+        except NotImplementedError:
+            raise ValueError(f"glob must be a pattern for names inside a folder, got {pattern!r}") from None
         found += [(path.name if root.is_file() else path.relative_to(root).as_posix(), path) for path in paths]
     if not found:
         raise ValueError(f"data: no file matches {pattern!r} in {', '.join(sources) or 'nothing: give --data'}")

@@ -5,8 +5,11 @@ The first line holds the settings that the results depend on; a folder with othe
 
 import hashlib
 import json
+import pickle
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import cli
@@ -85,6 +88,21 @@ class Journal:
 
     def get(self, *key) -> dict | None:
         return self.done.get(key)
+
+
+def read_state(path: Path, kinds: dict[str, type | None], mmap: bool = False) -> dict:
+    """What a run has saved with torch.save. kinds: fields that must be there, and their types (None: any).
+
+    Raises ValueError for a file that is damaged or of another program.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        wrong = [name for name, kind in kinds.items() if not isinstance(found[name], kind or object)]
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        wrong = [type(error).__name__]
+    if wrong:
+        raise ValueError(f"{path} is not what this program writes ({wrong[0]}): give another --output_dir")
+    return found
 
 
 def refuse_others(path: Path, found: dict, wanted: dict) -> None:

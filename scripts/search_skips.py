@@ -257,14 +257,17 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load(run: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
     """Read the weights; what a round costs, and on how many threads, is measured once for a whole search."""
     widest = drafting_policy((True,) * (2 * run.n_layer), run.flags.most_drafts)
+    found = store.get("costs")
+    costs = found and round_costs.restored(store.path, found)
     run.load([widest])
-    runner, threads = run.runner(widest), store.get("threads")
-    if threads is None or store.get("costs") is None:
+    runner = run.runner(widest)
+    if costs is None:
+        costs = measured_costs(run, runner)
         store.set("threads", torch.get_num_threads())
-        store.set("costs", asdict(measured_costs(run, runner)))
+        store.set("costs", asdict(costs))
     else:
-        torch.set_num_threads(threads)
-    return runner, RoundCosts(**store.get("costs"))
+        torch.set_num_threads(store.get("threads"))
+    return runner, costs
 
 
 def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
