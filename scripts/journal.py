@@ -3,10 +3,13 @@
 The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -88,6 +91,25 @@ class Journal:
 
     def get(self, *key) -> dict | None:
         return self.done.get(key)
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Make a folder and keep it for this process. Raises ValueError while another process keeps it.
+
+    The lock is the system's: it ends with the process, however that ends.
+    """
+    handle = os.open(cli.make_folder(path), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes into {path}: wait for it, or give another --output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_state(path: Path, kinds: dict[str, type | None], mmap: bool = False) -> dict:

@@ -24,7 +24,7 @@ from calibrate import SAMPLE_TEXT
 from model import Transformer
 from scripts import policy_report
 from scripts.corpus import encode_texts, find_files, split_texts
-from scripts.journal import digest, read_state, refuse_others
+from scripts.journal import claimed, digest, read_state, refuse_others
 from scripts.round_costs import RoundCosts, measure, restored
 from scripts.skip_network import SkipNetwork, draw, policy_loss
 from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, mean, numbers
@@ -117,8 +117,8 @@ class Trainer:
                 seen.append(numbers(outcome, keep, rewards[-1], self.model))
             loss = policy_loss(logits, actions, torch.stack(rewards)) / flags.windows
             if not loss.isfinite():
-                raise ValueError(f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) or "
-                                 f"--alpha")  # fmt: skip
+                raise ValueError(f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) "
+                                 f"or --alpha")  # fmt: skip
             loss.backward()
         return mean(seen)
 
@@ -252,7 +252,13 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
 
 def main() -> None:
     flags = parse_flags()
-    session, tokens, heldout, run = prepare(flags)
+    prepared = prepare(flags)
+    with claimed(flags.output_dir):
+        learn(flags, *prepared)
+
+
+def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldout: Tensor, run: Run) -> None:
+    """Train, or go on to the last step, then compare and report."""
     model, threads = session.load(), torch.get_num_threads()
     engine = policy_report.Engine(session, flags)
     engine.choose_threads()
