@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +48,8 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     kinds = {"model": dict, "optimizers": list, "args": dict, "config": dict, "data_hash": str, "step": int}
     state, present = read_state(path, kinds, mmap=True), trainer.trained.state_dict()
     shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (state["model"], present)]
-    if ModelArgs(**state["args"]) != trainer.args or shapes[0] != shapes[1]:
+    args = replace(ModelArgs(**state["args"]), dtype=trainer.args.dtype)  # fsdp: the file's, otherwise the weights' own
+    if args != trainer.args or shapes[0] != shapes[1]:
         raise ValueError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
         raise ValueError(f"output_dir holds a run on other data or of another checkpoint ({path}); give the same or "

@@ -50,9 +50,9 @@ def short_report():
 
 @pytest.fixture(scope="module")
 def continual(tmp_path_factory, short_report):
-    """The settings of a run that goes on from a checkpoint, and drops many layers."""
+    """The settings of a run that goes on from a checkpoint, in bf16 as most are, and drops many layers."""
     base = tmp_path_factory.mktemp("base")
-    train.run(replace(TINY, max_steps=5, output_dir=str(base)), Ranks(None))
+    train.run(replace(TINY, max_steps=5, precision="bf16", output_dir=str(base)), Ranks(None))
     return replace(TINY, checkpoint_path=str(base), optimizer="adamw", learning_rate=0.01, p_max=0.4,
                    curriculum="rotational:2", distill=0.3)  # fmt: skip
 
