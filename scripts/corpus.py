@@ -107,6 +107,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     unfinished.replace(path)
 
 
+def open_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:
+        raise ValueError(f"tokenizer: {path} is not a sentencepiece model") from None
+
+
 def copy_whole(source: Path, path: Path) -> None:
     """Copy a file; it appears complete, by rename."""
     unfinished = path.with_name(path.name + ".part")
@@ -167,10 +174,7 @@ def prepare_tokenizer(
     if config.tokenizer is not None:
         if not Path(config.tokenizer).is_file():
             raise ValueError(f"tokenizer: {config.tokenizer} is not a file")
-        try:
-            sentencepiece.SentencePieceProcessor(model_file=config.tokenizer)
-        except RuntimeError:
-            raise ValueError(f"tokenizer: {config.tokenizer} is not a sentencepiece model") from None
+        open_tokenizer(Path(config.tokenizer))
         there = out / "tokenizer.model"
         if there.exists() and not filecmp.cmp(config.tokenizer, there, shallow=False):
             raise ValueError(f"tokenizer: {there} is another one than {config.tokenizer}; give another --output_dir")
@@ -179,15 +183,15 @@ def prepare_tokenizer(
             train_tokenizer(dict(texts).values(), config.vocab_size, out / "tokenizer.model")
         else:
             copy_whole(Path(config.tokenizer), out / "tokenizer.model")
+    processor = open_tokenizer(out / "tokenizer.model")
+    if config.tokenizer is None and processor.vocab_size() != config.vocab_size:
+        raise ValueError(f"vocab_size: output_dir holds a tokenizer of {processor.vocab_size()} tokens, got "
+                         f"{config.vocab_size}; give another --output_dir")  # fmt: skip
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     own = {"tokenizer_class": "LlamaTokenizer" if config.tokenizer else "PreTrainedTokenizerFast"}
     checkpoint.write_json(out / "tokenizer_config.json", own | names | flags | {"model_max_length": config.context})
     if config.tokenizer is None:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-        if processor.vocab_size() != config.vocab_size:
-            raise ValueError(f"vocab_size: output_dir holds a tokenizer of {processor.vocab_size()} tokens, got "
-                             f"{config.vocab_size}; give another --output_dir")  # fmt: skip
         write_tokenizer_json(processor, out)
 
 

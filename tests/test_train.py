@@ -257,6 +257,9 @@ def test_what_else_is_in_the_folder_is_refused_and_other_settings_are_told(run, 
     (out / "state.pt").unlink()
     with pytest.raises(ValueError, match="holds a tokenizer of 512 tokens, got 400"):
         run(out, "--max_steps", "2", "--vocab_size", "400")
+    (out / "tokenizer.model").write_bytes(b"half")
+    with pytest.raises(ValueError, match="tokenizer.model is not a sentencepiece model"):
+        run(out, "--max_steps", "2")
     run(tmp_path / "other", "--max_steps", "1", "--vocab_size", "400")
     with pytest.raises(ValueError, match="holds another tokenizer than the checkpoint"):
         run(out, "--max_steps", "2", "--checkpoint_path", str(tmp_path / "other"))
