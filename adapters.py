@@ -38,16 +38,20 @@ class Adapters:
 
         Raises ValueError for a file that cannot be read or holds something else.
         """
-        self.path, self.content = path, file_hash(path)
         metadata, tensors = read_tensors(path, FORMAT, "adapter")
-        self.n_layer, self.dim = int(metadata["n_layer"]), int(metadata["dim"])
+        self.path, self.content = path, file_hash(path)
         self.by_exit: dict[int, Adapter] = {}
-        for name, down in tensors.items():
-            if name.endswith(".down"):
-                up = tensors.get(name[: -len("down")] + "up")
-                if up is None or up.T.shape != down.shape or down.shape[1] != self.dim or len(down) % 2:
-                    raise ValueError(f"adapter: {path} holds a broken {name}")
-                self.by_exit[int(name.split(".")[1])] = Adapter(down, up, len(down))
+        try:
+            self.n_layer, self.dim = int(metadata["n_layer"]), int(metadata["dim"])
+            for exit_layer in sorted({int(name.split(".")[1]) for name in tensors}):
+                down, up = (tensors[f"exit.{exit_layer}.{name}"] for name in ("down", "up"))
+                rank = len(down)
+                if rank < 2 or rank % 2 or down.shape != (rank, self.dim) or up.shape != (self.dim, rank):
+                    raise ValueError(f"exit {exit_layer} needs down [r, {self.dim}] and up [{self.dim}, r], r even: "
+                                     f"got {[*down.shape]} and {[*up.shape]}")  # fmt: skip
+                self.by_exit[exit_layer] = Adapter(down, up, rank)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"adapter: {path} is broken: {error}") from None
         self._ready: dict[tuple[torch.dtype, torch.device], dict[int, Adapter]] = {}
 
     def check(self, n_layer: int, dim: int | None, exits: tuple[int, ...]) -> None:

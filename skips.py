@@ -60,7 +60,7 @@ class SkipSet(SelfDrafting):
             self.skips = {key: frozenset(self.found[key]) for key in ("skip_attention", "skip_mlp")}
         except OSError as error:
             raise ValueError(f"cannot read {self.file}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{self.file} must hold {{"skip_attention": [layers], "skip_mlp": [layers]}}') from None
         if self.num_draft_tokens is None:
             self.num_draft_tokens = self.found.get("num_draft_tokens", 3)
@@ -108,7 +108,7 @@ class Learned(SelfDrafting):
                 self.num_draft_tokens = int(metadata.get("num_draft_tokens", 3))
             self.network = [tensors[name].numpy() for name in ("w1", "b1", "w2", "b2")]
             hidden = len(self.network[0])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.file} is broken: {error}") from None
         shapes = [(hidden, self.shape[1]), (hidden,), (2 * self.shape[0], hidden), (2 * self.shape[0],)]
         if [array.shape for array in self.network] != shapes:

@@ -18,7 +18,7 @@ import checkpoint
 import cli
 from scripts.ranks import Ranks
 from scripts.train_config import TrainConfig
-from tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from tokenizer import CANDIDATES, TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 # Folders of the standard library that hold tests, and those left out as tables, generated text or other people's code.
 STDLIB_TESTS = {"test", "tests", "idle_test"}
@@ -43,7 +43,10 @@ def find_files(sources: Iterable[str], pattern: str) -> list[tuple[str, Path]]:
         root = Path(source)
         if not root.exists():
             raise ValueError(f"data: {source} does not exist")
-        paths = [root] if root.is_file() else sorted(path for path in root.rglob(pattern) if path.is_file())
+        try:
+            paths = [root] if root.is_file() else sorted(path for path in root.rglob(pattern) if path.is_file())
+        except NotImplementedError:
+            raise ValueError(f"glob must be a pattern for names inside a folder, got {pattern!r}") from None
         found += [(path.name if root.is_file() else path.relative_to(root).as_posix(), path) for path in paths]
     if not found:
         raise ValueError(f"data: no file matches {pattern!r} in {', '.join(sources) or 'nothing: give --data'}")
@@ -99,7 +102,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"vocab_size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
-    path.write_bytes(buffer.getvalue())
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(buffer.getvalue())
+    unfinished.replace(path)
+
+
+def open_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:
+        raise ValueError(f"tokenizer: {path} is not a sentencepiece model") from None
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file; it appears complete, by rename."""
+    unfinished = path.with_name(path.name + ".part")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(path)
 
 
 def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder: Path) -> None:
@@ -145,17 +164,17 @@ def prepare_tokenizer(
         return  # no model will stand beside it
     if source is not None:
         for name in TOKENIZER_FILES:
-            if (source.folder / name).is_file() and not (out / name).exists():
-                (out / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source.folder / name, out / name)
+            here, there = source.folder / name, out / name
+            if name in CANDIDATES and there.exists() and not (here.is_file() and filecmp.cmp(here, there, False)):
+                raise ValueError(f"output_dir holds another tokenizer than the checkpoint ({there}); give another one")
+            if here.is_file() and not there.exists():
+                there.parent.mkdir(exist_ok=True)
+                copy_whole(here, there)
         return
     if config.tokenizer is not None:
         if not Path(config.tokenizer).is_file():
             raise ValueError(f"tokenizer: {config.tokenizer} is not a file")
-        try:
-            sentencepiece.SentencePieceProcessor(model_file=config.tokenizer)
-        except RuntimeError:
-            raise ValueError(f"tokenizer: {config.tokenizer} is not a sentencepiece model") from None
+        open_tokenizer(Path(config.tokenizer))
         there = out / "tokenizer.model"
         if there.exists() and not filecmp.cmp(config.tokenizer, there, shallow=False):
             raise ValueError(f"tokenizer: {there} is another one than {config.tokenizer}; give another --output_dir")
@@ -163,13 +182,17 @@ def prepare_tokenizer(
         if config.tokenizer is None:
             train_tokenizer(dict(texts).values(), config.vocab_size, out / "tokenizer.model")
         else:
-            shutil.copyfile(config.tokenizer, out / "tokenizer.model")
+            copy_whole(Path(config.tokenizer), out / "tokenizer.model")
+    processor = open_tokenizer(out / "tokenizer.model")
+    if config.tokenizer is None and processor.vocab_size() != config.vocab_size:
+        raise ValueError(f"vocab_size: output_dir holds a tokenizer of {processor.vocab_size()} tokens, got "
+                         f"{config.vocab_size}; give another --output_dir")  # fmt: skip
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     own = {"tokenizer_class": "LlamaTokenizer" if config.tokenizer else "PreTrainedTokenizerFast"}
     checkpoint.write_json(out / "tokenizer_config.json", own | names | flags | {"model_max_length": config.context})
     if config.tokenizer is None:
-        write_tokenizer_json(sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model")), out)
+        write_tokenizer_json(processor, out)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> Tensor:

@@ -3,10 +3,16 @@
 The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Sequence
+import os
+import pickle
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import cli
@@ -85,6 +91,40 @@ class Journal:
 
     def get(self, *key) -> dict | None:
         return self.done.get(key)
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Make a folder and keep it for this process. Raises ValueError while another process keeps it.
+
+    The lock is the system's: it ends with the process, however that ends.
+    """
+    handle = os.open(cli.make_folder(path), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes into {path}: wait for it, or give another --output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_state(path: Path, kinds: dict[str, type | None], mmap: bool = False) -> dict:
+    """What a run has saved with torch.save. kinds: fields that must be there, and their types (None: any).
+
+    Raises ValueError for a file that is damaged or of another program.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        wrong = [name for name, kind in kinds.items() if not isinstance(found[name], kind or object)]
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        wrong = [type(error).__name__]
+    if wrong:
+        raise ValueError(f"{path} is not what this program writes ({wrong[0]}): give another --output_dir")
+    return found
 
 
 def refuse_others(path: Path, found: dict, wanted: dict) -> None:

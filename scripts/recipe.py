@@ -47,6 +47,8 @@ def parse_focus(text: str, n_layer: int) -> dict[int, float]:
             focus[int(depth)] = float(weight or 1)
         except ValueError:
             raise ValueError(f"focus_exits must look like 3:0.5,6:0.2, got {text!r}") from None
+        if not 0 <= focus[int(depth)] < math.inf:
+            raise ValueError(f"focus_exits must have weights of 0 or more, got {part}")
         if not 1 <= int(depth) < n_layer:
             raise ValueError(f"focus_exits must name exits in 1..{n_layer - 1}, got {depth}")
     return focus

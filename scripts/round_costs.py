@@ -9,6 +9,7 @@ search that goes on decides by the same numbers.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,17 @@ class RoundCosts:
     def speedup(self, tokens_per_round: float, keep: Sequence[bool], num_draft_tokens: int) -> float:
         """Over plain decoding."""
         return tokens_per_round * self.plain / self.seconds(keep, num_draft_tokens)
+
+
+def restored(path: Path, found: dict) -> RoundCosts:
+    """Costs that a run left in a file. Raises ValueError for those of another curve, of another version."""
+    try:
+        costs = RoundCosts(**found)
+        costs.seconds((True, True), 1)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} has costs of rounds that this version does not understand: give another "
+                         f"--output_dir, or delete the file") from None  # fmt: skip
+    return costs
 
 
 def skips_of(keep: Sequence[bool]) -> tuple[list[int], list[int]]:

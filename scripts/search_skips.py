@@ -23,7 +23,7 @@ from runner import Runner, check_num_draft_tokens
 from scripts import policy_sets, ranks, round_costs, skip_charts
 from scripts.benchmark import skipfast_contender
 from scripts.experiment import Experiment, add_flags
-from scripts.journal import Journal
+from scripts.journal import Journal, claimed
 from scripts.round_costs import RoundCosts, skips_of
 from scripts.skip_study import SAMPLERS, Store, Trial, check_installed, propose
 from scripts.skip_trials import Judge, drafting_policy, exit_set
@@ -257,14 +257,17 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load(run: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
     """Read the weights; what a round costs, and on how many threads, is measured once for a whole search."""
     widest = drafting_policy((True,) * (2 * run.n_layer), run.flags.most_drafts)
+    found = store.get("costs")
+    costs = found and round_costs.restored(store.path, found)
     run.load([widest])
-    runner, threads = run.runner(widest), store.get("threads")
-    if threads is None or store.get("costs") is None:
+    runner = run.runner(widest)
+    if costs is None:
+        costs = measured_costs(run, runner)
         store.set("threads", torch.get_num_threads())
-        store.set("costs", asdict(measured_costs(run, runner)))
+        store.set("costs", asdict(costs))
     else:
-        torch.set_num_threads(threads)
-    return runner, RoundCosts(**store.get("costs"))
+        torch.set_num_threads(store.get("threads"))
+    return runner, costs
 
 
 def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
@@ -279,25 +282,32 @@ def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
     return best
 
 
+def go_on(run: Experiment) -> None:
+    """Search, time and report, or what is left of that."""
+    flags = run.flags
+    own = {name: getattr(flags, name) for name in ("sampler", "most_drafts", "screen")}
+    store = Store(run.folder / "search.db", run.settings([]) | own)
+    key = lambda: {"trials": len(store.trials), "repeats": flags.repeats}
+    total = planned(flags.trials, run.n_layer)
+    finished = len(store.trials) >= total and (store.get("timed") or {}).get("key") == key()
+    if not finished:
+        if store.trials:
+            cli.notice(f"{len(store.trials)} of {total} trials were finished before")
+        runner, costs = load(run, store)
+        if len(store.trials) < total:
+            search(Judge(run, runner, costs, flags.most_drafts), store, flags)
+        store.set("timed", {"key": key(), "rows": timed(run, *finalists(store.trials))})
+    finish(run, store)
+
+
 def main() -> None:
     with ranks.joined() as group:
         flags = parse_flags()
         if group.group is not None:
             raise ValueError("scripts.search_skips runs in one process: start it without torchrun")
         run = Experiment(flags, group)
-        own = {name: getattr(flags, name) for name in ("sampler", "most_drafts", "screen")}
-        store = Store(run.folder / "search.db", run.settings([]) | own)
-        key = lambda: {"trials": len(store.trials), "repeats": flags.repeats}
-        total = planned(flags.trials, run.n_layer)
-        finished = len(store.trials) >= total and (store.get("timed") or {}).get("key") == key()
-        if not finished:
-            if store.trials:
-                cli.notice(f"{len(store.trials)} of {total} trials were finished before")
-            runner, costs = load(run, store)
-            if len(store.trials) < total:
-                search(Judge(run, runner, costs, flags.most_drafts), store, flags)
-            store.set("timed", {"key": key(), "rows": timed(run, *finalists(store.trials))})
-        finish(run, store)
+        with claimed(run.folder):
+            go_on(run)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ that goes on tries what it would have tried without the kill. optuna is optional
 import importlib.util
 import json
 import random
+import sqlite3
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from scripts.journal import refuse_others
 
 SAMPLERS = {"gp": ("optuna", "scipy"), "tpe": ("optuna",)}  # and what they need
 NAME = "skip_sets"  # of the study in the file
-KIND = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def propose(tried: Sequence[Trial], sampler: str, seed: str) -> tuple[bool, ...]
 class Store:
     """The trials of a search in their order, and facts about it, in an sqlite file that optuna's tools read, too.
 
-    Attributes: trials, those finished so far.
+    Attributes: trials, those finished so far; path.
     """
 
     def __init__(self, path: Path, settings: dict):
@@ -100,18 +101,18 @@ class Store:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        settings = json.loads(json.dumps(settings))
-        other = f"{path} is not what this program writes: give another --output_dir"
-        if path.exists() and (start := path.open("rb").read(len(KIND))) and start != KIND:
-            raise ValueError(other)
+        self.path, settings = path, json.loads(json.dumps(settings))
         try:
+            with closing(sqlite3.connect(path)) as file:
+                file.execute("pragma quick_check").fetchall()  # optuna would fail in many ways on anything else
             self.study = optuna.create_study(
                 study_name=NAME, storage=f"sqlite:///{path}", direction="maximize", load_if_exists=True)  # fmt: skip
             found = self.get("settings")
             self.trials = [self._read(trial) for trial in self.study.get_trials(deepcopy=False)]
-        except (RuntimeError, KeyError, TypeError, optuna.exceptions.OptunaError) as error:
+        except (sqlite3.Error, RuntimeError, KeyError, TypeError, optuna.exceptions.OptunaError) as error:
             reason = str(error).split("\n")[0]
-            raise ValueError(f"{other} ({type(error).__name__}: {reason})") from None
+            raise ValueError(f"{path} is not what this program writes ({type(error).__name__}: {reason}): give another "
+                             f"--output_dir") from None  # fmt: skip
         if found is None:
             self.set("settings", settings)
         else:

@@ -7,12 +7,15 @@ other Llama. Every random choice is a function of (seed, step), so the state of 
 and a run that was killed goes on as if nothing had happened.
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import checkpoint
 import cli
 from scripts import ranks, train_adapter
 from scripts.corpus import Data
+from scripts.journal import claimed
 from scripts.optimizers import make_optimizers
 from scripts.ranks import Ranks
 from scripts.train_config import TrainConfig, parse_args
@@ -28,9 +31,12 @@ def run(config: TrainConfig, ranks: Ranks) -> None:
     if ranks.leads:
         cli.check_writable(config.json)
     source = open_checkpoint(config)
-    if config.adapter_exits:
-        train_adapter.run(config, source)
-        return
+    with claimed(config.output_dir) if ranks.leads else nullcontext():
+        train_adapter.run(config, source) if config.adapter_exits else train_model(config, source, ranks)
+
+
+def train_model(config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks) -> None:
+    """Train a new model, or that of a checkpoint, whole."""
     data = Data(config, source, ranks)
     model = build_model(config, data.tokenizer, source)
     if model.args.n_layer < 2:

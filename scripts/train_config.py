@@ -19,6 +19,7 @@ DEFAULTS = {
     "optimizer": ("muon", "adamw", "adamw"),
     "learning_rate": (3e-3, 3e-5, 1e-2),
 }
+SEEDS = 2**32  # a step's own seed follows from the run's by a factor, below 2**63
 RECIPE = ("p_max", "dropout_schedule", "curriculum", "e_scale", "exit_weight", "focus_exits", "distill", "optimizer",
           "workers", "compile")  # fmt: skip
 
@@ -95,7 +96,7 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         name, _, period = self.curriculum.partition(":")
-        if not (self.curriculum in ("gradual", "none") or name == "rotational" and period.isdigit() and int(period)):
+        if not (self.curriculum in ("gradual", "none") or name == "rotational" and period.isdecimal() and int(period)):
             raise ValueError(f"curriculum must be rotational:R (R from 1), gradual or none, got {self.curriculum!r}")
         for name in ("n_layer", "dim", "n_head", "n_kv_head", "ffn_dim", "vocab_size", "context", "batch_size",
                      "long_every", "save_every", "eval_every", "workers"):  # fmt: skip
@@ -104,14 +105,20 @@ class TrainConfig:
         for name in ("p_max", "distill", "warmup", "heldout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be 0 or more, got {self.learning_rate}")
+        for name in ("learning_rate", "weight_decay", "e_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be in 0..{SEEDS - 1}, got {self.seed}")
         if self.dim % self.n_head:
             raise ValueError(f"dim must be a multiple of n_head ({self.n_head}), got {self.dim}")
         if self.short_context is not None and (self.short_context < 1 or self.context % self.short_context):
             raise ValueError(f"short_context must divide context ({self.context}), got {self.short_context}")
-        if max(self.max_steps or 0, self.max_minutes or 0) <= 0:
+        if self.max_steps is self.max_minutes is None:
             raise ValueError("max_steps or max_minutes must be given: the schedules need to know the end of the run")
+        for name in ("max_steps", "max_minutes"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.checkpoint_path is None:
             parse_focus(self.focus_exits, self.n_layer)
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -4,19 +4,26 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 from model import ModelArgs
 from scripts.corpus import batch_at
+from scripts.journal import read_state
 from scripts.parallel import averaged, part_of, whole
 from scripts.recipe import learning_rate_factor
 from scripts.train_config import TrainConfig
 from scripts.trainer import Trainer
+
+# Settings that a run may go on with changed, which is worth a notice.
+DECIDING = ("seed", "batch_size", "context", "short_context", "long_every", "p_max", "dropout_schedule", "curriculum",
+            "e_scale", "exit_weight", "focus_exits", "distill", "learning_rate", "weight_decay", "schedule", "warmup",
+            "precision", "max_steps", "max_minutes")  # fmt: skip
 
 
 def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -> None:
@@ -38,15 +45,21 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     position = {"step": 0, "minutes": 0.0, "tokens": 0, "data_hash": data_hash, "heldout_before": None}
     if not path.exists():
         return position
-    state, present = torch.load(path, map_location="cpu", weights_only=True, mmap=True), trainer.trained.state_dict()
+    kinds = {"model": dict, "optimizers": list, "args": dict, "config": dict, "data_hash": str, "step": int}
+    state, present = read_state(path, kinds, mmap=True), trainer.trained.state_dict()
     shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (state["model"], present)]
-    if ModelArgs(**state["args"]) != trainer.args or shapes[0] != shapes[1]:
+    args = replace(ModelArgs(**state["args"]), dtype=trainer.args.dtype)  # fsdp: the file's, otherwise the weights' own
+    if args != trainer.args or shapes[0] != shapes[1]:
         raise ValueError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
         raise ValueError(f"output_dir holds a run on other data or of another checkpoint ({path}); give the same or "
                          "another --output_dir")  # fmt: skip
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"output_dir holds a run with another --optimizer ({path}); give the same or another folder")
+    if trainer.ranks.leads:
+        for name in DECIDING:
+            if (then := state["config"].get(name)) != (now := getattr(trainer.config, name)):
+                cli.notice(f"goes on with another {name}: {now!r}, {then!r} before")
     trainer.trained.load_state_dict({name: part_of(tensor, present[name]) for name, tensor in state["model"].items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -99,8 +112,12 @@ def _open_log(path: Path | None, step: int):
     """Open the log for appending, without what a killed run wrote after its last saved state; None: no log."""
     if path is None:
         return open(os.devnull, "w")
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] < step))
+    rows = cli.read_text(path).splitlines(keepends=True) if path.exists() else []
+    try:
+        kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] < step]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not what this program writes: delete it, or give another --output_dir") from None
+    cli.write_text(path, "".join(kept))
     return path.open("a")
 
 

@@ -10,7 +10,6 @@ as if nothing had happened.
 import argparse
 import hashlib
 import math
-import pickle
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,10 +24,11 @@ from calibrate import SAMPLE_TEXT
 from model import Transformer
 from scripts import policy_report
 from scripts.corpus import encode_texts, find_files, split_texts
-from scripts.journal import digest
-from scripts.round_costs import RoundCosts, measure
+from scripts.journal import claimed, digest, read_state, refuse_others
+from scripts.round_costs import RoundCosts, measure, restored
 from scripts.skip_network import SkipNetwork, draw, policy_loss
 from scripts.skip_rewards import Reward, SkipReward, SpeedReward, Window, mean, numbers
+from scripts.train_config import SEEDS
 
 ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the layers left out
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
@@ -46,17 +46,10 @@ class Run:
         self.path, self.state = path, {"settings": settings, "costs": None, "policies": {}}
         if not path.exists():
             return
-        try:
-            found = torch.load(path, weights_only=True)
-            then = found["settings"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not what this program writes ({type(error).__name__}): give another "
-                             f"--output_dir") from None  # fmt: skip
-        if then != settings:
-            name = next(name for name in settings | then if settings.get(name) != then.get(name))
-            raise ValueError(f"{path} is of a run with another {name} ({then.get(name)}, now {settings.get(name)}): "
-                             f"give another --output_dir, or delete the file")  # fmt: skip
-        self.state = found
+        self.state = read_state(path, {"settings": dict, "costs": None, "policies": dict})
+        refuse_others(path, self.state["settings"], settings)
+        if (known := self.state["costs"]) is not None:
+            restored(path, known)
 
     def save(self) -> None:
         """Write all of it; the file appears complete, by rename."""
@@ -69,7 +62,7 @@ class Run:
         if self.state["costs"] is None:
             self.state["costs"] = asdict(measured())
             self.save()
-        return RoundCosts(**self.state["costs"])
+        return restored(self.path, self.state["costs"])
 
 
 @dataclass
@@ -122,7 +115,11 @@ class Trainer:
                 outcome = window.judge(keep)
                 rewards.append(reward(outcome, keep))
                 seen.append(numbers(outcome, keep, rewards[-1], self.model))
-            (policy_loss(logits, actions, torch.stack(rewards)) / flags.windows).backward()
+            loss = policy_loss(logits, actions, torch.stack(rewards)) / flags.windows
+            if not loss.isfinite():
+                raise ValueError(f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) "
+                                 f"or --alpha")  # fmt: skip
+            loss.backward()
         return mean(seen)
 
 
@@ -150,18 +147,20 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise ValueError("--alpha does not go with --reward speed: seconds say what a layer left out is worth")
     parse_alphas(flags.alpha or ALPHAS)
     least = {"steps": 1, "windows": 1, "samples": 2, "hidden": 1, "context": 2, "save_every": 1, "eval_windows": 1,
-             "num_prompts": 1, "max_new_tokens": 2, "repeats": 1, "seed": 0}  # fmt: skip
+             "num_prompts": 1, "max_new_tokens": 2, "repeats": 1}  # fmt: skip
     for name, low in least.items():
         if getattr(flags, name) < low:
             raise ValueError(f"{name} must be {low} or more, got {getattr(flags, name)}")
+    if not 0 <= flags.seed < SEEDS:
+        raise ValueError(f"seed must be in 0..{SEEDS - 1}, got {flags.seed}")
     if not 0 < flags.learning_rate < math.inf:
         raise ValueError(f"learning_rate must be above 0, got {flags.learning_rate}")
     if not 0 <= flags.heldout < 1:
         raise ValueError(f"heldout must be in 0..1, got {flags.heldout}")
     if flags.num_draft_tokens is not None and flags.num_draft_tokens not in policy_report.DRAFTS:
         raise ValueError(f"num_draft_tokens must be in 1..{policy_report.DRAFTS[-1]}, got {flags.num_draft_tokens}")
-    if set(flags.output_dir) & set(",+"):  # of the policy string that names a file in it
-        raise ValueError(f"output_dir must be without , and +, got {flags.output_dir}")
+    if set(flags.output_dir) & set(",+="):  # of the policy string that names a file in it
+        raise ValueError(f"output_dir must be without , + and =, got {flags.output_dir}")
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -253,7 +252,13 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
 
 def main() -> None:
     flags = parse_flags()
-    session, tokens, heldout, run = prepare(flags)
+    prepared = prepare(flags)
+    with claimed(flags.output_dir):
+        learn(flags, *prepared)
+
+
+def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldout: Tensor, run: Run) -> None:
+    """Train, or go on to the last step, then compare and report."""
     model, threads = session.load(), torch.get_num_threads()
     engine = policy_report.Engine(session, flags)
     engine.choose_threads()

@@ -138,7 +138,9 @@ def plot_losses(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    unfinished = picture.with_name(picture.name + ".part")
+    figure.savefig(unfinished, dpi=110, format="png")
+    unfinished.replace(picture)
     pyplot.close(figure)
 
 

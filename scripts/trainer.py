@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,9 @@ def open_checkpoint(config: TrainConfig) -> checkpoint.Source | None:
         raise ValueError(f"checkpoint_path {config.checkpoint_path} is quantised ({source.format}): give the plain one")
     if config.context > source.args.max_seq_len:
         raise ValueError(f"context must be in 1..{source.args.max_seq_len} for this checkpoint, got {config.context}")
+    if not config.adapter_exits and Path(config.output_dir).resolve() == source.folder.resolve():
+        raise ValueError(f"output_dir must not be the folder of the checkpoint, whose weights it would replace, got "
+                         f"{config.output_dir}")  # fmt: skip
     return source
 
 

@@ -191,7 +191,11 @@ def test_a_skip_set_file_may_say_how_many_tokens_to_draft(tmp_path):
     ("static:2,adapter={0}/adapter4.safetensors", ["for a model of 4 layers"]),
     ("static:8,adapter={0}/adapter8.safetensors", ["has adapters for exit 1, 2, 3, 4, 5, 6, 7, none for 8"]),
     ("skip_set:{0}/skips.json,adapter={0}/adapter8.safetensors", ["none for 8"]),
-    ("confidence:candidates=3-4,adapter={0}/odd.safetensors", ["holds a broken exit.3.down"]),
+    ("confidence:candidates=3-4,adapter={0}/odd.safetensors", ["is broken: exit 3 needs down [r, 64]", "[64, 6]"]),
+    ("static:2,adapter={0}/none.safetensors", ["cannot read", "No such file"]),
+    ("static:2,adapter={0}", ["is a folder"]),
+    ("static:2,adapter={0}/bare.safetensors", ["is broken", "n_layer"]),
+    ("learned:{0}/flat.safetensors", ["is broken"]),
 ])  # fmt: skip
 def test_a_learned_file_or_adapter_of_another_model_or_kind_is_named(text, parts, skip_file):
     folder = Path(skip_file).parent
@@ -201,6 +205,9 @@ def test_a_learned_file_or_adapter_of_another_model_or_kind_is_named(text, parts
               {"format": "skipfast learned policy", **shape})  # fmt: skip
     save_file({"exit.3.down": torch.zeros(4, 64), "exit.3.up": torch.zeros(64, 6)}, folder / "odd.safetensors",
               {"format": "skipfast exit adapter", **shape})  # fmt: skip
+    save_file({"exit.2.down": torch.zeros(2, 64)}, folder / "bare.safetensors", {"format": "skipfast exit adapter"})
+    save_file({name: torch.tensor(1.0) for name in ("w1", "b1", "w2", "b2")}, folder / "flat.safetensors",
+              {"format": "skipfast learned policy", **shape})  # fmt: skip
     message = error_of(text.format(folder), dim=64)
     assert [part for part in parts if part not in message] == [] and "\n" not in message, message
     if "learned4" in text:

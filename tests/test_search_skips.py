@@ -218,7 +218,21 @@ def test_a_folder_of_another_search_and_other_files_are_left_alone(play, tmp_pat
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, "--max_new_tokens", 9, code=2)
     assert "another max_new_tokens (24, now 9): give another --output_dir" in err.splitlines()[-1]
-    (tmp_path / "out" / "search.db").write_bytes(b"something of mine")
-    _, err = play(search_skips, *SMALL, code=2)
-    assert "is not what this program writes: give another --output_dir" in err
-    assert (tmp_path / "out" / "search.db").read_bytes() == b"something of mine"
+    file = tmp_path / "out" / "search.db"
+    for content in (b"something of mine", file.read_bytes()[:9000], file.read_bytes()[:20]):
+        file.write_bytes(content)
+        _, err = play(search_skips, *SMALL, code=2)
+        assert "search.db is not what this program writes" in err and "give another --output_dir" in err
+        assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("costs", [{"plain": 1.0, "table": [1.0]}, asdict(COSTS) | {"fitted": [1.0, 2.0]}])
+def test_a_search_by_another_curve_of_costs_is_refused(play, tmp_path, monkeypatch, costs):
+    play(search_skips, *SMALL, "--trials", 1)
+    import optuna
+
+    storage = f"sqlite:///{tmp_path}/out/search.db"
+    optuna.load_study(study_name="skip_sets", storage=storage).set_user_attr("costs", costs)
+    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    _, err = play(search_skips, *SMALL, "--trials", 2, code=2)
+    assert "search.db has costs of rounds that this version does not understand" in err.splitlines()[-1]

@@ -15,7 +15,7 @@ import torch
 
 import cli
 from model import ModelArgs, Transformer
-from scripts import corpus, recipe, train, train_config, train_report, trainer
+from scripts import corpus, journal, recipe, train, train_config, train_report, trainer
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +214,12 @@ def test_heldout_files_are_never_trained_on_and_copies_are_dropped(texts, tmp_pa
         (["--data", "stdlib", "--max_steps", "1", "--dim", "250"], "dim"),
         (["--data", "stdlib", "--max_steps", "1", "--focus_exits", "40:1"], "focus_exits"),
         (["--data", "stdlib"], "max_steps"),
+        (["--data", "stdlib", "--max_steps", "-5", "--max_minutes", "1"], "max_steps must be above 0, got -5"),
+        (["--data", "stdlib", "--max_steps", "5", "--max_minutes", "nan"], "max_minutes must be above 0, got nan"),
+        (["--data", "stdlib", "--max_steps", "1", "--e_scale", "-1"], "e_scale must be 0 or more, got -1.0"),
+        (["--data", "stdlib", "--max_steps", "1", "--focus_exits", "1:nan"], "focus_exits must have weights of 0"),
+        (["--data", "stdlib", "--max_steps", "1", "--seed", "4294967296"], "seed must be in 0..4294967295"),
+        (["--data", str(ROOT / "tests"), "--glob", "/x", "--max_steps", "1"], "glob must be a pattern for names"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path):
@@ -225,7 +231,36 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, words, monkeypatch, capsys
     assert lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_a_run_of_another_shape_in_the_same_folder_is_refused(run, tmp_path):
-    run(tmp_path, "--max_steps", "2")
+def test_what_else_is_in_the_folder_is_refused_and_other_settings_are_told(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out, "--max_steps", "2")
     with pytest.raises(ValueError, match="another shape"):
-        run(tmp_path, "--max_steps", "2", "--n_layer", "3")
+        run(out, "--max_steps", "2", "--n_layer", "3")
+    run(out, "--max_steps", "2", "--seed", "7", "--focus_exits", "2:0.5")
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("goes on with")] == [
+        "goes on with another seed: 7, 0 before", "goes on with another focus_exits: '2:0.5', '' before"]  # fmt: skip
+    with journal.claimed(out), pytest.raises(ValueError, match="another run writes into"):
+        run(out, "--max_steps", "2")
+    weights = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="folder of the checkpoint, whose weights it would replace"):
+        run(out, "--max_steps", "3", "--checkpoint_path", str(out), "--optimizer", "muon")
+    assert (out / "model.safetensors").read_bytes() == weights
+    (out / "log.jsonl").write_text("{mine}\n")
+    with pytest.raises(ValueError, match="log.jsonl is not what this program writes"):
+        run(out, "--max_steps", "3")
+    whole = (out / "state.pt").read_bytes()
+    for content in (b"", b"mine", whole[: len(whole) // 2], {"settings": {}}, {"model": 3}):
+        (out / "state.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, out / "state.pt")
+        with pytest.raises(ValueError, match="state.pt is not what this program writes"):
+            run(out, "--max_steps", "2")
+    (out / "state.pt").unlink()
+    with pytest.raises(ValueError, match="holds a tokenizer of 512 tokens, got 400"):
+        run(out, "--max_steps", "2", "--vocab_size", "400")
+    (out / "tokenizer.model").write_bytes(b"half")
+    with pytest.raises(ValueError, match="tokenizer.model is not a sentencepiece model"):
+        run(out, "--max_steps", "2")
+    run(tmp_path / "other", "--max_steps", "1", "--vocab_size", "400")
+    with pytest.raises(ValueError, match="holds another tokenizer than the checkpoint"):
+        run(out, "--max_steps", "2", "--checkpoint_path", str(tmp_path / "other"))
+    assert not list(tmp_path.glob("*/*.part")) + list(tmp_path.glob("*/*.tmp"))

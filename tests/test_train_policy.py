@@ -5,6 +5,7 @@ import itertools
 import json
 import shlex
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -331,9 +332,21 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn("--seed", 1, code=2)
     assert "is of a run with another seed (0, now 1): give another --output_dir" in error
-    (tmp_path / "out" / "state.pt").write_bytes(b"mine")
-    _, error = learn(code=2)
-    assert "state.pt is not what this program writes" in error and (tmp_path / "out" / "state.pt").exists()
+    state = tmp_path / "out" / "state.pt"
+    whole, found = state.read_bytes(), torch.load(state, weights_only=True)
+    old = [{"plain": 1.0, "table": [1.0]}, asdict(COSTS) | {"fitted": [1.0, 2.0]}]
+    for content, message in (
+        (b"mine", "is not what"), (whole[: len(whole) // 2], "is not what"), ({"settings": 3}, "is not what"),
+        *((found | {"costs": costs}, "has costs of rounds that this version does not understand") for costs in old),
+    ):  # fmt: skip
+        state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
+        _, error = learn("--alpha", "0.1", code=2)
+        assert f"state.pt {message}" in error.splitlines()[-1] and "give another --output_dir" in error
+
+
+def test_a_policy_that_diverges_is_named_and_not_kept(learn, tmp_path):
+    _, error = learn("--alpha", "0.1", "--learning_rate", "1e30", code=2)
+    assert "the policy diverged in step" in error and not list((tmp_path / "out").glob("learned_*"))
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -350,7 +363,9 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     (("--data", "no_such"), "no_such does not exist"),
     (("--glob", "*.nothing"), "no file matches '*.nothing'"),
     (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
-    (("--output_dir", "a,b"), "output_dir must be without , and +"),
+    (("--output_dir", "a,b"), "output_dir must be without , + and ="),
+    (("--output_dir", "a=b"), "output_dir must be without , + and ="),
+    (("--seed", 2**62), "seed must be in 0..4294967295, got 4611686018427387904"),
     (("--json", "/no/such/file"), "cannot write /no/such/file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_the_weights_are_read(learn, monkeypatch, flags, message):

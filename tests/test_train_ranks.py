@@ -50,9 +50,9 @@ def short_report():
 
 @pytest.fixture(scope="module")
 def continual(tmp_path_factory, short_report):
-    """The settings of a run that goes on from a checkpoint, and drops many layers."""
+    """The settings of a run that goes on from a checkpoint, in bf16 as most are, and drops many layers."""
     base = tmp_path_factory.mktemp("base")
-    train.run(replace(TINY, max_steps=5, output_dir=str(base)), Ranks(None))
+    train.run(replace(TINY, max_steps=5, precision="bf16", output_dir=str(base)), Ranks(None))
     return replace(TINY, checkpoint_path=str(base), optimizer="adamw", learning_rate=0.01, p_max=0.4,
                    curriculum="rotational:2", distill=0.3)  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_two_processes_train_as_one_does_and_fsdp_goes_on_from_the_state_of_one(
 
 
 def test_one_process_goes_on_where_two_with_sharded_weights_were_killed(continual, tmp_path):
-    config = replace(continual, max_steps=60, save_every=5, output_dir=str(tmp_path / "killed"))
+    config = replace(continual, max_steps=60, save_every=5, learning_rate=0.002, output_dir=str(tmp_path / "killed"))
     ranks = start_two("-m", "scripts.train", *as_flags(replace(config, parallel="fsdp")))
     log = tmp_path / "killed" / "log.jsonl"
     while ranks[0].poll() is None and not (log.exists() and log.read_text().count("\n") > 12):
