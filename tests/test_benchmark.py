@@ -338,7 +338,7 @@ def test_devices_are_measured_side_by_side_each_with_its_own_weights_and_policie
     """A second device that is the CPU again: rows are compared with plain decoding of their own device."""
     load, models, measured = cli.Session.load, {}, []
 
-    def load_here(session):
+    def load_here(session, *length):
         asked, session.flags.device = session.flags.device, "cpu"
         try:
             models[asked] = load(session)
