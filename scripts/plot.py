@@ -47,7 +47,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str) -> None:
     """Write a PNG: a point a drafting policy, acceptance over the cost of a token, coloured by speedup.
 
-    rows: of the benchmark. Rows that drafted nothing to be accepted (unverified ones, other engines) have no point.
+    rows: of the benchmark. Rows that drafted nothing to be accepted (unverified ones, other engines) have no point, and
+    plain decoding is a line.
     """
     import matplotlib
 
@@ -55,7 +56,7 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     from matplotlib import pyplot
 
     plain = next(row for row in rows if row["policy"] == "none")
-    drafting = [row for row in rows if row["acceptance_rate"] is not None]
+    drafting = [row for row in rows if row["acceptance_rate"] is not None and row["policy"].split(":")[0] != "none"]
     names = [name for name, row in zip(row_names(rows), rows, strict=True) if row in drafting]
     points = [(row["cost_per_token_layers"], row["acceptance_rate"]) for row in drafting]
     figure, axes = pyplot.subplots(figsize=(12, 7.5) if len(points) < 25 else (16, 10), layout="constrained")
