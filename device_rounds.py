@@ -209,7 +209,7 @@ class DeviceRounds:
     ) -> tuple[list[int], list[int]]:  # fmt: skip
         """A round of a fixed plan -> (drafted [K], the model's choices [K + 1]).
 
-        may_go_on: start the next one, too, on a GPU that has room for it.
+        may_go_on: more tokens are wanted than this round can give, so a GPU starts the next one, too.
         """
         program = self.whole_round, plan, sampling.temperature > 0
         of_text = sampling.seed, sampling.temperature
@@ -222,7 +222,7 @@ class DeviceRounds:
             arrival = self.send(self.found)
         drafts = plan.num_draft_tokens
         following = None
-        if self.on_gpu and may_go_on and position + 2 * (drafts + 1) <= len(self.runner.positions):
+        if self.on_gpu and may_go_on:
             self.run(*program)
             following = self.send(self.found)
         ids = arrival.read()

@@ -18,19 +18,44 @@ from kernels.exit_head import Exit, ExitStats
 
 
 class Rule(NamedTuple):
-    """A draft is sure of its token if `measure`, the top1, margin or entropy of ExitStats, is at least `threshold`
-    (entropy: at most).
+    """A draft is sure of its token if `measure` is at least `threshold` (entropy: at most).
 
-    Data instead of code, so that a runner can decide inside the one call in which it plays a round.
+    measure: the top1, margin or entropy of ExitStats; or, only to leave at a candidate, `cosine` of its state with that
+    at the candidate before, or `repeats`, of candidates in a row that chose the same token. Data instead of code, so
+    that a runner can decide inside the one call in which it plays a round.
     """
 
     measure: str
     threshold: float
 
+    @property
+    def compares(self) -> bool:
+        """Whether it looks at the candidate before, too."""
+        return self.measure in ("cosine", "repeats")
+
     def holds(self, stats: ExitStats) -> bool:
-        """Decide for one row."""
+        """Decide for one row by its statistics."""
         value = float(getattr(stats, self.measure))
         return value <= self.threshold if self.measure == "entropy" else value >= self.threshold
+
+
+class Leaving:
+    """Whether one draft leaves at a candidate, asked at each on its way up."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.state, self.token, self.repeats = rule, None, None, 0
+
+    def asks(self, exit: Exit) -> bool:
+        """Decide by the exit there; looks at no more of it than the rule needs."""
+        if self.rule.measure == "cosine":
+            before, self.state = self.state, exit.hidden[0].double()
+            reach = None if before is None else self.rule.threshold * self.state.norm() * before.norm()
+            return reach is not None and bool(self.state @ before >= reach)
+        if self.rule.measure == "repeats":
+            before, self.token = self.token, exit.tokens()[0]
+            self.repeats = self.repeats + 1 if before == self.token else 1
+            return self.repeats >= self.rule.threshold
+        return self.rule.holds(exit.stats())
 
 
 @dataclass(frozen=True)

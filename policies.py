@@ -146,19 +146,9 @@ class Saturation(Sureness):
     """Leave where the hidden state has stopped turning: its cosine with the one at the candidate before reaches the
     threshold (CALM's state measure). Needs no LM head; never leaves at the first candidate."""
 
-    name = "saturation"
+    name, measure = "saturation", "cosine"
     threshold: float = 0.9
     low = -1.0
-
-    def rule(self, ease: float) -> None:
-        self.reached = self.threshold * ease  # no rule: the policy is asked
-
-    def should_exit(self, depth: int, exit: Exit) -> bool:
-        hidden = exit.hidden[0].float()
-        first = depth == self.only_plan.exits[0]
-        leave = not first and float(hidden @ self.before / (hidden.norm() * self.before.norm())) >= self.reached
-        self.before = hidden
-        return leave
 
 
 @dataclass
@@ -184,14 +174,7 @@ class ConsistentTokens(SelfDrafting):
                              f"{exits}, got {self.checks}")  # fmt: skip
         if len(exits) < self.checks:
             exits = range(max(1, n_layer // 4), n_layer + 1)
-        self.only_plan = self.new_plan(exits)
-
-    def should_exit(self, depth: int, exit: Exit) -> bool:
-        token = exit.tokens()[0]
-        again = depth != self.only_plan.exits[0] and token == self.token
-        self.run = self.run + 1 if again else 1
-        self.token = token
-        return self.run >= self.checks
+        self.only_plan = self.new_plan(exits, leave_if=Rule("repeats", self.checks))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 from adapters import Adapters
 from kernels.exit_head import Exit
 from kernels.layers import PlayedRound
-from plan import DraftPlan, DraftPolicy
+from plan import DraftPlan, DraftPolicy, Leaving
 from runner import Runner
 from sampling import accept
 
@@ -155,6 +155,7 @@ class Drafter:
         own = plan.first_skip if self.verified else None
         own = 0 if runner.drafter else runner.n_layer if own is None else own
         hidden, depth, asked = rows.enter([token]), 0, 0
+        leaving = plan.leave_if and Leaving(plan.leave_if)
         for stop in sorted({*exits, own, *rows.waiting}):  # rows of an earlier round may wait between exits
             if stop > depth:  # up to `own` the row is the full model's and waits there
                 hidden = (rows.climb(depth, stop, *skips) if stop <= own else
@@ -166,7 +167,7 @@ class Drafter:
                 runner.adapted(hidden, plan.adapters, stop), self.sampler.draw(rows.end), draft=True)  # fmt: skip
             exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
             if stop == exits[-1] or runner.agreed(bool(
-                plan.leave_if.holds(exit.stats()) if plan.leave_if else self.policy.should_exit(stop, exit)
+                leaving.asks(exit) if leaving else self.policy.should_exit(stop, exit)
             )):  # fmt: skip
                 break
             asked += exit.asked

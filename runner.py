@@ -310,7 +310,7 @@ class Runner:
                 skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], temperature=sampling.temperature,
                 seed=sampling.seed, adapters=self._adapters_at(plan.adapters, exits), want_hidden=want_hidden,
             )  # fmt: skip
-        if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width:
+        if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width or (plan.leave_if and plan.leave_if.compares):
             return None
         return self._rounds.play(plan, sampling, token, position, limit, want_hidden)
 

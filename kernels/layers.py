@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.exit_head import ExitStats, Head
+from kernels.exit_head import Head
 
 TENSORS = ("attention_norm", "wqkv", "wo", "mlp_norm", "w13", "w2", "k_cache", "v_cache")  # of a layer, in this order
+MEASURES = ("top1", "margin", "entropy", "cosine", "repeats")  # of plan.Rule, in the order of cpp/round.h
 
 
 class PlayedRound(NamedTuple):
@@ -65,13 +66,13 @@ class PackedLayers:
 
         embedding: [V, D], plain, packed or quantised with its scale. head: its weight packed. draft: low-bit copies of
         the first layers, for drafts only; draft_head: their head (default: head), which may know fewer tokens. exits,
-        leave_if, stop_unless, skips, proposed: of a plan.DraftPlan; a rule is a field of ExitStats and a threshold.
+        leave_if, stop_unless, skips, proposed: of a plan.DraftPlan; a rule is one of MEASURES and a threshold.
         temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. adapters: none, or of each exit
         (down, up, rank), packed, or None. want_hidden: also return the states after the last layer. The tokens are
         those of the same round call by call. Raises RuntimeError for what is out of range.
         """
         (leave, leave_at), (stay, stay_at) = (
-            (ExitStats._fields.index(rule[0]) - 1, rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
+            (MEASURES.index(rule[0]), rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
         )
         skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
         draft_head = draft_head or head

@@ -398,8 +398,9 @@ std::tuple<Tensor, Tensor> play_round(Tensor table_tensor, Tensor embedding, std
     STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= draft_table.n_layer,
                     "play_round: exits must ascend in 1..", draft_table.n_layer, ", got ", exits[i]);
   STD_TORCH_CHECK(given || !drafts || !exits.empty(), "play_round: drafts need an exit");
-  for (int64_t measure : {leave_measure, stay_measure})
-    STD_TORCH_CHECK(-1 <= measure && measure < 3, "play_round: a measure must be in 0..2 or -1, got ", measure);
+  STD_TORCH_CHECK(Rule::NONE <= leave_measure && leave_measure <= Rule::REPEATS && Rule::NONE <= stay_measure &&
+                      stay_measure <= Rule::ENTROPY,
+                  "play_round: no rule to leave or to stop has the measures ", leave_measure, " and ", stay_measure);
   STD_TORCH_CHECK(leave_measure >= 0 || exits.size() < 2, "play_round: several exits need a rule to leave");
   STD_TORCH_CHECK(downs.size() == ranks.size() && ups.size() == ranks.size() &&
                       (ranks.empty() || ranks.size() == exits.size()),

@@ -57,13 +57,16 @@ struct Adapter {
   int64_t rank = 0;
 };
 
-// plan.Rule: what the statistics of an exit must be. measure: index into them (top-1, margin, entropy), -1 for no rule.
+// plan.Rule: what an exit must be like. The first three measures are statistics of the exit, the others compare it with
+// the candidate before.
 struct Rule {
+  enum Measure : int64_t { NONE = -1, TOP1, MARGIN, ENTROPY, COSINE, REPEATS };
   int64_t measure;
   double threshold;
-  explicit operator bool() const { return measure >= 0; }
+  explicit operator bool() const { return measure != NONE; }
+  bool by_stats() const { return measure >= TOP1 && measure <= ENTROPY; }
   bool holds(const float* stats) const {
-    return measure == 2 ? stats[measure] <= threshold : stats[measure] >= threshold;
+    return measure == ENTROPY ? stats[measure] <= threshold : stats[measure] >= threshold;
   }
 };
 
@@ -136,25 +139,49 @@ struct Round {
     add_to(result, added, d);
     return result;
   }
-  // The tokens after `count` rows, the first of which is row `first`, and the statistics of the exit if wanted.
-  void choose(const Head<T>& with, const T* hidden, int64_t first, int64_t count, int64_t* tokens, float* stats) const {
+  // The tokens after `count` rows, the first of which is row `first`; if wanted, of one row the best token (the argmax,
+  // which a sample need not be) and the statistics of the exit.
+  void choose(const Head<T>& with, const T* hidden, int64_t first, int64_t count, int64_t* tokens, float* stats,
+              int64_t* best = nullptr) const {
     const bool sampled = sampling.temperature > 0;
-    int64_t best;  // statistics come with the best tokens; whoever wants them has one row
+    int64_t unread;  // statistics come with the best token
+    int64_t* found = best || !stats ? best : &unread;
     with.run(hidden, count, {sampling.temperature, sampling.seed, position + first + 1},
-             {!sampled ? tokens : stats ? &best : nullptr, stats, sampled ? tokens : nullptr});
+             {sampled ? found : tokens, stats, sampled ? tokens : nullptr});
+    if (best && !sampled) *best = *tokens;
+  }
+  // Whether a state still points where the one at the candidate before pointed; keeps it in `before` [d].
+  bool has_settled(const T* state, T* before, bool first) const {
+    double product = 0, length = 0, length_before = 0;
+    for (int64_t i = 0; !first && i < table.d; i++) {
+      const double a = widen(state[i]), b = widen(before[i]);
+      product += a * b, length += a * a, length_before += b * b;
+    }
+    std::memcpy(before, state, table.d * sizeof(T));
+    return !first && product >= leave.threshold * std::sqrt(length) * std::sqrt(length_before);
   }
 
   // Let the last row climb until it leaves -> its exit layer. stats [4] are filled if a rule needs them.
   int64_t draft(int64_t* token, float* stats) {
+    static thread_local Scratch scratch;
+    T* const before = (T*)scratch.get(table.d);
+    int64_t repeats = 0, repeated = -1;  // candidates in a row that chose a token
     for (size_t i = 0; i < exits.size(); i++) {
       const int64_t exit = exits[i], row = rows.count - 1;
       if (rows.depth[rows.count - 1] < own) climb(rows, std::min(exit, own));
       if (exit > own) climb_copy(exit);
       const bool last = exit == exits.back();
-      const T* state = (exit > own ? copies : rows).hidden + row * table.d;
-      choose(draft_head, adapted(state, i), row, 1, token, stay || (leave && !last) ? stats : nullptr);
+      const T* state = adapted((exit > own ? copies : rows).hidden + row * table.d, i);
+      const bool by_state = leave.measure == Rule::COSINE;
+      if (by_state && !last && !has_settled(state, before, i == 0)) continue;  // no head is asked
+      int64_t best;
+      choose(draft_head, state, row, 1, token, stay || (leave.by_stats() && !last) ? stats : nullptr,
+             leave.measure == Rule::REPEATS ? &best : nullptr);
       counts.heads++;
-      if (last || leave.holds(stats)) return exit;
+      if (last || by_state || (leave.by_stats() && leave.holds(stats))) return exit;
+      repeats = best == repeated ? repeats + 1 : 1;
+      repeated = best;
+      if (leave.measure == Rule::REPEATS && repeats >= leave.threshold) return exit;
     }
     return 0;
   }
