@@ -135,6 +135,17 @@ def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(dtype
     assert set(AsOnGPU.replays) == {"whole_round", "draft", "verify", "layers"}
 
 
+def test_low_bit_copies_draft_in_rounds_by_graphs_too(as_on_gpu):
+    model = random_model(torch.bfloat16, pack=False)
+    own, *drafted = [], [], []
+    for found, kind, copies in zip((own, *drafted), (Runner, Runner, CallByCall), (False, True, True), strict=True):
+        drafter = low_bit_copies(model, "int4", N_LAYER, pack=False) if copies else None
+        for policy in ("static:3", "confidence:0.05,candidates=1-2-3", "static:3,stop=0.03"):
+            rounds = tokens_of(kind(model, 80, max_rows=8, drafter=drafter), [1, 5, 9], policy, SamplingConfig()).rounds
+            found.append([step.drafted for step in rounds])
+    assert drafted[0] == drafted[1] != own
+
+
 @pytest.mark.parametrize("copies", [False, True], ids=["own", "low-bit"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_nothing_that_a_plan_can_say_changes_a_token_of_rounds_by_graphs(sampling, copies, as_on_gpu, skip_file):
