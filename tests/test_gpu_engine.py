@@ -298,6 +298,18 @@ def test_a_cache_that_another_runner_made_longer_is_used_from_the_next_text_on(a
     assert captured and not captured.items() & short._rounds.graphs.items(), "a graph would read the freed cache"
 
 
+def test_a_text_or_conversation_whose_cache_another_runner_replaced_ends_with_an_error(as_on_gpu):
+    model = random_model(torch.float32, pack=False)
+    runner, policy, prompt = Runner(model, 40, max_rows=4), make_policy("static:2", N_LAYER), [1, 5, 9]
+    rounds = decode(runner, prompt, GenerateConfig(30), policy)
+    prompt += [token for step in itertools.islice(rounds, 4) for token in step.tokens]
+    Runner(model, 400, max_rows=4)
+    with pytest.raises(RuntimeError, match="in the middle of a text"):
+        next(rounds)
+    with pytest.raises(ValueError, match="replaced the cache that held 3 tokens"):
+        next(decode(runner, prompt, GenerateConfig(9), policy, cached=3))
+
+
 def test_quantising_twice_and_groups_that_do_not_divide_are_refused():
     model = random_model(torch.bfloat16, pack=False)
     with pytest.raises(ValueError, match="one of none, int8, int4"):
