@@ -139,11 +139,11 @@ class DeviceRounds:
         key = program.__name__, *arguments
         if self.on_gpu and key in self.met and key not in self.graphs:
             self.graphs[key] = self.capture(partial(program, *arguments))
-        self.met.add(key)
         if key in self.graphs:
             self.graphs[key].replay()
         else:
             program(*arguments)
+            self.met.add(key)  # only now: a run that failed may have left something to compile
 
     def capture(self, program: Callable) -> torch.cuda.CUDAGraph:
         """The graph of a program. All share one memory pool: what outlives a program is in this object's tensors."""
@@ -175,6 +175,7 @@ class DeviceRounds:
         """Runner.run_blocks by a graph, for at most `rows` rows."""
         rows = len(hidden)
         self.inputs[:rows].copy_(hidden)
+        self.inputs[rows:].zero_()  # padding that went through the layers call after call would grow, in fp16 to NaN
         self.input_positions.fill_(-1)
         self.input_positions[:rows].copy_(positions)
         self.run(self.layers, start, stop, frozenset(skip_attention), frozenset(skip_mlp), draft)

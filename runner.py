@@ -211,6 +211,8 @@ class Runner:
         """
         self._rounds.forget()
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
+            if start:
+                raise ValueError(f"cached: another runner has replaced the cache that held {start} tokens: start anew")
             self._rounds, self._captured_cos = DeviceRounds(self), self.model.cos
         if self.drafter:
             self.drafter.share_cache(self.model)
@@ -297,6 +299,8 @@ class Runner:
         want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
         small model's layers do.
         """
+        if not self._layers and self.model.cos is not self._captured_cos:  # captured graphs would write to freed memory
+            raise RuntimeError("another runner of this model has replaced the cache in the middle of a text")
         sampled = sampling.temperature > 0
         if plan.asks_policy or (sampled and not (sampling.is_plain and self._can_sample)):
             return None

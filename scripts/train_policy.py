@@ -240,7 +240,7 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
     fastest = max(rows, key=lambda row: row["speedup"])
     command = command_line(flags, fastest["policy"]) if fastest["speedup"] > 1 else None
     print(f"fastest: {fastest['policy']}, {fastest['speedup']:.2f}× plain decoding\n{command}" if command
-          else "none is faster than plain decoding")  # fmt: skip
+          else "no policy is faster than plain decoding")  # fmt: skip
     curves = {name: saved["curve"] for name, saved in run.state["policies"].items()}
     result = {"title": title, "policies": rows, "fastest": fastest["policy"] if command else None, "command": command,
               "costs": asdict(costs), "curves": curves, "config": vars(flags), **cli.environment()}  # fmt: skip

@@ -235,6 +235,35 @@ def test_what_comes_only_once_is_not_captured(as_on_gpu):
     assert AsOnGPU.captures["whole_round"] == AsOnGPU.captures["verify"] == 1
 
 
+def test_a_program_that_failed_is_run_again_before_it_is_captured(as_on_gpu, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(*_, **__):
+        raise Interrupted
+
+    runner = Runner(random_model(torch.float32, pack=False), 60, max_rows=4)
+    expected = tokens_of(CallByCall(runner.model, 60, max_rows=4), [1, 5, 9], "none", SamplingConfig(), new=2).tokens
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(as_on_gpu, "verify", interrupted)
+        tokens_of(runner, [1, 5, 9], "static:2", SamplingConfig(), new=2)
+    assert tokens_of(runner, [1, 5, 9], "static:2", SamplingConfig(), new=2).tokens == expected
+    assert not AsOnGPU.captures, "what the first run would have compiled is compiled within a capture"
+
+
+def test_rows_that_pad_the_graphs_of_layers_stay_finite_over_long_texts(as_on_gpu):
+    models = [random_model(torch.float16, pack=False) for _ in range(2)]
+    for layer in (layer for model in models for layer in model.layers):
+        layer.mlp.w2.weight.mul_(300)  # states of some hundreds, as Llamas have them
+    by_graphs = SamplingConfig(temperature=0.8, top_k=40, seed=5)  # needs all logits: call by call
+    runner = Runner(models[0], 250, max_rows=8)
+    found = tokens_of(runner, [1, 5, 9], "static:2", by_graphs, new=150).tokens
+    assert set(AsOnGPU.replays) == {"layers"}
+    without_graphs = Runner(models[1], 250, max_rows=8)
+    without_graphs._rounds.on_gpu = False
+    assert found == tokens_of(without_graphs, [1, 5, 9], "none", by_graphs, new=150).tokens
+
+
 def test_changing_the_number_of_drafts_captures_nothing_new(as_on_gpu):
     class Changing(type(make_policy("static:2", 4))):
         drafts = itertools.cycle((1, 2, 3))
@@ -278,6 +307,18 @@ def test_a_cache_that_another_runner_made_longer_is_used_from_the_next_text_on(a
     Runner(model, 400, max_rows=4)
     assert tokens_of(short, [1, 5, 9], "static:2", SamplingConfig(), new=12).tokens == expected
     assert captured and not captured.items() & short._rounds.graphs.items(), "a graph would read the freed cache"
+
+
+def test_a_text_or_conversation_whose_cache_another_runner_replaced_ends_with_an_error(as_on_gpu):
+    model = random_model(torch.float32, pack=False)
+    runner, policy, prompt = Runner(model, 40, max_rows=4), make_policy("static:2", N_LAYER), [1, 5, 9]
+    rounds = decode(runner, prompt, GenerateConfig(30), policy)
+    prompt += [token for step in itertools.islice(rounds, 4) for token in step.tokens]
+    Runner(model, 400, max_rows=4)
+    with pytest.raises(RuntimeError, match="in the middle of a text"):
+        next(rounds)
+    with pytest.raises(ValueError, match="replaced the cache that held 3 tokens"):
+        next(decode(runner, prompt, GenerateConfig(9), policy, cached=3))
 
 
 def test_quantising_twice_and_groups_that_do_not_divide_are_refused():

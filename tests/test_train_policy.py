@@ -284,7 +284,7 @@ def test_a_run_leaves_files_that_generate_reads_a_table_an_object_and_a_picture(
             flags = generate.parse_flags(shlex.split(command)[2:])
             assert make_policy(generate.policy_text(flags, 3), 3, 64).name == "learned"
         else:
-            assert command is None and "none is faster than plain decoding" in out
+            assert command is None and "no policy is faster than plain decoding" in out
 
 
 def test_one_action_a_layer_is_written_for_both_of_its_sublayers(learn, tmp_path):
