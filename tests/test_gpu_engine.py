@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_exactness import COMBINATIONS, N_LAYER, SAMPLING, Chaos, low_bit_copies, random_model, tokens_of
+from test_exactness import COMBINATIONS, N_LAYER, PROMPT, SAMPLING, Chaos, low_bit_copies, random_model, tokens_of
 from test_policies import example
 from test_rounds import POLICIES, CallByCall
 
@@ -141,7 +141,7 @@ def test_low_bit_copies_draft_in_rounds_by_graphs_too(as_on_gpu):
     for found, kind, copies in zip((own, *drafted), (Runner, Runner, CallByCall), (False, True, True), strict=True):
         drafter = low_bit_copies(model, "int4", N_LAYER, pack=False) if copies else None
         for policy in ("static:3", "confidence:0.05,candidates=1-2-3", "static:3,stop=0.03"):
-            rounds = tokens_of(kind(model, 80, max_rows=8, drafter=drafter), [1, 5, 9], policy, SamplingConfig()).rounds
+            rounds = tokens_of(kind(model, 80, max_rows=8, drafter=drafter), PROMPT, policy, SamplingConfig()).rounds
             found.append([step.drafted for step in rounds])
     assert drafted[0] == drafted[1] != own
 
