@@ -96,7 +96,7 @@ def finish(path: Path) -> bool:
     listed = ("not reached", sections_with(result, "not reached")), ("targets missed", missed)
     for title, names in (*listed, ("sections failed", failed), ("checks failed", wrong)):
         if names:
-            print(f"{title}: {', '.join(names)}")
+            print(f"{title}: {'; '.join(names)}")
     return not (failed or wrong)
 
 

@@ -131,7 +131,7 @@ def test_a_section_that_raises_is_recorded_and_the_run_goes_on(check, monkeypatc
     monkeypatch.setitem(gpu_check.SECTIONS, "kernels", fail)
     code, result, out, err = check("--sections", "environment,kernels linear_int8,kernels attention")
     assert code == 1 and "kernels linear_int8 failed: RuntimeError: out of memory\n" in err
-    assert "sections failed: kernels linear_int8, kernels attention" in out
+    assert "sections failed: kernels linear_int8; kernels attention" in out
     for name in ("kernels linear_int8", "kernels attention"):
         section = result["sections"][name]
         assert section["status"] == "failed" and section["failures"] == {name: "RuntimeError: out of memory"}
@@ -221,7 +221,7 @@ def test_what_the_minutes_do_not_reach_is_listed_as_not_reached(check, monkeypat
     monkeypatch.setitem(gpu_check.SECTIONS, "kernels", slow)
     code, result, out, _ = check("--sections", "environment,kernels linear_bf16,engine")
     later = ["engine tiny bf16", "engine tiny int8", "engine tiny int4"]
-    assert code == 0 and f"not reached: {', '.join(later)}" in out
+    assert code == 0 and f"not reached: {'; '.join(later)}" in out
     assert [name for name, section in result["sections"].items() if section["status"] == "not reached"] == later
 
 
