@@ -142,7 +142,8 @@ class Session:
         if self.flags.device == "cuda":
             format, free = self.source.format or self.format, torch.cuda.mem_get_info()[0]
             memory.check_fits(self.args, dtype, format, length, free, self.group, bool(self.source.format))
-            if reason := gpu.load() or memory.uncovered(self.args, dtype):
+            own = self.group.local_args(self.args) if self.group else self.args
+            if reason := gpu.load() or gpu.uncovered(own, dtype):
                 notice(f"{reason}: using torch's own operators, which are slower")
         self.compile_s = time.perf_counter() - start
         loaded = checkpoint.load(

@@ -136,8 +136,10 @@ class DeviceRounds:
 
         The first time compiles and allocates what a capture must not, and what comes only once is never captured.
         """
+        if not self.on_gpu:
+            return program(*arguments)
         key = program.__name__, *arguments
-        if self.on_gpu and key in self.met and key not in self.graphs:
+        if key in self.met and key not in self.graphs:
             self.graphs[key] = self.capture(partial(program, *arguments))
         if key in self.graphs:
             self.graphs[key].replay()

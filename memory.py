@@ -66,18 +66,3 @@ def alternatives(
                 continue
             name = name if half is dtype else f"--precision bf16 {name}"
         yield name, (room - weight_bytes(args, kind, how, group)) // token_bytes(args, kind, group)
-
-
-def uncovered(args: ModelArgs, dtype: torch.dtype) -> str | None:
-    """What the GPU kernels cannot take of a model, so that torch's own operators run instead; None if they take all."""
-    if dtype is not torch.bfloat16:
-        return f"the GPU kernels take bf16, not {str(dtype)[6:]}"
-    if args.head_dim > 256 or args.n_head > 16 * args.n_kv_head:
-        return (f"the GPU attention kernel takes heads of up to 256 and 16 query heads per key-value head, not "
-                f"{args.head_dim} and {args.n_head // args.n_kv_head}")  # fmt: skip
-    for name, features in (("hidden_size", args.dim), ("intermediate_size", args.ffn_dim)):
-        if features % 16:
-            return f"the GPU kernels take a {name} that is a multiple of 16, not {features}"
-    return None
-
-

@@ -58,7 +58,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.
     """
     if k_cache.dim() > 3:
         return torch.ops.skipfast_cpu.attention.default(q, k, v, k_cache, v_cache, positions)
-    fits = q.shape[2] <= 256 and q.shape[1] <= 16 * k.shape[1]  # what a tile of the GPU kernel holds
+    fits = q.shape[2] <= gpu.HEAD_DIM and q.shape[1] <= gpu.ROWS * k.shape[1]  # what a tile of the GPU kernel holds
     if fits and gpu.supports(q[..., 0]):  # [T, H]: as many rows as there are positions
         return torch.ops.skipfast.decode_attention.default(q, k, v, k_cache, v_cache, positions)
     return attention_reference(q, k, v, k_cache, v_cache, positions)

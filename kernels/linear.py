@@ -30,7 +30,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torc
     """
     if weight.dim() > 2:
         return torch.ops.skipfast_cpu.linear.default(x.contiguous(), weight, out_features)
-    if gpu.supports(x) and x.shape[-1] % 16 == 0 and not (torch.is_grad_enabled() and weight.requires_grad):
+    if gpu.supports(x) and x.shape[-1] % gpu.FEATURES == 0 and not (torch.is_grad_enabled() and weight.requires_grad):
         return _linear_on_gpu(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], out_features)
     if scale is None:
         return linear_reference(x, weight)

@@ -1,4 +1,4 @@
-"""What a model takes of a GPU's memory, and what is said when there is less."""
+"""What a model takes of a GPU's memory, and what is said when there is less, or when the kernels do not take it."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ import torch
 import checkpoint
 import cli
 import memory
+from kernels import gpu
 from kernels.formats import Format
 from model import ModelArgs
 
@@ -70,8 +71,9 @@ def test_memory_that_runs_out_later_is_one_line_and_exit_code_2(capsys):
     ({}, torch.float16, "bf16, not float16"),
     ({"head_dim": 288}, torch.bfloat16, "heads of up to 256"),
     ({"n_kv_head": 1}, torch.bfloat16, "16 query heads per key-value head"),
+    ({"head_dim": 36, "n_head": 1, "n_kv_head": 1}, torch.bfloat16, "heads' width.*36"),
     ({"ffn_dim": 1000}, torch.bfloat16, "intermediate_size.*1000"),
 ])  # fmt: skip
 def test_what_the_kernels_do_not_cover_is_said(changes, dtype, words):
-    reason = memory.uncovered(dataclasses.replace(EIGHT_B, **changes), dtype)
+    reason = gpu.uncovered(dataclasses.replace(EIGHT_B, **changes), dtype)
     assert reason is None if words is None else re.search(words, reason)

@@ -179,9 +179,10 @@ struct Round {
              leave.measure == Rule::REPEATS ? &best : nullptr);
       counts.heads++;
       if (last || by_state || (leave.by_stats() && leave.holds(stats))) return exit;
+      if (leave.measure != Rule::REPEATS) continue;
       repeats = best == repeated ? repeats + 1 : 1;
       repeated = best;
-      if (leave.measure == Rule::REPEATS && repeats >= leave.threshold) return exit;
+      if (repeats >= leave.threshold) return exit;
     }
     return 0;
   }

@@ -9,6 +9,8 @@ import subprocess
 import torch
 
 ROWS = 16  # rows of every tile: the smallest a tensor core takes, and the most a decoding call has
+HEAD_DIM = 256  # the widest head that an attention tile holds
+FEATURES = 16  # of a linear's input: a multiple of these
 OLDEST = (8, 0)  # compute capability: bf16 on tensor cores
 MODULES = ("linear", "exit_head", "attention")
 
@@ -31,6 +33,21 @@ def load() -> str | None:
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             return f"the GPU kernels need a C compiler and Python's headers ({error})"
     _loaded = True
+    return None
+
+
+def uncovered(args, dtype: torch.dtype) -> str | None:
+    """Return what the kernels cannot take of a model of shape `args` (model.ModelArgs, a rank's own), for which torch's
+    operators serve; None if they take all."""
+    if dtype is not torch.bfloat16:
+        return f"the GPU kernels take bf16, not {str(dtype)[6:]}"
+    if args.head_dim > HEAD_DIM or args.n_head > ROWS * args.n_kv_head:
+        return (f"the GPU attention kernel takes heads of up to {HEAD_DIM} and {ROWS} query heads per key-value head, "
+                f"not {args.head_dim} and {args.n_head // args.n_kv_head}")
+    inputs = {"hidden_size": args.dim, "intermediate_size": args.ffn_dim, "heads' width": args.n_head * args.head_dim}
+    for name, features in inputs.items():
+        if features % FEATURES:
+            return f"the GPU kernels take a {name} that is a multiple of {FEATURES}, not {features}"
     return None
 
 

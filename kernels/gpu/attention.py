@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import ROWS
+from kernels.gpu import HEAD_DIM, ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 
 SEGMENT = 128  # slots: small, so that short contexts spread over the multiprocessors too
@@ -155,9 +155,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, pos
     """Raise ValueError for arguments that the kernels would misread."""
     rows, heads, head_dim = q.shape
     groups, slots = k_cache.shape[:2]
-    if not 1 <= rows <= ROWS or not 1 <= head_dim <= 256 or heads % groups or heads > ROWS * groups:
-        raise ValueError(f"decode attention takes 1 to {ROWS} rows, heads of up to 256 and 1 to {ROWS} query heads per "
-                         f"kv head, not q {list(q.shape)} with {groups} kv heads")
+    if not 1 <= rows <= ROWS or not 1 <= head_dim <= HEAD_DIM or heads % groups or heads > ROWS * groups:
+        raise ValueError(f"decode attention takes 1 to {ROWS} rows, heads of up to {HEAD_DIM} and 1 to {ROWS} query "
+                         f"heads per kv head, not q {list(q.shape)} with {groups} kv heads")
     if k.shape != (rows, groups, head_dim) or v.shape != k.shape or positions.shape != (rows,) \
             or k_cache.shape != (groups, slots, head_dim) or v_cache.shape != k_cache.shape:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, positions {list(positions.shape)} "

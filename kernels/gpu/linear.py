@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import dequantise_int4, dequantise_int8
-from kernels.gpu import ROWS
+from kernels.gpu import FEATURES, ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group
@@ -282,8 +282,8 @@ def check(x: Tensor, weight: Tensor, scale: Tensor | None) -> int | None:
     if weight.shape[1:] != (k // 2 if int4 else k,) or not weight.is_contiguous():
         raise ValueError(f"the weight does not fit x {list(x.shape)}: it is {weight.dtype} {list(weight.shape)}")
     group = k // max(scale.shape[-1], 1) if int4 else None
-    if k % (group or 16) or (int4 and group not in GROUPS):
-        raise ValueError(f"{k} features are not a multiple of {f'a group in {GROUPS}' if int4 else 16}")
+    if k % (group or FEATURES) or (int4 and group not in GROUPS):
+        raise ValueError(f"{k} features are not a multiple of {f'a group in {GROUPS}' if int4 else FEATURES}")
     dtype, shape = (torch.bfloat16, (n, k // group)) if int4 else (torch.float32, (n,))
     if scale is not None and (scale.dtype != dtype or scale.shape != shape or not scale.is_contiguous()):
         raise ValueError(f"the scale must be contiguous {dtype} {list(shape)}, not {scale.dtype} {list(scale.shape)}")
