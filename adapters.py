@@ -47,8 +47,10 @@ class Adapters:
                 down, up = (tensors[f"exit.{exit_layer}.{name}"] for name in ("down", "up"))
                 rank = len(down)
                 if rank < 2 or rank % 2 or down.shape != (rank, self.dim) or up.shape != (self.dim, rank):
-                    raise ValueError(f"exit {exit_layer} needs down [r, {self.dim}] and up [{self.dim}, r], r even: "
-                                     f"got {[*down.shape]} and {[*up.shape]}")  # fmt: skip
+                    raise ValueError(
+                        f"exit {exit_layer} needs down [r, {self.dim}] and up [{self.dim}, r], r even: "
+                        f"got {[*down.shape]} and {[*up.shape]}"
+                    )
                 self.by_exit[exit_layer] = Adapter(down, up, rank)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"adapter: {path} is broken: {error}") from None

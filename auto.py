@@ -74,8 +74,11 @@ class Auto(DraftPolicy):
             self.adapters.check(n_layer, dim, self.exits)
 
     def fit(self, n_layer: int) -> None:
-        spread = Depths(self.adapters.by_exit if self.adapters else
-                        {max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)})  # fmt: skip
+        spread = Depths(
+            self.adapters.by_exit
+            if self.adapters
+            else {max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)}
+        )
         self.exits = candidates_or_default(self.candidates or spread, n_layer)
         # Until something is measured: cost by layers, the head as one, and early exits as those of LayerSkip models.
         self.verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
@@ -194,9 +197,12 @@ class Auto(DraftPolicy):
             "auto: rows of a verification, cost in plain steps: " + "; ".join(rows),
             "auto: acceptance expected at the end: "
             + "; ".join(f"{depth}: {self.acceptance(depth):.2f}" for depth in self.exits),
-            *(["auto: rounds: " + ", ".join(f"{describe(*plan)} {n}" for plan, n in self.chosen.most_common())]
-              if self.chosen else []),
-        ]  # fmt: skip
+            *(
+                ["auto: rounds: " + ", ".join(f"{describe(*plan)} {n}" for plan, n in self.chosen.most_common())]
+                if self.chosen
+                else []
+            ),
+        ]
 
 
 def describe(exits: tuple[int, ...], drafts: int) -> str:

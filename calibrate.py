@@ -37,9 +37,13 @@ def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampli
 
 
 def time_rounds(
-    runner: Runner, policy: DraftPolicy, plans: Sequence[DraftPlan], sample: Sequence[int], sampling: SamplingConfig,
+    runner: Runner,
+    policy: DraftPolicy,
+    plans: Sequence[DraftPlan],
+    sample: Sequence[int],
+    sampling: SamplingConfig,
     budget_s: float = SECONDS,
-) -> dict[DraftPlan, float]:  # fmt: skip
+) -> dict[DraftPlan, float]:
     """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
     drafter, position = Drafter(runner, policy, runner.sampler(sampling), ()), len(sample) - 1
     taken = {plan: [] for plan in plans}

@@ -90,7 +90,7 @@ class Source:
 
     def weights(
         self, name: str, dtype: torch.dtype, format: Format = PLAIN, device: str = "cpu", group: Group | None = None
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:
         """Our parameter `name`, and its scale if it is quantised: in the file already, or now to `format`.
 
         group: only what this rank has of it.
@@ -177,11 +177,15 @@ def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, fused: b
 def check_format(format: Format, args: ModelArgs, ranks: int = 1) -> None:
     """Raise ValueError unless a model of this shape, or its part on each of several ranks, can have this format."""
     if args.tie_embeddings and format.embedding and not format.lm_head:
-        raise ValueError(f"quantize {format}: the embedding of this model is its LM head, so lm_head=no,embedding=yes "
-                         "cannot be")  # fmt: skip
+        raise ValueError(
+            f"quantize {format}: the embedding of this model is its LM head, so lm_head=no,embedding=yes cannot be"
+        )
     if format.mode == "int4":
-        sizes = {"hidden_size": args.dim, "num_attention_heads*head_dim": args.n_head * args.head_dim // ranks,
-                 "intermediate_size": args.ffn_dim // ranks}  # fmt: skip
+        sizes = {
+            "hidden_size": args.dim,
+            "num_attention_heads*head_dim": args.n_head * args.head_dim // ranks,
+            "intermediate_size": args.ffn_dim // ranks,
+        }
         for key, features in sizes.items():
             check_group(format.group, features, key + (f" on each of {ranks} ranks" if ranks > 1 else ""))
 
@@ -192,10 +196,12 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
     Our format (`fused`) has one, of the same name; the Hugging Face format has one per row of NAMES.
     """
     sizes = {
-        "vocab_size": args.vocab_size, "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
         "num_attention_heads*head_dim": args.n_head * args.head_dim,
         "num_key_value_heads*head_dim": args.n_kv_head * args.head_dim,
-    }  # fmt: skip
+    }
     layer = re.search(r"\d+|$", name)[0]
     pattern = re.sub(r"\d+", "{}", name.removesuffix(".weight"), count=1)
     rows = [(theirs, keys) for ours, theirs, keys in NAMES if ours == pattern]
@@ -208,9 +214,14 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
 
 
 def load(
-    source: str | Path | Source, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = True,
-    progress: Progress | None = None, group: Group | None = None, format: Format = PLAIN,
-) -> Checkpoint:  # fmt: skip
+    source: str | Path | Source,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    pack: bool = True,
+    progress: Progress | None = None,
+    group: Group | None = None,
+    format: Format = PLAIN,
+) -> Checkpoint:
     """Load a Llama from a converted file or folder, a Hugging Face folder, a hub id "org/name", or an opened Source.
 
     `dtype` None keeps the checkpoint's own. `pack` lays linears out for the CPU kernels if these are loaded. Parameters
@@ -230,9 +241,13 @@ def load(
 
 
 def load_drafter(
-    source: Source, model: Transformer, n_layer: int, format: Format, progress: Progress | None = None,
+    source: Source,
+    model: Transformer,
+    n_layer: int,
+    format: Format,
+    progress: Progress | None = None,
     group: Group | None = None,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """Load low-bit copies of the LM head and of the first n_layer layers of `model`, which is the same checkpoint.
 
     They share its embedding, and its head if the format leaves that out. Raises ValueError as `load` does.
@@ -251,9 +266,16 @@ def load_drafter(
 
 
 def _fill(
-    model: Transformer, names: list[str], source: Source, dtype: torch.dtype, format: Format, device: str, pack: bool,
-    progress: Progress | None, group: Group | None,
-) -> int:  # fmt: skip
+    model: Transformer,
+    names: list[str],
+    source: Source,
+    dtype: torch.dtype,
+    format: Format,
+    device: str,
+    pack: bool,
+    progress: Progress | None,
+    group: Group | None,
+) -> int:
     """Give a model on the meta device the weights of our parameters `names` -> their bytes."""
     size, pack = 0, pack and device == "cpu" and dtype in cpu.DTYPES
     for done, name in enumerate(names, start=1):
@@ -323,7 +345,7 @@ def open_source(source: str | Path) -> Source:
 
 def _check_tensors(
     path: Path, args: ModelArgs, fused: bool, format: Format, shapes: dict[str, tuple[int, ...]]
-) -> None:  # fmt: skip
+) -> None:
     known = set()
     for name, stored in stored_tensors(args, format, torch.float32, fused):  # a config may claim billions of layers
         if name not in shapes:
@@ -369,8 +391,7 @@ def _opened(file: Path) -> Iterator[tuple[Iterable[str], Callable[..., Tensor], 
             yield state.keys(), lambda name, window=None: state[name][window] if window else state[name], {}
         else:
             with safe_open(file, framework="pt") as opened:
-                slices = lambda name, window=None: (
-                    opened.get_slice(name)[window] if window else opened.get_tensor(name))  # fmt: skip
+                slices = lambda name, window=None: opened.get_slice(name)[window] if window else opened.get_tensor(name)
                 yield opened.keys(), slices, opened.metadata() or {}
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is truncated, corrupt or no weight file ({_first_line(error)})") from error
@@ -450,9 +471,8 @@ def _parse_json(path: Path, text: str | bytes | None = None) -> dict:
 
 
 def save(
-    model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None,
-    format: Format = PLAIN,
-) -> None:  # fmt: skip
+    model: Transformer, path: str | Path, hf_config: dict, generation_config: dict | None = None, format: Format = PLAIN
+) -> None:
     """Write a model with unpacked weights to one file of our format, in the dtype it has.
 
     format: of the model's weights. Raises ValueError if they are packed or have another.
@@ -466,6 +486,7 @@ def save(
 
 def weights_of(model: Transformer) -> ReadWeights:
     """What reads a model's weights and scales by our names."""
+
     def read(name):
         module = model.get_submodule(name.removesuffix(".weight"))
         return module.weight, getattr(module, "scale", None)
@@ -474,9 +495,13 @@ def weights_of(model: Transformer) -> ReadWeights:
 
 
 def convert(
-    source: Source, path: Path, dtype: torch.dtype, progress: Progress | None = None, format: Format = PLAIN,
+    source: Source,
+    path: Path,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    format: Format = PLAIN,
     read: ReadWeights | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Stream an opened checkpoint into one file of our format, a tensor in memory at a time; returns weight bytes.
 
     format: of the file; what is quantised already stays so. read: where weights of this format come from instead.
@@ -488,9 +513,13 @@ def convert(
 
 
 def export_hf(
-    state: dict[str, Tensor], args: ModelArgs, folder: str | Path, hf_config: dict, dtype: torch.dtype,
+    state: dict[str, Tensor],
+    args: ModelArgs,
+    folder: str | Path,
+    hf_config: dict,
+    dtype: torch.dtype,
     generation_config: dict | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write tensors under our names as a Hugging Face folder; each file is renamed into place once complete.
 
     The shape in `args` overrides `hf_config`; by default generation_config.json holds the token ids of `hf_config`.
@@ -510,15 +539,28 @@ def hf_config_from_args(args: ModelArgs, **extra) -> dict:
     scaling = {key: int(value) if key.startswith("original") else value for key, value in args.rope_scaling}
     rope = {"rope_type": args.rope_type, **scaling}
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": args.dim, "num_hidden_layers": args.n_layer, "num_attention_heads": args.n_head,
-        "num_key_value_heads": args.n_kv_head, "head_dim": args.head_dim, "intermediate_size": args.ffn_dim,
-        "vocab_size": args.vocab_size, "max_position_embeddings": args.max_seq_len, "rms_norm_eps": args.norm_eps,
-        "tie_word_embeddings": args.tie_embeddings, "attention_bias": False, "mlp_bias": False,
-        "rope_theta": args.rope_base, "rope_scaling": None if args.rope_type == "default" else rope,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layer,
+        "num_attention_heads": args.n_head,
+        "num_key_value_heads": args.n_kv_head,
+        "head_dim": args.head_dim,
+        "intermediate_size": args.ffn_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": args.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": args.rope_base,
+        "rope_scaling": None if args.rope_type == "default" else rope,
         "rope_parameters": {**rope, "rope_theta": args.rope_base},
-        "torch_dtype": args.dtype, "dtype": args.dtype, **extra,
-    }  # fmt: skip
+        "torch_dtype": args.dtype,
+        "dtype": args.dtype,
+        **extra,
+    }
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -534,9 +576,14 @@ def _metadata(hf_config: dict, generation_config: dict, dtype: torch.dtype, form
 
 
 def _write_weights(
-    path: Path, args: ModelArgs, dtype: torch.dtype, metadata: dict[str, str], format: Format, read: ReadWeights,
+    path: Path,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+    format: Format,
+    read: ReadWeights,
     progress: Progress | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Write a safetensors file, asking `read` for one of our parameters at a time; returns their bytes.
 
     safetensors' own save_file wants them all in memory. Rows of a fused tensor follow each other in the file as its

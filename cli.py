@@ -43,8 +43,10 @@ def run(main: Callable[[], None]) -> None:
         main()
     except torch.OutOfMemoryError as error:
         what = str(error).split(". ")[0]
-        print(f"error: device cuda: {what}. Fewer tokens, --quantize int8 or int4, or no --draft_quantize need less",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: device cuda: {what}. Fewer tokens, --quantize int8 or int4, or no --draft_quantize need less",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -60,14 +62,21 @@ def notice(line: str) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quantize: bool = True) -> None:
     """--checkpoint_path --precision --threads --json, and --device and --quantize unless the program has its own."""
-    parser.add_argument("--checkpoint_path", default=str(DEMO), metavar="PATH",
-                        help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)")
+    parser.add_argument(
+        "--checkpoint_path",
+        default=str(DEMO),
+        metavar="PATH",
+        help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)",
+    )
     if device:
         parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
     if quantize:
-        parser.add_argument("--quantize", metavar="FORMAT",
-                            help="weights while loading: int8, int4, or as in int4:group=64,lm_head=no,embedding=yes")
+        parser.add_argument(
+            "--quantize",
+            metavar="FORMAT",
+            help="weights while loading: int8, int4, or as in int4:group=64,lm_head=no,embedding=yes",
+        )
     parser.add_argument("--threads", type=int, help="CPU threads (default: measured at start)")
     parser.add_argument("--json", metavar="PATH", help="write the results here as one JSON object")
 
@@ -80,14 +89,27 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, metavar="N")
     parser.add_argument("--top_p", type=float, metavar="P")
     parser.add_argument("--seed", type=int, default=sampling.seed)
-    parser.add_argument("--verification", choices=VERIFICATIONS, default=sampling.verification,
-                        help="coupled: the sampled text is that of plain decoding; rejection: its distribution is")
-    parser.add_argument("--num_draft_tokens", "--speculate_k", "--num_speculations", type=int, metavar="K",
-                        help="tokens drafted per round (default: the policy's own)")
+    parser.add_argument(
+        "--verification",
+        choices=VERIFICATIONS,
+        default=sampling.verification,
+        help="coupled: the sampled text is that of plain decoding; rejection: its distribution is",
+    )
+    parser.add_argument(
+        "--num_draft_tokens",
+        "--speculate_k",
+        "--num_speculations",
+        type=int,
+        metavar="K",
+        help="tokens drafted per round (default: the policy's own)",
+    )
     parser.add_argument("--draft_vocab", type=int, metavar="N", help="drafts choose among the first N tokens only")
-    parser.add_argument("--draft_quantize", metavar="FORMAT",
-                        help="draft with copies of the early layers and the LM head of this format (int8, int4, …); "
-                        "the text stays that of the full model")
+    parser.add_argument(
+        "--draft_quantize",
+        metavar="FORMAT",
+        help="draft with copies of the early layers and the LM head of this format (int8, int4, …); "
+        "the text stays that of the full model",
+    )
     parser.add_argument("--ignore_eos", action="store_true", help="do not end at an end-of-text token")
 
 
@@ -126,8 +148,10 @@ class Session:
     def quantises(self, format: Format, flag: str = "quantize") -> None:
         """Raise ValueError unless the weights can be brought to this format."""
         if format and self.source.format:
-            raise ValueError(f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
-                             f"({self.source.format}); give the plain checkpoint")  # fmt: skip
+            raise ValueError(
+                f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
+                f"({self.source.format}); give the plain checkpoint"
+            )
         checkpoint.check_format(format, self.args, self.group.size if self.group else 1)
 
     def load(self, length: int = 0) -> Transformer:
@@ -169,9 +193,7 @@ class Session:
         return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
 
 
-def open_session(
-    flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None
-) -> Session:  # fmt: skip
+def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None) -> Session:
     """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it.
 
     group: the ranks that share the model.
@@ -185,8 +207,9 @@ def open_session(
         raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
     if group and flags.device == "cuda":
         if group.local_rank >= torch.cuda.device_count():
-            raise ValueError(f"nproc_per_node: torch sees {torch.cuda.device_count()} CUDA devices here, one is needed "
-                             f"for each rank")  # fmt: skip
+            raise ValueError(
+                f"nproc_per_node: torch sees {torch.cuda.device_count()} CUDA devices here, one is needed for each rank"
+            )
         torch.cuda.set_device(group.local_rank)
     source, tokenizer = checkpoint.open_source(flags.checkpoint_path), None
     if group:

@@ -19,8 +19,17 @@ import checkpoint
 import cli
 from kernels.formats import PLAIN, Format
 
-COPIED = ("tokenizer*", "*.model", "*.jinja", "chat_template*", "special_tokens_map.json", "added_tokens.json",
-          "vocab.json", "merges.txt", "LICENSE*")  # fmt: skip
+COPIED = (
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE*",
+)
 EXAMPLE = """example:
   python convert_hf_checkpoint.py --checkpoint_path checkpoints/demo --output_path /tmp/demo --precision fp32"""
 
@@ -60,9 +69,13 @@ def check_output(source: checkpoint.Source, output: Path, force: bool) -> Path:
 
 
 def convert(
-    source: str, output: Path, precision: str | None, force: bool, format: Format = PLAIN,
+    source: str,
+    output: Path,
+    precision: str | None,
+    force: bool,
+    format: Format = PLAIN,
     read: checkpoint.ReadWeights | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
 
     format, read: see `checkpoint.convert`. All files are complete in a temporary folder before the first is moved into
@@ -83,6 +96,7 @@ def convert(
         raise ValueError(f"cannot write output_path {output}: {error.strerror}") from None
     try:
         with tqdm(unit="tensor", file=sys.stderr, disable=None) as bar:  # None: only on a terminal
+
             def progress(done: int, total: int, name: str) -> None:
                 bar.total = total
                 bar.set_postfix_str(name, refresh=False)
@@ -101,20 +115,30 @@ def convert(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return {
-        "source": source, "output": str(output), "dtype": str(dtype).removeprefix("torch."), "bytes": size,
-        "tensors": len(written.files), "copied": sorted(copied), "seconds": round(time.perf_counter() - started, 3),
+        "source": source,
+        "output": str(output),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": size,
+        "tensors": len(written.files),
+        "copied": sorted(copied),
+        "seconds": round(time.perf_counter() - started, 3),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Convert a Hugging Face Llama into skipfast's format.",
-        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint_path", required=True, metavar="FOLDER_OR_HUB_ID", help="what to convert")
-    parser.add_argument("--output_path", type=Path, help="a folder, or a file ending in .safetensors "
-                        "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)")  # fmt: skip
+    parser.add_argument(
+        "--output_path",
+        type=Path,
+        help="a folder, or a file ending in .safetensors "
+        "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)",
+    )
     parser.add_argument("--precision", choices=cli.PRECISIONS, help="dtype of the weights (default: as they are)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", type=Path, help="write a record of the conversion to this file")

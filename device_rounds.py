@@ -97,8 +97,7 @@ class DeviceRounds:
         positions = self.position + self.offsets[:rows]
         if masked:
             positions = torch.where(self.offsets[:rows] <= self.last_row, positions, -1)
-        hidden = self.runner.run_blocks(
-            self.runner.model.embed(self.tokens[:rows]), positions, 0, self.runner.n_layer)  # fmt: skip
+        hidden = self.runner.run_blocks(self.runner.model.embed(self.tokens[:rows]), positions, 0, self.runner.n_layer)
         self.hidden[:rows].copy_(hidden)
         self.chosen[:rows].copy_(chosen(self.runner.exit(hidden, self.draw(positions, sampled)), sampled))
 
@@ -115,10 +114,9 @@ class DeviceRounds:
 
     def layers(
         self, start: int, stop: int, skip_attention: frozenset[int], skip_mlp: frozenset[int], draft: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Layers start..stop-1 on `inputs` at `input_positions`, in place."""
-        hidden = self.runner.run_blocks(
-            self.inputs, self.input_positions, start, stop, skip_attention, skip_mlp, draft)  # fmt: skip
+        hidden = self.runner.run_blocks(self.inputs, self.input_positions, start, stop, skip_attention, skip_mlp, draft)
         self.inputs.copy_(hidden)
 
     def waiting_at(self, depth: int) -> Tensor:
@@ -171,9 +169,15 @@ class DeviceRounds:
         self.ahead = None
 
     def run_layers(
-        self, hidden: Tensor, positions: Tensor, start: int, stop: int, skip_attention: Collection[int],
-        skip_mlp: Collection[int], draft: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int],
+        skip_mlp: Collection[int],
+        draft: bool,
+    ) -> Tensor:
         """Runner.run_blocks by a graph, for at most `rows` rows."""
         rows = len(hidden)
         self.inputs[:rows].copy_(hidden)
@@ -187,7 +191,7 @@ class DeviceRounds:
 
     def play(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int, want_hidden: bool
-    ) -> PlayedRound:  # fmt: skip
+    ) -> PlayedRound:
         """Play a round, as Runner.play. The plan asks no policy and drafts fewer than `rows` tokens."""
         if plan.is_fixed and plan.repeats:
             may_go_on = limit > plan.num_draft_tokens and not want_hidden
@@ -199,17 +203,26 @@ class DeviceRounds:
             self.forget()
             self.set(token, position, sampling)
             drafted, found, exit_layers, runs = self.play_parts(plan, sampling.temperature > 0, limit)
-        left_out = [sum(start <= i < stop for start, stop in runs for i in skips)
-                    for skips in (plan.skip_attention, plan.skip_mlp)]  # fmt: skip
+        left_out = [
+            sum(start <= i < stop for start, stop in runs for i in skips)
+            for skips in (plan.skip_attention, plan.skip_mlp)
+        ]
         rows, visits = len(drafted) + 1, sum(stop - start for start, stop in runs)
         return PlayedRound(
-            drafted, exit_layers, found[:rows], 0, self.runner.n_layer, visits, tuple(left_out), len(runs),
+            drafted,
+            exit_layers,
+            found[:rows],
+            0,
+            self.runner.n_layer,
+            visits,
+            tuple(left_out),
+            len(runs),
             self.hidden[:rows].clone() if want_hidden else None,
-        )  # fmt: skip
+        )
 
     def play_whole(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, may_go_on: bool
-    ) -> tuple[list[int], list[int]]:  # fmt: skip
+    ) -> tuple[list[int], list[int]]:
         """A round of a fixed plan -> (drafted [K], the model's choices [K + 1]).
 
         may_go_on: more tokens are wanted than this round can give, so a GPU starts the next one, too.
@@ -237,7 +250,7 @@ class DeviceRounds:
 
     def play_parts(
         self, plan: DraftPlan, sampled: bool, limit: int
-    ) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:  # fmt: skip
+    ) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
         """Draft part by part or take what is proposed, and verify -> drafted, the model's choices, and of the drafts
         the exit layers and the runs of layers (start, stop)."""
         if plan.proposed:
@@ -252,9 +265,7 @@ class DeviceRounds:
         ids = self.send(self.found).read()
         return ids[1 : count + 1], ids[self.rows :], exit_layers, runs
 
-    def play_drafts(
-        self, plan: DraftPlan, sampled: bool, most: int
-    ) -> tuple[list[int], list[tuple[int, int]]]:  # fmt: skip
+    def play_drafts(self, plan: DraftPlan, sampled: bool, most: int) -> tuple[list[int], list[tuple[int, int]]]:
         """Draft until a rule ends it, or `most` tokens -> their exit layers, and all runs of layers (start, stop)."""
         depths, exit_layers, runs, started = plan.exits or (self.runner.n_layer,), [], [], None
         judged = bool(plan.stop_unless or len(depths) > 1)

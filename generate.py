@@ -31,7 +31,10 @@ WATCHED_TOKENS = 64  # at the end of a prompt, see DraftPolicy.see_prompt
 CALIBRATION_TOKENS = 320
 # Words of other projects -> policies. CALM's "softmax" is the difference between the two best.
 CONFIDENCE_METHODS = {name: name for name in ("confidence", "margin", "entropy", "saturation")} | {
-    "top1": "confidence", "softmax": "margin", "state": "saturation"}  # fmt: skip
+    "top1": "confidence",
+    "softmax": "margin",
+    "state": "saturation",
+}
 CONVERSATION_TOKENS = 4096  # cache of --interactive, unless the model's context is shorter
 
 
@@ -49,9 +52,13 @@ class GenerateConfig:
 
 
 def decode(
-    runner: Runner, prompt: Sequence[int], config: GenerateConfig, policy: DraftPolicy,
-    cached: int = 0, finished: Callable[[int], bool] | None = None,
-) -> Iterator[Round]:  # fmt: skip
+    runner: Runner,
+    prompt: Sequence[int],
+    config: GenerateConfig,
+    policy: DraftPolicy,
+    cached: int = 0,
+    finished: Callable[[int], bool] | None = None,
+) -> Iterator[Round]:
     """Generate from `prompt` (token ids), one Round at a time; the first is the prefill with its one token.
 
     cached: how many leading tokens already have their K/V in the runner's cache (a conversation going on).
@@ -71,17 +78,26 @@ def decode(
         new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
         tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
         step = Round(
-            tuple(new), tuple(draft.tokens), min(accepted, len(new)), tuple(draft.exit_layers), draft.resume_layer,
-            time.perf_counter() - start, draft.layer_visits, draft.head_visits + 1,
-        )  # fmt: skip
+            tuple(new),
+            tuple(draft.tokens),
+            min(accepted, len(new)),
+            tuple(draft.exit_layers),
+            draft.resume_layer,
+            time.perf_counter() - start,
+            draft.layer_visits,
+            draft.head_visits + 1,
+        )
         policy.end_round(step)
         yield step
 
 
 def early_exit(
-    runner: Runner, prompt: Sequence[int], config: GenerateConfig, policy: DraftPolicy,
+    runner: Runner,
+    prompt: Sequence[int],
+    config: GenerateConfig,
+    policy: DraftPolicy,
     finished: Callable[[int], bool] | None = None,
-) -> Iterator[Round]:  # fmt: skip
+) -> Iterator[Round]:
     """As `decode`, but emit tokens as they are drafted, unverified: another text than the full model's, and no lossless
     one (LayerSkip's early exit; CALM). Where a policy leaves at no candidate, a token runs through all layers. Keys and
     values that an early exit left out are made when a later token goes deeper, by taking the waiting rows along.
@@ -107,9 +123,12 @@ def early_exit(
         new, ended = until_end(draft.tokens, config.eos_ids, finished)
         tokens += new
         step = Round(
-            tuple(new), exit_layers=tuple(draft.exit_layers), seconds=time.perf_counter() - start,
-            layer_visits=rows.layer_visits - before, head_visits=draft.head_visits,
-        )  # fmt: skip
+            tuple(new),
+            exit_layers=tuple(draft.exit_layers),
+            seconds=time.perf_counter() - start,
+            layer_visits=rows.layer_visits - before,
+            head_visits=draft.head_visits,
+        )
         policy.end_round(step)
         yield step
 
@@ -265,8 +284,10 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
     text = next(iter(given.values()), None)
     if flags.conf_threshold is not None:
         if flags.policy is not None:
-            raise ValueError(f"--conf_threshold {flags.conf_threshold} does not go with --policy: write it into the "
-                             f"policy, as in confidence:threshold={flags.conf_threshold}")  # fmt: skip
+            raise ValueError(
+                f"--conf_threshold {flags.conf_threshold} does not go with --policy: write it into the "
+                f"policy, as in confidence:threshold={flags.conf_threshold}"
+            )
         text = text or "confidence"
         text += ("," if ":" in text else ":") + f"threshold={flags.conf_threshold}"
     return text or (f"static:{max(1, n_layer // 4)}" if flags.no_verify else "auto")
@@ -419,9 +440,14 @@ def make_runner(
     length = max(length, min(CALIBRATION_TOKENS, session.args.max_seq_len)) if measures else length
     model = session.load(length)
     runner = Runner(
-        model, length, 1 + policy.num_draft_tokens, flags.compile, notice=cli.notice, draft_vocab=flags.draft_vocab,
+        model,
+        length,
+        1 + policy.num_draft_tokens,
+        flags.compile,
+        notice=cli.notice,
+        draft_vocab=flags.draft_vocab,
         drafter=session.load_drafter([policy]),
-    )  # fmt: skip
+    )
     if runner.backend == "inductor":
         cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
         runner.warm_up(policy.skips_sublayers)
@@ -499,10 +525,16 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--interactive", action="store_true", help="a conversation that keeps its cache")
     cli.add_decode_flags(parser)
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
-    parser.add_argument("--policy", metavar="NAME:key=value,…",
-                        help="where drafts leave the model (default: auto): " + ", ".join(POLICIES))
-    parser.add_argument("--no_verify", action="store_true",
-                        help="early exit: emit drafts unverified, another text than the full model's")
+    parser.add_argument(
+        "--policy",
+        metavar="NAME:key=value,…",
+        help="where drafts leave the model (default: auto): " + ", ".join(POLICIES),
+    )
+    parser.add_argument(
+        "--no_verify",
+        action="store_true",
+        help="early exit: emit drafts unverified, another text than the full model's",
+    )
     parser.add_argument("--verbose", action="store_true", help="say what the policy chose and why")
     alias = parser.add_argument_group("names of the LayerSkip family, for --policy")
     alias.add_argument("--dynamic_early_exit_mode", metavar="NAME", help="the policy NAME")

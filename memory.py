@@ -20,8 +20,11 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, format: Format, group: Gro
     with torch.device("meta"):
         model = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
     stored = lambda name, shape: format.shapes(*shape) if format.covers(name) else ((shape, dtype),)
-    return sum(math.prod(shape) * kind.itemsize for name, weight in model.named_parameters()
-               for shape, kind in stored(name, weight.shape))  # fmt: skip
+    return sum(
+        math.prod(shape) * kind.itemsize
+        for name, weight in model.named_parameters()
+        for shape, kind in stored(name, weight.shape)
+    )
 
 
 def token_bytes(args: ModelArgs, dtype: torch.dtype, group: Group | None = None) -> int:
@@ -31,9 +34,14 @@ def token_bytes(args: ModelArgs, dtype: torch.dtype, group: Group | None = None)
 
 
 def check_fits(
-    args: ModelArgs, dtype: torch.dtype, format: Format, length: int, free: int, group: Group | None = None,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    format: Format,
+    length: int,
+    free: int,
+    group: Group | None = None,
     quantised: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Raise ValueError, saying what would fit, unless weights and a cache of `length` tokens fit `free` bytes.
 
     format: of the weights, a file's own if it is `quantised`.
@@ -41,8 +49,11 @@ def check_fits(
     weights, token = weight_bytes(args, dtype, format, group), token_bytes(args, dtype, group)
     if weights + length * token + SPARE <= free:
         return
-    fits = [f"{name} for {min(room, args.max_seq_len)} tokens" for name, room in
-            alternatives(args, dtype, format, free - SPARE, group, quantised) if room >= 1]  # fmt: skip
+    fits = [
+        f"{name} for {min(room, args.max_seq_len)} tokens"
+        for name, room in alternatives(args, dtype, format, free - SPARE, group, quantised)
+        if room >= 1
+    ]
     gigabytes = lambda count: f"{count / 1e9:.3g} GB"
     raise ValueError(
         f"device cuda: {gigabytes(weights)} of weights ({str(dtype)[6:]}{f', {format}' if format else ''}) and "
@@ -53,7 +64,7 @@ def check_fits(
 
 def alternatives(
     args: ModelArgs, dtype: torch.dtype, format: Format, room: int, group: Group | None, quantised: bool
-) -> Iterator[tuple[str, int]]:  # fmt: skip
+) -> Iterator[tuple[str, int]]:
     """How many tokens fit in `room` bytes beside the weights as they are, in half precision, and quantised."""
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     tries = [("this", dtype, format), *([("--precision bf16", half, format)] if half is not dtype else [])]

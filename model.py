@@ -238,14 +238,25 @@ class Block(nn.Module):
         """The weights and caches in the order of kernels.layers.TENSORS."""
         attention, mlp = self.attention, self.mlp
         return (
-            self.attention_norm.weight, attention.wqkv.weight, attention.wo.weight, self.mlp_norm.weight,
-            mlp.w13.weight, mlp.w2.weight, attention.k_cache, attention.v_cache,
-        )  # fmt: skip
+            self.attention_norm.weight,
+            attention.wqkv.weight,
+            attention.wo.weight,
+            self.mlp_norm.weight,
+            mlp.w13.weight,
+            mlp.w2.weight,
+            attention.k_cache,
+            attention.v_cache,
+        )
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-        run_attention: bool = True, run_mlp: bool = True,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        run_attention: bool = True,
+        run_mlp: bool = True,
+    ) -> Tensor:
         if run_attention:
             hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, positions)
         if run_mlp:
@@ -313,18 +324,21 @@ class Transformer(nn.Module):
         return unpack_rows(weight, tokens) if is_packed(weight) else self.embedding(tokens)
 
     def run_layers(
-        self, hidden: Tensor, positions: Tensor, start: int, stop: int,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+    ) -> Tensor:
         """Run layers start..stop-1 on hidden [T, D] at `positions` [T], writing their K/V into the cache.
 
         Layers (0-based) in `skip_attention` or `skip_mlp` leave that sublayer out. Returns hidden [T, D].
         """
         cos, sin = self.cos[positions], self.sin[positions]
         for index in range(start, stop):
-            hidden = self.layers[index](
-                hidden, cos, sin, positions, index not in skip_attention, index not in skip_mlp
-            )
+            hidden = self.layers[index](hidden, cos, sin, positions, index not in skip_attention, index not in skip_mlp)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:

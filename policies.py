@@ -170,8 +170,10 @@ class ConsistentTokens(SelfDrafting):
     def fit(self, n_layer: int) -> None:
         exits = candidates_or_default(self.candidates, n_layer)
         if len(exits) < self.checks and self.candidates:
-            raise ValueError(f"policy {self.name}: checks must be at most {len(exits)}, the number of candidates "
-                             f"{exits}, got {self.checks}")  # fmt: skip
+            raise ValueError(
+                f"policy {self.name}: checks must be at most {len(exits)}, the number of candidates "
+                f"{exits}, got {self.checks}"
+            )
         if len(exits) < self.checks:
             exits = range(max(1, n_layer // 4), n_layer + 1)
         self.only_plan = self.new_plan(exits, leave_if=Rule("repeats", self.checks))
@@ -314,10 +316,23 @@ class Combined(DraftPolicy):
 POLICIES: dict[str, type[DraftPolicy]] = {
     kind.name: kind
     for kind in (
-        Autoregressive, Static, Confidence, Margin, Entropy, Saturation, ConsistentTokens, Random, LogitsCurrent,
-        LogitsFuture, LayerSkipProportion, SkipSet, Learned, PromptLookup, Auto,
+        Autoregressive,
+        Static,
+        Confidence,
+        Margin,
+        Entropy,
+        Saturation,
+        ConsistentTokens,
+        Random,
+        LogitsCurrent,
+        LogitsFuture,
+        LayerSkipProportion,
+        SkipSet,
+        Learned,
+        PromptLookup,
+        Auto,
     )
-}  # fmt: skip
+}
 
 
 def make_policy(text: str, n_layer: int, dim: int | None = None, **defaults) -> DraftPolicy:

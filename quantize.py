@@ -204,7 +204,7 @@ def read_tokens(session: cli.Session, path: str | None) -> list[int]:
         try:
             text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(own).splitlines() if line.strip())
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{own} must hold lines of JSON with a \"prompt\"; or give --text") from None
+            raise ValueError(f'{own} must hold lines of JSON with a "prompt"; or give --text') from None
     else:
         text = SAMPLE_TEXT
     tokens = session.tokenizer.encode(text)
@@ -225,8 +225,7 @@ def run(session: cli.Session, flags: argparse.Namespace, format: Format, output:
         whole = checkpoint.load(session.source, cli.PRECISIONS.get(flags.precision), pack=False).model
         calibrate_weights(whole, format, windows_of(seen, length, CALIBRATION_WINDOWS), cli.LoadBar("calibrating"))
         read = checkpoint.weights_of(whole)
-    record = convert_hf_checkpoint.convert(
-        flags.checkpoint_path, output, flags.precision, flags.force, format, read)  # fmt: skip
+    record = convert_hf_checkpoint.convert(flags.checkpoint_path, output, flags.precision, flags.force, format, read)
     whole = read = None
     report = {"quantize": str(format), "calibrated": bool(seen)} | record
     report["weight_bytes"] = weight_sizes(args, format, checkpoint.resolve_dtype(args, getattr(torch, record["dtype"])))
@@ -256,18 +255,33 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="example: python quantize.py --checkpoint_path checkpoints/demo --mode int4 --output_path demo-int4",
-    )  # fmt: skip
+    )
     cli.add_model_flags(parser, quantize=False)
-    parser.add_argument("--mode", required=True, metavar="FORMAT",
-                        help="int8 or int4, with settings as in int4:group=64,lm_head=no,embedding=yes "
-                        "(group: features that share a scale, 32, 64 or 128; by default the LM head is quantised and "
-                        "the embedding is not)")
-    parser.add_argument("--output_path", type=Path, help="a folder, or a file ending in .safetensors (default: "
-                        "skipfast-MODE inside the checkpoint's folder)")
-    parser.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text like those to come: round so that what "
-                        "linears make of it changes least (GPTQ), not to nearest")
-    parser.add_argument("--text", metavar="FILE", help="where to measure the loss: a UTF-8 text that the model was not "
-                        "trained on, nor calibrated (default: the checkpoint's held-out prompts, else a short sample)")
+    parser.add_argument(
+        "--mode",
+        required=True,
+        metavar="FORMAT",
+        help="int8 or int4, with settings as in int4:group=64,lm_head=no,embedding=yes "
+        "(group: features that share a scale, 32, 64 or 128; by default the LM head is quantised and "
+        "the embedding is not)",
+    )
+    parser.add_argument(
+        "--output_path",
+        type=Path,
+        help="a folder, or a file ending in .safetensors (default: skipfast-MODE inside the checkpoint's folder)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="a UTF-8 text like those to come: round so that what "
+        "linears make of it changes least (GPTQ), not to nearest",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="where to measure the loss: a UTF-8 text that the model was not "
+        "trained on, nor calibrated (default: the checkpoint's held-out prompts, else a short sample)",
+    )
     parser.add_argument("--windows", type=int, default=16, metavar="N", help=f"of up to {WINDOW} tokens of that text")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     return parser.parse_args(argv)

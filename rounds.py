@@ -123,10 +123,12 @@ class Drafter:
         """The Draft of a round that the runner played in one call, without what it drafted after an end of text."""
         tokens, runner = until_eos(round.drafted, self.eos_ids), self.runner
         return Draft(
-            tokens, round.exit_layers[: len(tokens)], round.resume_layer,
+            tokens,
+            round.exit_layers[: len(tokens)],
+            round.resume_layer,
             runner.counted(round.layers) + runner.counted(round.draft_layers, round.left_out, draft=True),
             round.draft_heads * runner.draft_head_share,
-        )  # fmt: skip
+        )
 
     def draft(self, rows: Rows, plan: DraftPlan, token: int, limit: int) -> Draft:
         """Draft at most `limit` tokens after `token`, whose row comes next in `rows`."""
@@ -158,17 +160,15 @@ class Drafter:
         leaving = plan.leave_if and Leaving(plan.leave_if)
         for stop in sorted({*exits, own, *rows.waiting}):  # rows of an earlier round may wait between exits
             if stop > depth:  # up to `own` the row is the full model's and waits there
-                hidden = (rows.climb(depth, stop, *skips) if stop <= own else
-                          rows.climb_copy(own, depth, stop, *skips))  # fmt: skip
+                hidden = rows.climb(depth, stop, *skips) if stop <= own else rows.climb_copy(own, depth, stop, *skips)
             depth = stop
             if stop not in exits:
                 continue
-            exit = runner.exit(
-                runner.adapted(hidden, plan.adapters, stop), self.sampler.draw(rows.end), draft=True)  # fmt: skip
+            exit = runner.exit(runner.adapted(hidden, plan.adapters, stop), self.sampler.draw(rows.end), draft=True)
             exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
-            if stop == exits[-1] or runner.agreed(bool(
-                leaving.asks(exit) if leaving else self.policy.should_exit(stop, exit)
-            )):  # fmt: skip
+            if stop == exits[-1] or runner.agreed(
+                bool(leaving.asks(exit) if leaving else self.policy.should_exit(stop, exit))
+            ):
                 break
             asked += exit.asked
         return exit, depth, asked

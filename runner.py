@@ -43,8 +43,10 @@ def missing_compiler(device: str = "cpu") -> str | None:
     language, names = ("C++", ("g++", "clang++", "c++")) if device == "cpu" else ("C", ("gcc", "clang", "cc"))
     if any(map(shutil.which, names)):
         return None
-    return (f"no {language} compiler ({names[0]} or {names[1]}) on this machine: running eagerly, which is slower; "
-            "the text is exact too")  # fmt: skip
+    return (
+        f"no {language} compiler ({names[0]} or {names[1]}) on this machine: running eagerly, which is slower; "
+        "the text is exact too"
+    )
 
 
 def check_num_draft_tokens(num_draft_tokens: int) -> None:
@@ -79,10 +81,16 @@ class Runner:
     """
 
     def __init__(
-        self, model: Transformer, cache_length: int, max_rows: int = 4, compile: bool = False,
-        exact: bool = True, notice: Callable[[str], None] = print, draft_vocab: int | None = None,
+        self,
+        model: Transformer,
+        cache_length: int,
+        max_rows: int = 4,
+        compile: bool = False,
+        exact: bool = True,
+        notice: Callable[[str], None] = print,
+        draft_vocab: int | None = None,
         drafter: Transformer | None = None,
-    ):  # fmt: skip
+    ):
         """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper.
 
         drafter: low-bit copies of the first layers and of the LM head, through which drafts go, and nothing else.
@@ -239,9 +247,15 @@ class Runner:
         return self.model.embed(torch.tensor(tokens, device=self.positions.device))
 
     def run_layers(
-        self, hidden: Tensor, position: int, start: int, stop: int,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), draft: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        position: int,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> Tensor:
         """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the drafter's, if any."""
         if layers := (draft and self._draft_layers) or self._layers:
             return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
@@ -254,9 +268,13 @@ class Runner:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def layer_visits(
-        self, start: int, stop: int, skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (),
+        self,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
         draft: bool = False,
-    ) -> float:  # fmt: skip
+    ) -> float:
         """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less, a layer
         of the drafter what its bytes are of the model's."""
         left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
@@ -269,9 +287,15 @@ class Runner:
         return read * self._draft_share if draft else read
 
     def run_blocks(
-        self, hidden: Tensor, positions: Tensor, start: int, stop: int,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), draft: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> Tensor:
         """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
         layers = (draft and self.drafter or self.model).layers
         rows, hidden = hidden.shape[0], self._pad(hidden)
@@ -291,9 +315,14 @@ class Runner:
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
     def play(
-        self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int,
+        self,
+        plan: DraftPlan,
+        sampling: SamplingConfig,
+        token: int,
+        position: int,
+        limit: int,
         want_hidden: bool = False,
-    ) -> PlayedRound | None:  # fmt: skip
+    ) -> PlayedRound | None:
         """Play a round without the policy's say, with up to `limit` drafts; in C++ in one call. None: cannot.
 
         want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
@@ -308,12 +337,25 @@ class Runner:
             drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
             exits = () if plan.proposed or not drafts else plan.exits or (self.n_layer,)
             return self._layers.play_round(
-                self.model.embedding.weight, self._ends, token, position, exits, drafts,
-                embedding_scale=self.model.embedding.scale, draft=self._draft_layers, draft_head=self._draft_ends,
-                leave_if=plan.leave_if, stop_unless=plan.stop_unless, skip_attention=plan.skip_attention,
-                skip_mlp=plan.skip_mlp, proposed=plan.proposed[:drafts], temperature=sampling.temperature,
-                seed=sampling.seed, adapters=self._adapters_at(plan.adapters, exits), want_hidden=want_hidden,
-            )  # fmt: skip
+                self.model.embedding.weight,
+                self._ends,
+                token,
+                position,
+                exits,
+                drafts,
+                embedding_scale=self.model.embedding.scale,
+                draft=self._draft_layers,
+                draft_head=self._draft_ends,
+                leave_if=plan.leave_if,
+                stop_unless=plan.stop_unless,
+                skip_attention=plan.skip_attention,
+                skip_mlp=plan.skip_mlp,
+                proposed=plan.proposed[:drafts],
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                adapters=self._adapters_at(plan.adapters, exits),
+                want_hidden=want_hidden,
+            )
         if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width or (plan.leave_if and plan.leave_if.compares):
             return None
         return self._rounds.play(plan, sampling, token, position, limit, want_hidden)

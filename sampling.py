@@ -199,7 +199,7 @@ class LedSampler:
 
 def make_sampler(
     config: SamplingConfig, agreed: Callable | None = None
-) -> CoupledSampler | RejectionSampler | LedSampler:  # fmt: skip
+) -> CoupledSampler | RejectionSampler | LedSampler:
     """The sampler for `config`. Greedy decoding is deterministic, so both rules coincide and the coupled one serves.
 
     agreed: what makes a value of every rank that of rank 0, where there are several.

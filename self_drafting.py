@@ -88,8 +88,7 @@ class SelfDrafting(DraftPolicy):
     def new_plan(self, exits: Sequence[int] = (), **settings) -> DraftPlan:
         """A plan with these exits and what all self-drafting policies share."""
         rule = self.stop_rule.rule
-        return DraftPlan(
-            tuple(exits), self.num_draft_tokens, stop_unless=rule, adapters=self.adapters, **settings)  # fmt: skip
+        return DraftPlan(tuple(exits), self.num_draft_tokens, stop_unless=rule, adapters=self.adapters, **settings)
 
     def end_round(self, round: Round) -> None:
         self.stop_rule.end_round(round)

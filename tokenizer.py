@@ -26,9 +26,14 @@ from sentencepiece import SentencePieceProcessor
 
 CANDIDATES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
 TOKENIZER_FILES = (  # everything read here: what must be copied along when a checkpoint moves to another folder
-    *CANDIDATES, "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "config.json", "generation_config.json",
-)  # fmt: skip
+    *CANDIDATES,
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
 OWN_BOS = ("<|begin_of_text|>", "<s>")  # what the tokens are called where no JSON file says so
 OWN_EOS = ("<|end_of_text|>", "<|eot_id|>", "</s>")
 
@@ -38,9 +43,15 @@ LLAMA3_SPLIT = (  # how Llama 3 cuts text into words before it merges bytes; \p{
 )
 LLAMA3_SPECIAL_TOKENS = 256
 LLAMA3_NAMED = {  # offset from the first special id: name (Llama 3.1; where 3.0 differs it has unused reserved tokens)
-    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
-    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
-}  # fmt: skip
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
 MAX_RUN_CHARS, MAX_CHUNK_CHARS = 20_000, 200_000  # tiktoken's regex gets slow or overflows its stack beyond these
 
 

@@ -12,6 +12,7 @@ the same one, and a plan is Python's arithmetic on tokens and counts: a static p
 vector units compute (statistics, hidden states, other samplers) might differ between unlike machines, and time always
 does: there `Group.agreed` lets rank 0 decide.
 """
+
 import os
 import re
 import sys
@@ -53,8 +54,10 @@ def check(args: ModelArgs, size: int) -> None:
         if value % size:
             raise ValueError(f"{size} ranks do not divide {key} {value} of this model: start a number that does")
     if args.n_kv_head % size and size % args.n_kv_head:
-        raise ValueError(f"{size} ranks neither divide num_key_value_heads {args.n_kv_head} of this model nor are a "
-                         f"multiple of it: start a number that does")  # fmt: skip
+        raise ValueError(
+            f"{size} ranks neither divide num_key_value_heads {args.n_kv_head} of this model nor are a "
+            f"multiple of it: start a number that does"
+        )
     if args.vocab_size < 2 * size:
         raise ValueError(f"{size} ranks are too many for vocab_size {args.vocab_size}: start {args.vocab_size // 2}")
 

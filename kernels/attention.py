@@ -4,6 +4,7 @@ Row t attends to slots 0..positions[t], so rolling back a rejected draft is only
 used slots only, and a row's bits depend neither on the number of rows nor on the cache length nor on the threads. Its
 key cache is laid out like a packed linear weight with one column per slot: scores are then rows times a weight.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -11,8 +12,9 @@ from kernels import cpu, gpu
 from kernels.linear import BLOCK, STRIP
 
 
-def new_cache(groups: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-              ) -> tuple[torch.Tensor, torch.Tensor]:
+def new_cache(
+    groups: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return zeroed key and value caches for `attention`, slots rounded up to a multiple of 32.
 
     Values are [G, S, E]. Keys are [G, S, E] for the reference; for the C++ op [G, S/16, E/2, 16, 2] in bf16 and
@@ -33,8 +35,14 @@ def plain_keys(k_cache: torch.Tensor) -> torch.Tensor:
     return k_cache if k_cache.dim() == 3 else k_cache.transpose(2, 3).flatten(1, 2)
 
 
-def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-                        positions: torch.Tensor) -> torch.Tensor:
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
     """Return attention [T, H, E] over the whole static cache under a mask; unused slots must hold finite numbers.
 
     Padding rows write to the last slot, which must be free, and attend to the first: finite, and nobody's business.
@@ -43,13 +51,20 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cac
     k_cache.index_copy_(1, slots, k.transpose(0, 1))
     v_cache.index_copy_(1, slots, v.transpose(0, 1))
     mask = torch.arange(k_cache.shape[1], device=q.device) <= positions.clamp(min=0)[:, None]  # [T, S]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k_cache[None], v_cache[None], attn_mask=mask,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k_cache[None], v_cache[None], attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[0].transpose(0, 1)  # [T, H, E]
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-              positions: torch.Tensor) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
     """Write k, v [T, G, E] into the caches of `new_cache` at positions [T] (int64) and attend with q [T, H, E].
 
     Query head h uses kv head h // (H / G); scale 1/sqrt(E); softmax in fp32. The caches are changed in place. Position

@@ -7,6 +7,7 @@ function of this package keeps to its pure-torch reference.
 Environment: SKIPFAST_NO_CPP=1 never builds or loads; SKIPFAST_MARCH replaces "native" (tests: other instruction sets);
 CXX names the compiler; XDG_CACHE_HOME moves the cache.
 """
+
 import hashlib
 import os
 import platform
@@ -73,9 +74,17 @@ def _built_library(progress: Callable[[str], None] | None) -> Path:
         version = subprocess.run(compiler + ["--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return _fail(f"compiler {compiler[0]} does not run: {error}")
-    key = hashlib.sha256("\0".join(
-        [*(path.read_text() for path in sorted(SOURCES.iterdir())),
-         " ".join(command), version, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
+    key = hashlib.sha256(
+        "\0".join(
+            [
+                *(path.read_text() for path in sorted(SOURCES.iterdir())),
+                " ".join(command),
+                version,
+                torch.__version__,
+                _cpu_flags(),
+            ]
+        ).encode()
+    ).hexdigest()[:20]
     name = f"cpu_ops-{key}.so"
     for folder in (_user_folder, _private_folder):  # the second only where the first is not writable
         try:
@@ -96,8 +105,9 @@ def _compile(command: list[str], temporary: Path, target: Path, progress: Callab
         progress(f"building CPU kernels ({Path(command[0]).name}, about {BUILD_SECONDS} s, once)")
     started = time.monotonic()
     try:
-        result = subprocess.run(command + ["-o", str(temporary)], capture_output=True, text=True,
-                                timeout=BUILD_TIMEOUT_SECONDS)
+        result = subprocess.run(
+            command + ["-o", str(temporary)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_SECONDS
+        )
         if result.returncode:
             lines = result.stderr.splitlines() or [f"exit status {result.returncode}"]
             return _fail("build failed: " + next((line for line in lines if "error" in line), lines[0]).strip())
@@ -125,8 +135,17 @@ def _flags() -> tuple[list[str], list[str]]:
     march = os.environ.get("SKIPFAST_MARCH", "native")
     tuning = f"-march={march}" if platform.machine().lower() in ("x86_64", "amd64") else f"-mcpu={march}"
     # contraction is off so that only explicit fused multiply-adds fuse, in every instantiation alike
-    compile_flags = ["-O3", *tuning.split(), "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared",
-                     "-fvisibility=hidden", "-w", f"-I{root / 'include'}"]
+    compile_flags = [
+        "-O3",
+        *tuning.split(),
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-w",
+        f"-I{root / 'include'}",
+    ]
     return compile_flags, [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
@@ -164,6 +183,7 @@ def _fail(reason: str):
 
 def _register_fakes() -> None:
     """Tell torch.compile the result's shape; all results are new contiguous tensors, only the caches are changed."""
+
     @torch.library.register_fake("skipfast_cpu::linear")
     def _(x, packed, out_features):
         return x.new_empty(*x.shape[:-1], out_features)
@@ -183,6 +203,8 @@ def _register_fakes() -> None:
     @torch.library.register_fake("skipfast_cpu::exit_head")
     def _(hidden, norm, packed, n_vocab, eps, want_stats, temperature, seed, position):
         rows = hidden.shape[0]
-        return (hidden.new_empty(rows, dtype=torch.int64),
-                hidden.new_empty(rows if want_stats else 0, 4, dtype=torch.float32),
-                hidden.new_empty(rows if temperature > 0 else 0, dtype=torch.int64))
+        return (
+            hidden.new_empty(rows, dtype=torch.int64),
+            hidden.new_empty(rows if want_stats else 0, 4, dtype=torch.float32),
+            hidden.new_empty(rows if temperature > 0 else 0, dtype=torch.int64),
+        )

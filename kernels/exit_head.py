@@ -5,6 +5,7 @@ numbers. With packed weights on a CPU the C++ op reduces each run of columns whi
 `gpu/exit_head.py`; elsewhere the reference computes the logits. With tensor parallelism each rank reduces its shard of
 the vocabulary to `Partials`, and every rank merges those of all.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,9 +48,11 @@ class Draw(NamedTuple):
         """This draw as tensors."""
         if isinstance(self.positions, Tensor):
             return self
-        return Draw(torch.arange(self.positions, self.positions + rows, device=device),
-                    torch.tensor([self.seed], device=device),
-                    torch.tensor([self.temperature], dtype=torch.float32, device=device))
+        return Draw(
+            torch.arange(self.positions, self.positions + rows, device=device),
+            torch.tensor([self.seed], device=device),
+            torch.tensor([self.temperature], dtype=torch.float32, device=device),
+        )
 
 
 class Partials(NamedTuple):
@@ -186,17 +189,24 @@ def exit_stats_reference(logits: Tensor) -> ExitStats:
     return ExitStats(logits.argmax(-1), top1, top1 - second, -(probs * log_probs).sum(-1), logits.logsumexp(-1))
 
 
-def exit_head(hidden: Tensor, head: Head, want_stats: bool = True, draw: Draw | None = None
-              ) -> tuple[Tensor, Tensor, Tensor]:
+def exit_head(
+    hidden: Tensor, head: Head, want_stats: bool = True, draw: Draw | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D] -> tokens int64 [T], fp32 [T, 4] of ExitStats, samples int64 [T]: one pass of a packed LM head.
 
     The token is the argmax of `Exit.logits`, bit for bit: sums round to the head's dtype before they are compared. The
     sample is that of `draw` (of consecutive positions), as `sampling.choose` draws it but for the last bits of
     logarithms. Statistics and samples that were not wanted are empty.
     """
-    position, seed, temperature = (0, 0, 0.0) if draw is None else (
-        draw.positions if isinstance(draw.positions, int) else int(draw.positions[0]), int(draw.seed),
-        float(draw.temperature))  # fmt: skip
+    position, seed, temperature = (
+        (0, 0, 0.0)
+        if draw is None
+        else (
+            draw.positions if isinstance(draw.positions, int) else int(draw.positions[0]),
+            int(draw.seed),
+            float(draw.temperature),
+        )
+    )
     weights = head.norm, head.weight, head.n_vocab, head.eps
     return torch.ops.skipfast_cpu.exit_head.default(hidden, *weights, want_stats, temperature, seed, position)
 
@@ -301,5 +311,8 @@ class Exit:
         if not fused:
             return partials_of(head.own_logits(self.hidden)[: self.rows], offset, draw, want_stats)
         rows = rms_norm(self.hidden, head.norm, head.eps)[: self.rows]
-        return Partials(*torch.ops.skipfast.exit_head_partials.default(
-            rows, head.weight, head.scale, head.n_vocab, offset, *(draw or ())))  # fmt: skip
+        return Partials(
+            *torch.ops.skipfast.exit_head_partials.default(
+                rows, head.weight, head.scale, head.n_vocab, offset, *(draw or ())
+            )
+        )

@@ -3,6 +3,7 @@
 One string is a whole Format, as with policies: `int8`, `int4:group=64,lm_head=no`. It is a flag's value, what a file
 says of itself, and a row's label in tables. This is the arithmetic; checkpoint.py reads and writes weights so.
 """
+
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -88,8 +89,10 @@ def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
 
 def check_group(group: int, features: int, of: str = "the weight") -> None:
     if group not in GROUPS or features % group:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))} and divide the {features} input features "
-                         f"of {of}, got {group}")  # fmt: skip
+        raise ValueError(
+            f"group must be one of {', '.join(map(str, GROUPS))} and divide the {features} input features "
+            f"of {of}, got {group}"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,11 @@ class Format:
 
     def __str__(self) -> str:
         words = {value: word for word, value in SWITCHES.items()}
-        changed = [(key.name, getattr(self, key.name)) for key in dataclasses.fields(self)[1:]
-                   if getattr(self, key.name) != key.default]  # fmt: skip
+        changed = [
+            (key.name, getattr(self, key.name))
+            for key in dataclasses.fields(self)[1:]
+            if getattr(self, key.name) != key.default
+        ]
         settings = ",".join(f"{key}={words[value] if isinstance(value, bool) else value}" for key, value in changed)
         return self.mode + (":" + settings if settings else "")
 

@@ -4,6 +4,7 @@ Between the operations of a layer, Python, the dispatcher and the waking of thre
 small model. `cpp/layers.h` runs the same operations in the same order, rounding where they round, so the result is
 `model.Block`'s bit for bit, with one team of threads from the first layer to the last. The reference is `model.Block`.
 """
+
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -45,8 +46,15 @@ class PackedLayers:
         self.tensors = [*(tensor for layer in layers for tensor in layer), cos, sin]
         self.table = torch.ops.skipfast_cpu.layer_table.default(self.tensors[:-2], cos, sin, n_head, eps)
 
-    def run(self, hidden: Tensor, position: int, start: int, stop: int, skip_attention: Collection[int] = (),
-            skip_mlp: Collection[int] = ()) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        position: int,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+    ) -> Tensor:
         """Run layers start..stop-1 on hidden [T, D] at position, position + 1, … writing K/V into the caches.
 
         Layers in `skip_attention` or `skip_mlp` leave that sublayer out. Returns the new hidden [T, D].
@@ -55,13 +63,27 @@ class PackedLayers:
         return torch.ops.skipfast_cpu.layers.default(hidden, self.table, position, start, stop, skips)
 
     def play_round(
-        self, embedding: Tensor, head: Head, token: int, position: int, exits: Sequence[int], drafts: int, *,
-        embedding_scale: Tensor | None = None, draft: "PackedLayers | None" = None, draft_head: Head | None = None,
-        leave_if: tuple[str, float] | None = None, stop_unless: tuple[str, float] | None = None,
-        skip_attention: Collection[int] = (), skip_mlp: Collection[int] = (), proposed: Sequence[int] = (),
-        temperature: float = 0.0, seed: int = 0, adapters: Sequence[tuple[Tensor, Tensor, int] | None] = (),
+        self,
+        embedding: Tensor,
+        head: Head,
+        token: int,
+        position: int,
+        exits: Sequence[int],
+        drafts: int,
+        *,
+        embedding_scale: Tensor | None = None,
+        draft: "PackedLayers | None" = None,
+        draft_head: Head | None = None,
+        leave_if: tuple[str, float] | None = None,
+        stop_unless: tuple[str, float] | None = None,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        proposed: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        adapters: Sequence[tuple[Tensor, Tensor, int] | None] = (),
         want_hidden: bool = False,
-    ) -> "PlayedRound":  # fmt: skip
+    ) -> "PlayedRound":
         """Play a whole round: draft at most `drafts` tokens after `token` at `position`, verify them all.
 
         embedding: [V, D], plain, packed or quantised with its scale. head: its weight packed. draft: low-bit copies of
@@ -79,12 +101,43 @@ class PackedLayers:
         given = [each or (head.norm, head.norm, 0) for each in adapters]
         downs, ups, ranks = ([each[part] for each in given] for part in range(3))
         found, hidden = torch.ops.skipfast_cpu.play_round.default(
-            self.table, embedding, embedding_scale, head.norm, head.weight, head.n_vocab, token, position, exits,
-            drafts, leave, leave_at, stay, stay_at, skips, proposed, draft and draft.table, draft_head.weight,
-            draft_head.n_vocab, temperature, seed, downs, ups, ranks, want_hidden,
-        )  # fmt: skip
+            self.table,
+            embedding,
+            embedding_scale,
+            head.norm,
+            head.weight,
+            head.n_vocab,
+            token,
+            position,
+            exits,
+            drafts,
+            leave,
+            leave_at,
+            stay,
+            stay_at,
+            skips,
+            proposed,
+            draft and draft.table,
+            draft_head.weight,
+            draft_head.n_vocab,
+            temperature,
+            seed,
+            downs,
+            ups,
+            ranks,
+            want_hidden,
+        )
         n, heads, layers, draft_layers, no_attention, no_mlp, resume, *rest = found.tolist()
         exit_layers = [] if proposed else rest[n : 2 * n]
         left_out = no_attention, no_mlp
-        return PlayedRound(rest[:n], exit_layers, rest[2 * n :], resume, layers, draft_layers, left_out, heads,
-                           hidden if want_hidden else None)  # fmt: skip
+        return PlayedRound(
+            rest[:n],
+            exit_layers,
+            rest[2 * n :],
+            resume,
+            layers,
+            draft_layers,
+            left_out,
+            heads,
+            hidden if want_hidden else None,
+        )

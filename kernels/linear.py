@@ -5,6 +5,7 @@ columns by `pack()`, bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]; quantised weig
 `pack_quantised()`. The packed op gives each row the same bits at every row count and every thread count, so a verified
 draft token sees the same logits as a token decoded alone.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +22,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor | None = None
-           ) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [..., K] times a plain, packed or quantised weight, [..., out_features], in x's dtype.
 
     scale: of a quantised weight, see formats.dequantise_int8 (weight int8) and dequantise_int4 (weight uint8); packed

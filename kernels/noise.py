@@ -2,6 +2,7 @@
 
 `sampling.choose` adds it to a row's scores; the fused exit heads make the same bits while logits are in registers.
 """
+
 import torch
 from torch import Tensor
 

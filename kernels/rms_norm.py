@@ -1,4 +1,5 @@
 """RMSNorm as in Llama: statistics in fp32, the normalised row rounded to the model's dtype, then weighted."""
+
 import torch
 
 from kernels import cpu

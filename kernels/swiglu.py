@@ -1,4 +1,5 @@
 """SwiGLU: silu(gate) * up of a fused gate-and-up projection, each step in fp32 and rounded to the model's dtype."""
+
 import torch
 import torch.nn.functional as F
 

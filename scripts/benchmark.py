@@ -77,9 +77,14 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def skipfast_contender(
-    runner: Runner, policy: DraftPolicy, name: str, config: GenerateConfig, exact: bool = True, verified: bool = True,
+    runner: Runner,
+    policy: DraftPolicy,
+    name: str,
+    config: GenerateConfig,
+    exact: bool = True,
+    verified: bool = True,
     quantize: str = "none",
-) -> Contender:  # fmt: skip
+) -> Contender:
     """A row of ours. verified=False: early exit, named so, with a judge of its text. quantize: the model's format."""
     decoding = decode if verified else early_exit
 
@@ -92,9 +97,16 @@ def skipfast_contender(
         return share_equal(runner, prompt, text, config.sampling)
 
     return Contender(
-        "skipfast", name if verified else f"{name} (unverified)", runner.compiled, run, runner.backend, exact,
-        torch.get_num_threads(), quantize, None if verified else judge,
-    )  # fmt: skip
+        "skipfast",
+        name if verified else f"{name} (unverified)",
+        runner.compiled,
+        run,
+        runner.backend,
+        exact,
+        torch.get_num_threads(),
+        quantize,
+        None if verified else judge,
+    )
 
 
 class Runners:
@@ -112,7 +124,8 @@ class Runners:
         if key not in self.made:
             drafter = self.drafter if copies else None
             self.made[key] = Runner(
-                self.model, self.length, width, compile, exact, cli.notice, self.draft_vocab, drafter)  # fmt: skip
+                self.model, self.length, width, compile, exact, cli.notice, self.draft_vocab, drafter
+            )
         if skips:
             self.skipping.add(key)
         return self.made[key]
@@ -122,9 +135,7 @@ class Runners:
             runner.warm_up(key in self.skipping)
 
 
-def our_contenders(
-    session: cli.Session, config: GenerateConfig, length: int, choose_threads: bool
-) -> list[Contender]:
+def our_contenders(session: cli.Session, config: GenerateConfig, length: int, choose_threads: bool) -> list[Contender]:
     """The rows of the session's model, in its format; plain decoding, eager and compiled, is always among them.
 
     length: positions that a prompt and its text may take. choose_threads: of the CPU, for all rows still to run.
@@ -167,9 +178,12 @@ def make_policies(session: cli.Session) -> dict[str, DraftPolicy]:
 
 
 def peer_contenders(
-    session: cli.Session, policies: dict[str, DraftPolicy], formats: list[Format], length: int,
+    session: cli.Session,
+    policies: dict[str, DraftPolicy],
+    formats: list[Format],
+    length: int,
     cleanup: contextlib.ExitStack,
-) -> list[Contender]:  # fmt: skip
+) -> list[Contender]:
     """The rows of other engines, on the session's device. cleanup: ends the processes that they need."""
     found, against, counts = [], session.flags.against, peers.thread_counts(session.flags)
     if "transformers" in against:
@@ -210,42 +224,84 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark", description=__doc__.split("\n")[0],
+        prog="python -m scripts.benchmark",
+        description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.benchmark --policies all --prompts code --output_dir out",
-    )  # fmt: skip
+    )
     comma = lambda text: text.split(",")
     cli.add_model_flags(parser, device=False, quantize=False)
-    parser.add_argument("--device", dest="devices", action="append", choices=cli.DEVICES,
-                        help="measure on this device (repeatable; default: cpu)")
-    parser.add_argument("--quantize", dest="formats", action="append", metavar="FORMAT",
-                        help="measure with weights of this format: none, int8, int4, … (repeatable; default: none)")
+    parser.add_argument(
+        "--device",
+        dest="devices",
+        action="append",
+        choices=cli.DEVICES,
+        help="measure on this device (repeatable; default: cpu)",
+    )
+    parser.add_argument(
+        "--quantize",
+        dest="formats",
+        action="append",
+        metavar="FORMAT",
+        help="measure with weights of this format: none, int8, int4, … (repeatable; default: none)",
+    )
     cli.add_decode_flags(parser)
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME:key=value,…",
-                        help="repeatable; default: auto and static:L/4")
-    parser.add_argument("--policies", default=[], type=comma, metavar="SET,…",
-                        help="all: every policy with its default settings, and some combinations; "
-                        "grid: static exits and numbers of drafts, and how near auto comes to the best of them")
-    parser.add_argument("--no_verify", action="store_true",
-                        help="also a row of early exit for each policy that can: another text than the full model's")
-    parser.add_argument("--prompts", metavar="FILE",
-                        help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`), or one of benchmarks/prompts: "
-                        + ", ".join(sorted(path.stem for path in PROMPT_SETS.glob("*.jsonl"))))
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME:key=value,…",
+        help="repeatable; default: auto and static:L/4",
+    )
+    parser.add_argument(
+        "--policies",
+        default=[],
+        type=comma,
+        metavar="SET,…",
+        help="all: every policy with its default settings, and some combinations; "
+        "grid: static exits and numbers of drafts, and how near auto comes to the best of them",
+    )
+    parser.add_argument(
+        "--no_verify",
+        action="store_true",
+        help="also a row of early exit for each policy that can: another text than the full model's",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".txt (a line each), .jsonl (`prompt`) or .json (`ids`), or one of benchmarks/prompts: "
+        + ", ".join(sorted(path.stem for path in PROMPT_SETS.glob("*.jsonl"))),
+    )
     parser.add_argument("--num_prompts", type=int, metavar="N", help="only the first N")
     samples.add_sample_flags(parser, dataset=None)
-    parser.add_argument("--split", choices=["model", "samples"], default="model",
-                        help="what torchrun's processes share: one model (tensor parallelism), or the samples, with a "
-                        "whole model each")
+    parser.add_argument(
+        "--split",
+        choices=["model", "samples"],
+        default="model",
+        help="what torchrun's processes share: one model (tensor parallelism), or the samples, with a whole model each",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--against", default=[], type=comma, metavar="ENGINE,…",
-                        help="other engines to measure: " + ", ".join(peers.NEEDS))
-    parser.add_argument("--prompt_lengths", default=[], type=lambda text: [int(n) for n in text.split(",")],
-                        metavar="N,…",
-                        help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000")
+    parser.add_argument(
+        "--against",
+        default=[],
+        type=comma,
+        metavar="ENGINE,…",
+        help="other engines to measure: " + ", ".join(peers.NEEDS),
+    )
+    parser.add_argument(
+        "--prompt_lengths",
+        default=[],
+        type=lambda text: [int(n) for n in text.split(",")],
+        metavar="N,…",
+        help="also time prefill and plain decoding after prompts of these lengths, as in 100,512,2000",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--picture", metavar="PATH", help="draw the rows of drafting policies as a PNG")
-    parser.add_argument("--output_dir", metavar="DIR",
-                        help="also write DIR/benchmark.json, samples.jsonl and policies.png, and go on with a run of "
-                        "the same settings that was killed")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="also write DIR/benchmark.json, samples.jsonl and policies.png, and go on with a run of "
+        "the same settings that was killed",
+    )
     flags = parser.parse_args(argv)
     flags.ignore_eos = True  # every row must decode the same number of tokens
     flags.devices = flags.devices or ["cpu"]
@@ -302,8 +358,13 @@ def load_all(
     return models, contenders, memories
 
 
-def run(sessions: list[cli.Session], formats: list[Format], policies: dict[str, DraftPolicy], prompts: list[list[int]],
-        work: tuple[Ranks, Journal, Quality]) -> dict:  # fmt: skip
+def run(
+    sessions: list[cli.Session],
+    formats: list[Format],
+    policies: dict[str, DraftPolicy],
+    prompts: list[list[int]],
+    work: tuple[Ranks, Journal, Quality],
+) -> dict:
     """Load, measure and return the JSON object. sessions: one a device.
 
     work: who shares it, what is finished, how texts are judged.
@@ -320,19 +381,29 @@ def run(sessions: list[cli.Session], formats: list[Format], policies: dict[str, 
         contenders += peer_contenders(session, policies, formats, max(lengths), cleanup)
         for device, bandwidth in bandwidths.items():
             full = memories[device]["weight_bytes_per_pass"]
-            print((f"{device}: " if len(memories) > 1 else "") + f"{full / 1e6:.1f} MB of weights a pass at "
-                  f"{bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s from memory")  # fmt: skip
+            print(
+                (f"{device}: " if len(memories) > 1 else "") + f"{full / 1e6:.1f} MB of weights a pass at "
+                f"{bandwidth / 1e9:.1f} GB/s: {bandwidth / full:.0f} tokens/s from memory"
+            )
         measure(contenders, prompts, flags, *work)
         plain = {(c.engine, c.device): c for c in reversed(contenders) if c.policy == "none"}
-        by_length = measure_lengths(list(plain.values())[::-1],  # of ours, the first: compiled, exact
-                                    flags.prompt_lengths, flags.repeats, model, own["weight_bytes_per_pass"])
+        by_length = measure_lengths(
+            list(plain.values())[::-1],  # of ours, the first: compiled, exact
+            flags.prompt_lengths,
+            flags.repeats,
+            model,
+            own["weight_bytes_per_pass"],
+        )
     rows = result_rows(contenders, models, flags, prompts, bandwidths)
     for row, contender in zip(rows, contenders, strict=True):
         row["quality"] = work[-1].of_all(contender.texts)
     return {
         "rows": rows,
-        "grid": policy_sets.best_of_grid([row for row, c in zip(rows, contenders, strict=True) if c.place == first],
-                                         args.n_layer) if "grid" in flags.policies else None,
+        "grid": policy_sets.best_of_grid(
+            [row for row, c in zip(rows, contenders, strict=True) if c.place == first], args.n_layer
+        )
+        if "grid" in flags.policies
+        else None,
         "skip_set": policy_sets.default_skips(args.n_layer),
         "head_cost_layers": head_cost_layers(model),
         "lengths": by_length,
@@ -351,8 +422,10 @@ def checked_formats(session: cli.Session, flags: argparse.Namespace) -> tuple[li
     for format in formats:
         session.quantises(format)
     if flags.against and session.source.format:
-        raise ValueError(f"against {', '.join(flags.against)}: {flags.checkpoint_path} is quantised; name the plain "
-                         f"checkpoint, and --quantize {session.source.format}")  # fmt: skip
+        raise ValueError(
+            f"against {', '.join(flags.against)}: {flags.checkpoint_path} is quantised; name the plain "
+            f"checkpoint, and --quantize {session.source.format}"
+        )
     skipped = peers.missing(flags.against, flags.device)
     if "transformers" in flags.against and PLAIN not in formats:
         skipped["transformers"] = "it is measured with plain weights only: add --quantize none"
@@ -413,8 +486,10 @@ def main() -> None:
         result = run(sessions, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
         rows = result["rows"]
         name = f"{Path(flags.checkpoint_path).name}" + (f", {flags.dataset}" if flags.dataset else "")
-        title = (f"{name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, {rows[0]['precision']}, "
-                 f"median of {flags.repeats}")  # fmt: skip
+        title = (
+            f"{name}: {len(prompts)} prompts × {flags.max_new_tokens} tokens, {rows[0]['precision']}, "
+            f"median of {flags.repeats}"
+        )
         print_results(result, title)
         if not ranks.leads:
             return

@@ -41,13 +41,29 @@ def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict
         figure.colorbar(shades, label="speedup over plain decoding (×, measured in turns)")
     plot.scatter(*zip(*place.values(), strict=True), c="white", s=14, edgecolors="0.2", linewidths=0.6, zorder=3)
     for row in rows:  # with a light edge: numbers stand on every shade, and beyond the shades
-        plot.annotate(cli.shown(row["speedup"], ".2f"), place[row["policy"]], (0, -19), textcoords="offset points",
-                      ha="center", fontsize=8, color="black", zorder=5,
-                      path_effects=[patheffects.withStroke(linewidth=2, foreground="white")])  # fmt: skip
+        plot.annotate(
+            cli.shown(row["speedup"], ".2f"),
+            place[row["policy"]],
+            (0, -19),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color="black",
+            zorder=5,
+            path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
+        )
     for name, (marker, size, colour, label) in MARKS.items():
         if best.get(name):
-            plot.scatter(*place[best[name]], marker=marker, s=size, facecolors="none", edgecolors=colour,
-                         linewidths=2, zorder=4, label=f"{label}: {best[name]}")  # fmt: skip
+            plot.scatter(
+                *place[best[name]],
+                marker=marker,
+                s=size,
+                facecolors="none",
+                edgecolors=colour,
+                linewidths=2,
+                zorder=4,
+                label=f"{label}: {best[name]}",
+            )
     plot.set(xlabel=x_key, ylabel=y_key, title=title, xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
     plot.set_xticks(range(len(xs)), xs)
     plot.set_yticks(range(len(ys)), ys)

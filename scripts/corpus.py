@@ -74,9 +74,10 @@ def split_texts(files: list[tuple[str, Path]], share: float) -> tuple[list[tuple
         raise ValueError(f"data: all {len(files)} files fell into the held-out part; lower --heldout or add files")
     lines = {line for _, text in train for line in _long_lines(text)}
     heldout = [
-        (name, text) for name, text in heldout
+        (name, text)
+        for name, text in heldout
         if sum(line in lines for line in _long_lines(text)) <= NEAR_DUPLICATE * len(_long_lines(text))
-    ]  # fmt: skip
+    ]
     if not heldout:  # tiny data sets: the last tenth of the last file
         name, text = train[-1]
         cut = len(text) * 9 // 10
@@ -94,12 +95,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in lines if line), model_writer=buffer, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, user_defined_symbols=BREAKS, input_sentence_size=400_000,
-            shuffle_input_sentence=False, num_threads=os.cpu_count(), minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=(line for line in lines if line),
+            model_writer=buffer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=BREAKS,
+            input_sentence_size=400_000,
+            shuffle_input_sentence=False,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise ValueError(f"vocab_size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
     unfinished = path.with_name(path.name + ".part")
@@ -129,14 +141,16 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     learned = [
-        piece for i, piece in enumerate(pieces)
+        piece
+        for i, piece in enumerate(pieces)
         if len(piece) > 1 and piece not in BREAKS and not (processor.is_byte(i) or i < 3)
-    ]  # fmt: skip
+    ]
     merges = [
-        (piece[:cut], piece[cut:]) for piece in learned
+        (piece[:cut], piece[cut:])
+        for piece in learned
         for cut in sorted(range(1, len(piece)), key=lambda cut: (ids.get(piece[:cut], 0), ids.get(piece[cut:], 0)))
         if piece[:cut] in ids and piece[cut:] in ids
-    ]  # fmt: skip
+    ]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     written = {i: piece.replace("▁", " ") for i, piece in enumerate(pieces[: 3 + len(BREAKS)])}  # found before all else
     added = [{"id": i, "content": piece, "special": i < 3, **special} for i, piece in written.items()]
@@ -144,21 +158,41 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
     bos = {"id": "<s>", "ids": [processor.bos_id()], "tokens": ["<s>"]}
     first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    checkpoint.write_json(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "pre_tokenizer": None,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "post_processor": {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second],
-                           "special_tokens": {"<s>": bos}},
-        "decoder": {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "dropout": None,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False,
-                  "vocab": {written.get(i, piece): i for piece, i in ids.items()}, "merges": merges},
-    })  # fmt: skip
+    checkpoint.write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "pre_tokenizer": None,
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [first, text],
+                "pair": [first, text, second],
+                "special_tokens": {"<s>": bos},
+            },
+            "decoder": {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {
+                "type": "BPE",
+                "unk_token": "<unk>",
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "dropout": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "ignore_merges": False,
+                "vocab": {written.get(i, piece): i for piece, i in ids.items()},
+                "merges": merges,
+            },
+        },
+    )
 
 
 def prepare_tokenizer(
     config: TrainConfig, texts: list[tuple[str, str]], out: Path, source: checkpoint.Source | None
-) -> None:  # fmt: skip
+) -> None:
     """Put tokenizer files into `out` (the checkpoint's, the given one, or a trained one) unless they are there."""
     if config.adapter_exits:
         return  # no model will stand beside it
@@ -185,8 +219,10 @@ def prepare_tokenizer(
             copy_whole(Path(config.tokenizer), out / "tokenizer.model")
     processor = open_tokenizer(out / "tokenizer.model")
     if config.tokenizer is None and processor.vocab_size() != config.vocab_size:
-        raise ValueError(f"vocab_size: output_dir holds a tokenizer of {processor.vocab_size()} tokens, got "
-                         f"{config.vocab_size}; give another --output_dir")  # fmt: skip
+        raise ValueError(
+            f"vocab_size: output_dir holds a tokenizer of {processor.vocab_size()} tokens, got "
+            f"{config.vocab_size}; give another --output_dir"
+        )
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     own = {"tokenizer_class": "LlamaTokenizer" if config.tokenizer else "PreTrainedTokenizerFast"}
@@ -218,8 +254,9 @@ class Data:
         self.tokens = encode_texts(self.tokenizer, self.train_texts)
         self.heldout = encode_texts(self.tokenizer, self.heldout_texts)
         if len(self.tokens) <= config.context:
-            raise ValueError(f"data: {len(self.tokens)} tokens are too few for one window of {config.context} "
-                             "(--context)")  # fmt: skip
+            raise ValueError(
+                f"data: {len(self.tokens)} tokens are too few for one window of {config.context} (--context)"
+            )
         self.hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
     def listing(self) -> list[str]:

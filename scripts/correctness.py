@@ -55,8 +55,13 @@ def compare(run: Experiment, number: int, prompt: list[int], policies: dict[str,
         one |= {"sample": number, "tokens": len(expected), "errors": count_errors(expected, got), "first": None}
         if (place := first_difference(expected, got)) is not None:
             a, b = (text[place] if place < len(text) else None for text in (expected, got))
-            one["first"] = {"position": place, "expected": a, "got": b,
-                            "expected_text": shown_token(run, a), "got_text": shown_token(run, b)}  # fmt: skip
+            one["first"] = {
+                "position": place,
+                "expected": a,
+                "got": b,
+                "expected_text": shown_token(run, a),
+                "got_text": shown_token(run, b),
+            }
             if a is not None and b is not None:
                 one["first"] |= margin(run, [*prompt, *expected[:place]], a, b)
         found[name] = one
@@ -83,31 +88,47 @@ def summary(name: str, found: Sequence[dict]) -> dict:
 
 def print_rows(rows: Sequence[dict], title: str) -> None:
     body = [
-        [row["policy"], str(row["tokens"]), str(row["errors"]), cli.shown(row["error_share"], ".3%"),
-         f"{row['samples_that_differ']} of {row['samples']}", cli.shown(row["acceptance_rate"], ".2f")]
+        [
+            row["policy"],
+            str(row["tokens"]),
+            str(row["errors"]),
+            cli.shown(row["error_share"], ".3%"),
+            f"{row['samples_that_differ']} of {row['samples']}",
+            cli.shown(row["acceptance_rate"], ".2f"),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = ("policy", "tokens", "errors", "share", "texts differ", "acceptance")
     cli.print_table(title, columns, body)
     for row in rows:
         for one in row["first_differences"][:1]:
-            print(f"{row['policy']}: first difference in sample {one['sample']}, token {one['position']}: "
-                  f"{one['expected_text']!r} became {one['got_text']!r}, logit margin "
-                  f"{cli.shown(one.get('margin'), '.4f')}")  # fmt: skip
+            print(
+                f"{row['policy']}: first difference in sample {one['sample']}, token {one['position']}: "
+                f"{one['expected_text']!r} became {one['got_text']!r}, logit margin "
+                f"{cli.shown(one.get('margin'), '.4f')}"
+            )
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.correctness", description=__doc__.split("\n")[0],
+        prog="python -m scripts.correctness",
+        description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.correctness --policy static:3 --policy auto --dataset code",
-    )  # fmt: skip
+    )
     add_flags(parser, "out/correctness")
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME:key=value,…",
-                        help="repeatable; default: auto and static:L/4")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME:key=value,…",
+        help="repeatable; default: auto and static:L/4",
+    )
     flags = parser.parse_args(argv)
     if flags.temperature and flags.verification == "rejection":
-        raise ValueError("verification rejection samples other tokens than plain decoding, of the same distribution: "
-                         "compare with --verification coupled")  # fmt: skip
+        raise ValueError(
+            "verification rejection samples other tokens than plain decoding, of the same distribution: "
+            "compare with --verification coupled"
+        )
     return flags
 
 
@@ -125,8 +146,12 @@ def main() -> None:
         rows = [summary(name, [one[name] for one in found]) for name in policies]
         if group.leads:
             print_rows(rows, run.title())
-            result = {"title": run.title(), "rows": rows, "identical": not any(row["errors"] for row in rows),
-                      **run.config_json()}  # fmt: skip
+            result = {
+                "title": run.title(),
+                "rows": rows,
+                "identical": not any(row["errors"] for row in rows),
+                **run.config_json(),
+            }
             for path in filter(None, (flags.json, run.folder / "correctness.json")):
                 cli.write_json(path, result)
         if any(row["errors"] for row in rows):

@@ -92,18 +92,35 @@ def check_tasks(tasks: dict, flags: argparse.Namespace) -> None:
             harness.check_generation(kwargs, name)
             sampled = flags.temperature and not kwargs.get("do_sample")  # the cache leaves out what samples by itself
             if flags.use_cache and sampled and (task.get_config("repeats") or 1) > 1:
-                raise ValueError(f"use_cache keeps one answer of a request, and {name} asks for "
-                                 f"{task.get_config('repeats')} different ones at temperature {flags.temperature:g}: "
-                                 f"leave out one of the flags")  # fmt: skip
+                raise ValueError(
+                    f"use_cache keeps one answer of a request, and {name} asks for "
+                    f"{task.get_config('repeats')} different ones at temperature {flags.temperature:g}: "
+                    f"leave out one of the flags"
+                )
 
 
 def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
     """Where answers are kept: the harness knows requests only, so what else decides an answer goes into the name."""
     if not flags.use_cache:
         return None
-    keys = ("checkpoint_path", "precision", "quantize", "exit_layer", "no_verify", "max_length", "max_new_tokens",
-            "temperature", "top_k", "top_p", "seed", "apply_chat_template", "verification", "draft_vocab",
-            "draft_quantize", "device")  # fmt: skip
+    keys = (
+        "checkpoint_path",
+        "precision",
+        "quantize",
+        "exit_layer",
+        "no_verify",
+        "max_length",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "apply_chat_template",
+        "verification",
+        "draft_vocab",
+        "draft_quantize",
+        "device",
+    )
     decisive = [str(policy) if flags.no_verify else "", *(str(getattr(flags, key)) for key in keys)]
     return f"{flags.use_cache}_{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
 
@@ -113,14 +130,27 @@ def evaluate(model, tasks: list, manager, flags: argparse.Namespace) -> dict | N
     from lm_eval.evaluator import simple_evaluate
 
     return simple_evaluate(
-        model=model, tasks=tasks, task_manager=manager, num_fewshot=flags.num_fewshot, limit=flags.limit,
-        samples=flags.samples, gen_kwargs=flags.gen_kwargs or None, use_cache=cache_path(flags, model.policy),
-        cache_requests=flags.cache_requests, bootstrap_iters=flags.bootstrap_iters, write_out=flags.write_out,
-        check_integrity=flags.check_integrity, log_samples=True, system_instruction=flags.system_instruction,
-        apply_chat_template=flags.apply_chat_template, fewshot_as_multiturn=flags.fewshot_as_multiturn,
-        predict_only=flags.predict_only, fewshot_random_seed=flags.fewshot_seed,
-        confirm_run_unsafe_code=flags.confirm_run_unsafe_code, metadata=flags.metadata,
-    )  # fmt: skip
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=flags.num_fewshot,
+        limit=flags.limit,
+        samples=flags.samples,
+        gen_kwargs=flags.gen_kwargs or None,
+        use_cache=cache_path(flags, model.policy),
+        cache_requests=flags.cache_requests,
+        bootstrap_iters=flags.bootstrap_iters,
+        write_out=flags.write_out,
+        check_integrity=flags.check_integrity,
+        log_samples=True,
+        system_instruction=flags.system_instruction,
+        apply_chat_template=flags.apply_chat_template,
+        fewshot_as_multiturn=flags.fewshot_as_multiturn,
+        predict_only=flags.predict_only,
+        fewshot_random_seed=flags.fewshot_seed,
+        confirm_run_unsafe_code=flags.confirm_run_unsafe_code,
+        metadata=flags.metadata,
+    )
 
 
 def decoding_numbers(model: harness.Evaluated, n_layer: int) -> dict | None:
@@ -131,8 +161,10 @@ def decoding_numbers(model: harness.Evaluated, n_layer: int) -> dict | None:
     drafted, accepted, rounds = (sum(text[key] for text in texts) for key in ("drafted", "accepted", "rounds"))
     emitted = [len(text["tokens"]) - 1 for text in texts]
     seconds, total = sum(text["decode_s"] for text in texts), sum(emitted)
-    layers, heads = (sum((text[key] or 0) * n for text, n in zip(texts, emitted, strict=True))
-                     for key in ("layer_visits_per_token", "head_visits_per_token"))  # fmt: skip
+    layers, heads = (
+        sum((text[key] or 0) * n for text, n in zip(texts, emitted, strict=True))
+        for key in ("layer_visits_per_token", "head_visits_per_token")
+    )
     return {
         "texts": len(texts),
         "new_tokens": total + len(texts),
@@ -167,10 +199,12 @@ def metric_rows(results: dict) -> list[list[str]]:
 def print_results(results: dict, decoding: dict | None, title: str) -> None:
     cli.print_table(title, ["task", "metric", "value", "standard error", "few-shot", "samples"], metric_rows(results))
     if decoding:
-        print(f"{decoding['texts']} texts, {decoding['new_tokens']} tokens: {cli.shown(decoding['tokens_per_s'])} "
-              f"tokens/s, acceptance rate {cli.shown(decoding['acceptance_rate'], '.2f')}, "
-              f"{cli.shown(decoding['tokens_per_round'], '.2f')} tokens per round, by bytes alone "
-              f"{cli.shown(decoding['ideal_speedup'], '.2f')}× plain decoding")  # fmt: skip
+        print(
+            f"{decoding['texts']} texts, {decoding['new_tokens']} tokens: {cli.shown(decoding['tokens_per_s'])} "
+            f"tokens/s, acceptance rate {cli.shown(decoding['acceptance_rate'], '.2f')}, "
+            f"{cli.shown(decoding['tokens_per_round'], '.2f')} tokens per round, by bytes alone "
+            f"{cli.shown(decoding['ideal_speedup'], '.2f')}× plain decoding"
+        )
 
 
 def write_files(results: dict, folder: Path, log_samples: bool) -> dict:
@@ -196,18 +230,31 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_model_flags(parser)
     cli.add_decode_flags(parser)
     parser.set_defaults(max_new_tokens=None)  # tasks have their own
-    parser.add_argument("--policy", metavar="NAME:key=value,…",
-                        help="writes the texts (default: auto, or static at --exit_layer): " + ", ".join(POLICIES))
-    parser.add_argument("--exit_layer", type=int, metavar="E",
-                        help="likelihoods by the LM head after E layers (default: all)")
+    parser.add_argument(
+        "--policy",
+        metavar="NAME:key=value,…",
+        help="writes the texts (default: auto, or static at --exit_layer): " + ", ".join(POLICIES),
+    )
+    parser.add_argument(
+        "--exit_layer", type=int, metavar="E", help="likelihoods by the LM head after E layers (default: all)"
+    )
     parser.add_argument("--no_verify", action="store_true", help="texts by early exit: the drafts as they are")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
-    parser.add_argument("--max_length", type=int, metavar="N",
-                        help=f"positions; longer prompts lose their beginning (default: at most {LONGEST})")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help=f"positions; longer prompts lose their beginning (default: at most {LONGEST})",
+    )
     parser.add_argument("--output_dir", default="eval_out", metavar="FOLDER")
     group = parser.add_argument_group("passed on to the harness")
-    group.add_argument("--tasks", "--dataset", default="skipfast_demo", metavar="NAME,…",
-                       help="tasks, groups, patterns, YAML files (default: skipfast_demo, which needs no network)")
+    group.add_argument(
+        "--tasks",
+        "--dataset",
+        default="skipfast_demo",
+        metavar="NAME,…",
+        help="tasks, groups, patterns, YAML files (default: skipfast_demo, which needs no network)",
+    )
     group.add_argument("--include_path", action="append", default=[], metavar="FOLDER", help="more tasks (repeatable)")
     group.add_argument("--num_fewshot", type=int, metavar="N")
     group.add_argument("--limit", "--num_samples", type=float, metavar="N", help="samples a task; below 1: a share")
@@ -220,8 +267,14 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--bootstrap_iters", type=int, default=100_000, metavar="N", help="of standard errors; 0: none")
     group.add_argument("--use_cache", metavar="PATH", help="keep answers in PATH_…_rank0.db, and take them from there")
     group.add_argument("--metadata", metavar="JSON")
-    for flag in ("cache_requests", "write_out", "check_integrity", "predict_only", "log_samples",
-                 "confirm_run_unsafe_code"):  # fmt: skip
+    for flag in (
+        "cache_requests",
+        "write_out",
+        "check_integrity",
+        "predict_only",
+        "log_samples",
+        "confirm_run_unsafe_code",
+    ):
         group.add_argument(f"--{flag}", action="store_true")
     return parser.parse_args(argv)
 
@@ -242,8 +295,9 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
         raise ValueError("use_cache does not go with several processes: each would miss other answers")
     given = generation_arguments(flags.gen_kwargs)
     harness.check_generation(given, "gen_kwargs")
-    flags.gen_kwargs = {harness.COUNT_KEYS[0] if key in harness.COUNT_KEYS else key: value
-                        for key, value in given.items()}  # a task's own max_gen_toks would win over other names
+    flags.gen_kwargs = {
+        harness.COUNT_KEYS[0] if key in harness.COUNT_KEYS else key: value for key, value in given.items()
+    }  # a task's own max_gen_toks would win over other names
     wanted = [name.strip() for name in flags.tasks.split(",") if name.strip()]
     if not wanted:
         raise ValueError(f"tasks must name at least one task, got {flags.tasks!r}")
@@ -265,19 +319,31 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     runner = make_runner(session, flags.max_length, policy, sampling, [0])
     runner.cache_length = flags.max_length  # a policy that measures first may have made it longer
     model = harness.make_model(
-        runner, session.tokenizer, policy, sampling, everyone, exit_layer=flags.exit_layer or n_layer,
-        max_new_tokens=flags.max_new_tokens, verified=not flags.no_verify, chat=flags.apply_chat_template,
+        runner,
+        session.tokenizer,
+        policy,
+        sampling,
+        everyone,
+        exit_layer=flags.exit_layer or n_layer,
+        max_new_tokens=flags.max_new_tokens,
+        verified=not flags.no_verify,
+        chat=flags.apply_chat_template,
         name=flags.checkpoint_path,
-    )  # fmt: skip
+    )
     results = evaluate(model, tasks, manager, flags)
     decoding = decoding_numbers(model, n_layer)
     if not everyone.leads:
         return
     results["skipfast"] = {
-        "policy": str(policy), "verified": not flags.no_verify, "exit_layer": model.likelihoods.exit_layer,
-        "decoding": decoding, "scored_tokens": model.scored_tokens, "ranks": everyone.size,
-        "flags": vars(flags), **cli.environment(),
-    }  # fmt: skip
+        "policy": str(policy),
+        "verified": not flags.no_verify,
+        "exit_layer": model.likelihoods.exit_layer,
+        "decoding": decoding,
+        "scored_tokens": model.scored_tokens,
+        "ranks": everyone.size,
+        "flags": vars(flags),
+        **cli.environment(),
+    }
     plain = write_files(results, folder, flags.log_samples)
     if flags.json:
         cli.write_json(flags.json, plain)

@@ -56,9 +56,25 @@ class Experiment:
 
     def settings(self, policies: Sequence[DraftPolicy]) -> dict:
         """What tokens and times depend on, but for the policy: results with equal settings may stand in one table."""
-        names = ("checkpoint_path", "device", "precision", "quantize", "threads", "max_new_tokens", "temperature",
-                 "top_k", "top_p", "seed", "verification", "num_draft_tokens", "ignore_eos", "draft_vocab",
-                 "draft_quantize", "dataset", "compile")  # fmt: skip
+        names = (
+            "checkpoint_path",
+            "device",
+            "precision",
+            "quantize",
+            "threads",
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "seed",
+            "verification",
+            "num_draft_tokens",
+            "ignore_eos",
+            "draft_vocab",
+            "draft_quantize",
+            "dataset",
+            "compile",
+        )
         found = digest([ids for _, ids in self.samples], (), policies, self.session.source, self.ranks.size)
         return {name: getattr(self.flags, name) for name in names} | found
 

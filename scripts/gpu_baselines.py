@@ -79,10 +79,17 @@ def transformers_rate(args: ModelArgs, shapes: Shapes, device: str) -> dict:
 
     transformers.utils.logging.set_verbosity_error()
     config = transformers.LlamaConfig(
-        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, head_dim=args.head_dim,
-        num_hidden_layers=args.n_layer, num_attention_heads=args.n_head, num_key_value_heads=args.n_kv_head,
-        max_position_embeddings=args.max_seq_len, rms_norm_eps=args.norm_eps, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_dim,
+        head_dim=args.head_dim,
+        num_hidden_layers=args.n_layer,
+        num_attention_heads=args.n_head,
+        num_key_value_heads=args.n_kv_head,
+        max_position_embeddings=args.max_seq_len,
+        rms_norm_eps=args.norm_eps,
+        tie_word_embeddings=False,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -100,8 +107,14 @@ def transformers_rate(args: ModelArgs, shapes: Shapes, device: str) -> dict:
         if cache.get_seq_length():
             cache.reset()
         count = shapes.tokens
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
-                             min_new_tokens=count, **caches)  # fmt: skip
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            **caches,
+        )
         return out.tolist()
 
     if len(run()[0]) != TRANSFORMERS_PROMPT + shapes.tokens:

@@ -29,9 +29,12 @@ from scripts.gpu_shapes import FULL, TINY
 from scripts.gpu_targets import judge_all, print_targets
 
 SECTIONS = {
-    "environment": check_environment, "kernels": check_kernels, "engine": check_engine, "profile": check_profile,
+    "environment": check_environment,
+    "kernels": check_kernels,
+    "engine": check_engine,
+    "profile": check_profile,
     "baselines": check_baselines,
-}  # fmt: skip
+}
 SHAPES = {"full": FULL, "tiny": TINY}
 WORN = 75  # exit code of a process that asks for a fresh one to go on
 
@@ -89,8 +92,11 @@ def finish(path: Path) -> bool:
     sections = result["sections"].values()
     checks = [check for section in sections for check in section.get("checks", ())]
     wrong = [check["name"] for check in checks if not check["ok"]]
-    failed = [f"{name} ({', '.join(each for each in section['failures'] if each != name)})".replace(" ()", "")
-              for name, section in result["sections"].items() if section["status"] == "failed"]  # fmt: skip
+    failed = [
+        f"{name} ({', '.join(each for each in section['failures'] if each != name)})".replace(" ()", "")
+        for name, section in result["sections"].items()
+        if section["status"] == "failed"
+    ]
     missed = [target["target"] for target in result["targets"] if target["met"] is False]
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks passed; written to {path}")
     listed = ("not reached", sections_with(result, "not reached")), ("targets missed", missed)

@@ -67,9 +67,12 @@ class Engine:
     def make_runner(self, compile: bool) -> Runner:
         shapes, section, start = self.report.shapes, self.report.section, time.perf_counter()
         runner = Runner(
-            self.model, shapes.prompt + shapes.exact_tokens, MAX_ROWS, compile=compile and self.report.device == "cuda",
+            self.model,
+            shapes.prompt + shapes.exact_tokens,
+            MAX_ROWS,
+            compile=compile and self.report.device == "cuda",
             notice=section["notices"].append,
-        )  # fmt: skip
+        )
         runner.warm_up(skips_sublayers=self.thorough)
         section["warm_up_s"] = time.perf_counter() - start
         return runner
@@ -158,9 +161,7 @@ def time_in_turns(engine: Engine, texts: Sequence[str], show_plain: bool = False
         report.row(**speed_row(report, engine.model, text, generations, runs["none"]))
 
 
-def speed_row(
-    report: Report, model: Transformer, text: str, runs: list[Generation], plain: list[Generation]
-) -> dict:  # fmt: skip
+def speed_row(report: Report, model: Transformer, text: str, runs: list[Generation], plain: list[Generation]) -> dict:
     """Speed over plain decoding in the same turn, beside what the weight bytes alone would make of it."""
     rates = [generation.tokens_per_s for generation in runs]
     summaries = [generation.summary(model) for generation in runs]
@@ -169,19 +170,29 @@ def speed_row(
     layer, head = weight_bytes(model.layers) / model.args.n_layer, weight_bytes(model.lm_head)
     read = summary["layer_visits_per_token"] * layer + summary["head_visits_per_token"] * head
     return {
-        "policy": text, "tokens_per_s": statistics.median(rates), "tokens_per_s_runs": rates, "speedup": speedup,
-        "acceptance_rate": summary["acceptance_rate"], "tokens_per_round": summary["tokens_per_round"],
-        "ideal_speedup": summary["ideal_speedup"], "share_of_ideal": speedup / summary["ideal_speedup"],
-        "weight_bytes_per_token": read, "share_of_bandwidth": report.share(read * statistics.median(rates)),
+        "policy": text,
+        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s_runs": rates,
+        "speedup": speedup,
+        "acceptance_rate": summary["acceptance_rate"],
+        "tokens_per_round": summary["tokens_per_round"],
+        "ideal_speedup": summary["ideal_speedup"],
+        "share_of_ideal": speedup / summary["ideal_speedup"],
+        "weight_bytes_per_token": read,
+        "share_of_bandwidth": report.share(read * statistics.median(rates)),
         "prefill_ms": 1e3 * statistics.median(generation.prefill.seconds for generation in runs),
         "round_us": 1e6 * statistics.median(g.decode_s / len(g.rounds) for g in runs),
         "proposed_rounds": sum(bool(step.drafted and not step.exit_layers) for step in runs[0].rounds),
-    }  # fmt: skip
+    }
 
 
 def memory(model: Transformer, device: str) -> dict:
     cache = sum(nbytes((layer.attention.k_cache, layer.attention.v_cache)) for layer in model.layers)
     weights = weight_bytes(model)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {"weights_bytes": weights, "cache_bytes": cache, "peak_bytes": peak,
-            "peak_over_needed": peak / (weights + cache) if peak else None}  # fmt: skip
+    return {
+        "weights_bytes": weights,
+        "cache_bytes": cache,
+        "peak_bytes": peak,
+        "peak_over_needed": peak / (weights + cache) if peak else None,
+    }

@@ -48,8 +48,11 @@ def check_environment(report: Report) -> None:
     values = {"gpu": None, "cuda": torch.version.cuda, "copy_GB_per_s": 2 * source.nbytes / seconds / 1e9}
     if report.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        values |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count,
-                   "memory_GB": properties.total_memory / 1e9} | driver()  # fmt: skip
+        values |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_GB": properties.total_memory / 1e9,
+        } | driver()
     versions = report.result["versions"]
     report.row(**values, **{name: versions[name] for name in ("python", "torch", "triton", "transformers")})
 
@@ -138,14 +141,19 @@ def check_exit_head(report: Report, vocabulary: int, mode: str) -> None:
         report.within(f"exit_head {shape}: {name} below the largest", (gap / logits.abs().amax()).max(), 4 * BOUND)
     expected = exit_stats_reference(logits.bfloat16().float())
     report.within(f"exit_head {shape}: statistics", (stats - torch.stack(expected[1:], -1)).abs().max(), 0.02)
-    alone = [(a, b[i : i + 1]) for m in ROWS for i in {0, m - 1}
-             for a, b in zip(call(i, i + 1, weights[0]), found[m], strict=True)]  # fmt: skip
+    alone = [
+        (a, b[i : i + 1])
+        for m in ROWS
+        for i in {0, m - 1}
+        for a, b in zip(call(i, i + 1, weights[0]), found[m], strict=True)
+    ]
     report.same_rows(f"exit_head {shape}: a row alone has the bits of the row among 8 and 16", alone)
     del exact
     for sampling, m in itertools.product((False, True), ROWS):
         calls = [functools.partial(call, 0, m, each, sampling) for each in weights]
-        report.time("exit_head" + " sampling" * sampling, shape, m, nbytes(weights[0]), calls,
-                    head_matmuls(x[:m], weights))  # fmt: skip
+        report.time(
+            "exit_head" + " sampling" * sampling, shape, m, nbytes(weights[0]), calls, head_matmuls(x[:m], weights)
+        )
 
 
 def head_matmuls(x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> list[list[functools.partial]]:
@@ -166,11 +174,14 @@ def check_attention(report: Report, caches: list[tuple[Tensor, Tensor]], context
     expected = attention_reference(q.double(), k.double(), v.double(), *used, positions)
     shape = f"{heads}/{groups}/{width} context {context} rows {m}"
     report.within(f"attention {shape}: error", relative_error(out, expected), 2 * BOUND)
-    written = all(torch.equal(cache[:, positions], new.transpose(0, 1))
-                  for cache, new in zip(caches[0], (k, v), strict=True))  # fmt: skip
+    written = all(
+        torch.equal(cache[:, positions], new.transpose(0, 1)) for cache, new in zip(caches[0], (k, v), strict=True)
+    )
     report.check(f"attention {shape}: keys and values are in the cache", written)
-    alone = [(kernel(q[one], k[one], v[one], *caches[0], positions[one]), out[one])
-             for one in (slice(i, i + 1) for i in range(m))]  # fmt: skip
+    alone = [
+        (kernel(q[one], k[one], v[one], *caches[0], positions[one]), out[one])
+        for one in (slice(i, i + 1) for i in range(m))
+    ]
     report.same_rows(f"attention {shape}: a row alone has the same bits", alone)
     calls = [functools.partial(kernel, q, k, v, *cache, positions) for cache in caches]
     report.time("attention", shape, m, 4 * context * groups * width, calls)

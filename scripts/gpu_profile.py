@@ -46,8 +46,7 @@ def count_launches(stream: Iterator[Round], device: str) -> dict:
     if device == "cpu":
         return {"graph_launches": None, "syncs": None}
     next(stream), next(stream)
-    counted = mock.patch.object(
-        torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay)  # fmt: skip
+    counted = mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay)
     with warnings.catch_warnings(record=True) as caught, counted as replays:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -78,5 +77,9 @@ def device_profile(stream: Iterator[Round], device: str, activities: list) -> di
         waiting += start - end if start - end > GAP_US else 0.0
         end = max(end, stop)
     busy = end - spans[0][0] - waiting
-    return {"launches": starts / rounds if starts else None, "kernels": len(spans) / rounds,
-            "device_us": busy / rounds, "host_us": waiting / rounds}  # fmt: skip
+    return {
+        "launches": starts / rounds if starts else None,
+        "kernels": len(spans) / rounds,
+        "device_us": busy / rounds,
+        "host_us": waiting / rounds,
+    }

@@ -28,11 +28,21 @@ REPEATS = 7  # of every timing of a kernel
 WARM_S = 0.03  # of work before a timing: an idle GPU has turned its clocks down
 GRACE_S = 45  # after the time is over, for the section that is running
 SHORT = {
-    "tokens_per_s": "tokens/s", "acceptance_rate": "accepted", "tokens_per_round": "a round", "ideal_speedup": "ideal",
-    "share_of_ideal": "of ideal", "share_of_bandwidth": "of copy", "prefill_ms": "prefill ms", "round_us": "round µs",
-    "graph_launches": "graphs", "device_us": "device µs", "host_us": "host µs", "us": "µs", "matmul_us": "matmul µs",
+    "tokens_per_s": "tokens/s",
+    "acceptance_rate": "accepted",
+    "tokens_per_round": "a round",
+    "ideal_speedup": "ideal",
+    "share_of_ideal": "of ideal",
+    "share_of_bandwidth": "of copy",
+    "prefill_ms": "prefill ms",
+    "round_us": "round µs",
+    "graph_launches": "graphs",
+    "device_us": "device µs",
+    "host_us": "host µs",
+    "us": "µs",
+    "matmul_us": "matmul µs",
     "ours_over_it": "ours ÷ it",
-}  # fmt: skip
+}
 HIDDEN = {"bytes", "weight_bytes_per_token", "tokens_per_s_runs", "proposed_rounds"}
 
 
@@ -129,8 +139,15 @@ class Report:
         """Time a kernel that reads `read` bytes; matmuls: plain ones, the fastest of which stands beside it."""
         timed = functools.partial(seconds_per_call, launches=self.shapes.launches, device=self.device)
         took, beside = timed(calls), min(map(timed, matmuls), default=None)
-        self.row(op=op, shape=shape, rows=rows, us=1e6 * took, bytes=read, share_of_bandwidth=self.share(read / took),
-                 matmul_us=None if beside is None else 1e6 * beside)  # fmt: skip
+        self.row(
+            op=op,
+            shape=shape,
+            rows=rows,
+            us=1e6 * took,
+            bytes=read,
+            share_of_bandwidth=self.share(read / took),
+            matmul_us=None if beside is None else 1e6 * beside,
+        )
 
     def share(self, bytes_per_s: float) -> float | None:
         return bytes_per_s / self.bandwidth if self.bandwidth else None
@@ -189,6 +206,7 @@ def seconds_per_call(calls: list[Callable[[], object]], launches: int, device: s
 
 def print_section(name: str, section: dict) -> None:
     """A table of the rows, numbers with as many digits as they deserve, and a line for each check that failed."""
+
     def text(value) -> str:
         if isinstance(value, float):
             return format(value, ".3g" if abs(value) < 100 or math.isnan(value) else ".0f")

@@ -34,8 +34,14 @@ class Target:
         where = worst(found, key=found.get) if found else None
         measured = found.get(where)
         met = None if measured is None else (measured >= self.bound if self.at_least else measured <= self.bound)
-        return {"target": self.name, "wanted": f"{'≥' if self.at_least else '≤'} {self.bound:g}", "measured": measured,
-                "worst_in": where, "met": met, "by_section": found}  # fmt: skip
+        return {
+            "target": self.name,
+            "wanted": f"{'≥' if self.at_least else '≤'} {self.bound:g}",
+            "measured": measured,
+            "worst_in": where,
+            "met": met,
+            "by_section": found,
+        }
 
 
 def of_rows(key: str, policies: str) -> Callable[[dict], Iterable[float | None]]:
@@ -67,18 +73,25 @@ def different_texts(section: dict) -> Iterable[int]:
 
 TARGETS = (
     Target("texts that differ from plain decoding's", "engine .*", 0, different_texts, at_least=False),
-    *(Target(f"plain decoding, share of copy bandwidth, {mode}",
-             f"engine (?!1B).* {mode}",  # a model of 1B is mostly a head
-             bound, of_rows("share_of_bandwidth", "none"))
-      for mode, bound in (("bf16", 0.90), ("int8", 0.85), ("int4", 0.75))),
+    *(
+        Target(
+            f"plain decoding, share of copy bandwidth, {mode}",
+            f"engine (?!1B).* {mode}",  # a model of 1B is mostly a head
+            bound,
+            of_rows("share_of_bandwidth", "none"),
+        )
+        for mode, bound in (("bf16", 0.90), ("int8", 0.85), ("int4", 0.75))
+    ),
     Target("static drafts, share of the ideal speedup", "engine .*", 0.95, of_rows("share_of_ideal", STATIC)),
-    *(Target(f"exit head, share of copy bandwidth, {mode}", "kernels exit_head", bound, of_heads(mode))
-      for mode, bound in (("bf16", 0.90), ("int8", 0.85))),
+    *(
+        Target(f"exit head, share of copy bandwidth, {mode}", "kernels exit_head", bound, of_heads(mode))
+        for mode, bound in (("bf16", 0.90), ("int8", 0.85))
+    ),
     Target("exit head, time ÷ that of the fastest matmul alone", "kernels exit_head", 1.03, head_over_matmul, False),
     Target("plain and static: graphs started a round, off one", "profile .*", 0.15, other_graphs, at_least=False),
     Target("plain and static: blocking waits within a round", "profile .*", 0, of_rows("syncs", ONE_PLAN), False),
     Target("peak memory ÷ (weights + cache)", "engine .*", 1.10, peak_over_needed, at_least=False),
-)  # fmt: skip
+)
 
 
 def judge_all(sections: dict[str, dict]) -> list[dict]:
@@ -87,6 +100,14 @@ def judge_all(sections: dict[str, dict]) -> list[dict]:
 
 def print_targets(judged: list[dict]) -> None:
     words = {True: "met", False: "NOT MET", None: "not measured"}
-    rows = [[each["target"], each["wanted"], cli.shown(each["measured"], ".3f"), each["worst_in"] or "–",
-             words[each["met"]]] for each in judged]  # fmt: skip
+    rows = [
+        [
+            each["target"],
+            each["wanted"],
+            cli.shown(each["measured"], ".3f"),
+            each["worst_in"] or "–",
+            words[each["met"]],
+        ]
+        for each in judged
+    ]
     cli.print_table("targets", ["target", "wanted", "worst", "in", ""], rows)

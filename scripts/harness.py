@@ -60,14 +60,19 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str], metadata: dict
     for defaults in (False, True):
         manager = TaskManager(include_path=[BUNDLED, *include_path], include_defaults=defaults, metadata=metadata)
         locate_bundled(manager)
-        found = {name: [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else manager.match_tasks([name])
-                 for name in names}  # fmt: skip
+        found = {
+            name: [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else manager.match_tasks([name])
+            for name in names
+        }
         missing = [name for name, matches in found.items() if not matches]
         if not missing:
             return manager, list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
     near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
-    raise ValueError(f"tasks: there is no task {missing[0]!r}" + (f" (near: {', '.join(near)})" if near else "") +
-                     "; `lm_eval ls tasks` lists the harness's, --include_path FOLDER adds your own")  # fmt: skip
+    raise ValueError(
+        f"tasks: there is no task {missing[0]!r}"
+        + (f" (near: {', '.join(near)})" if near else "")
+        + "; `lm_eval ls tasks` lists the harness's, --include_path FOLDER adds your own"
+    )
 
 
 def locate_bundled(manager) -> None:
@@ -85,12 +90,15 @@ def load_tasks(manager, names: Sequence[str]) -> list:
         loaded = manager.load(list(names))
     except Exception as error:  # of the hub, of files, of YAML: whatever the harness and its libraries raise
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise ValueError(f"tasks: cannot load {', '.join(names)} ({type(error).__name__}: {reason}); without a network "
-                         "only tasks whose data are local files can be loaded") from error  # fmt: skip
+        raise ValueError(
+            f"tasks: cannot load {', '.join(names)} ({type(error).__name__}: {reason}); without a network "
+            "only tasks whose data are local files can be loaded"
+        ) from error
     inner = {name for names in loaded["group_map"].values() for name in names}
     top = loaded["groups"] | loaded["tasks"]
-    in_groups = {task for group in loaded["groups"].values() for task in (each.task_name for each in
-                                                                          group.get_all_tasks())}  # fmt: skip
+    in_groups = {
+        task for group in loaded["groups"].values() for task in (each.task_name for each in group.get_all_tasks())
+    }
     return [item for name, item in top.items() if name not in inner | in_groups]
 
 
@@ -111,8 +119,10 @@ def check_generation(kwargs: dict, where: str) -> None:
     """Raise ValueError for generation arguments that decoding here does not know, or that have impossible values."""
     for key, value in kwargs.items():
         if key not in GENERATION_KEYS and not (key in IGNORED and value == IGNORED[key]):
-            raise ValueError(f"{where}: generation argument {key}={value!r} is not supported; known are "
-                             f"{', '.join(sorted(GENERATION_KEYS))}")  # fmt: skip
+            raise ValueError(
+                f"{where}: generation argument {key}={value!r} is not supported; known are "
+                f"{', '.join(sorted(GENERATION_KEYS))}"
+            )
     try:
         for key in COUNT_KEYS:
             if number_of(kwargs, key, int, 1) < 1:
@@ -144,8 +154,13 @@ def number_of(kwargs: dict, key: str, kind: type, default=None):
 def task_sampling(kwargs: dict, own: SamplingConfig) -> SamplingConfig:
     """How a request with these generation arguments is sampled: as they say if they sample, else by `own`."""
     temperature = number_of(kwargs, "temperature", float, 0.0)
-    asked = SamplingConfig(temperature, number_of(kwargs, "top_k", int) or None, number_of(kwargs, "top_p", float),
-                           own.seed, own.verification)  # fmt: skip
+    asked = SamplingConfig(
+        temperature,
+        number_of(kwargs, "top_k", int) or None,
+        number_of(kwargs, "top_p", float),
+        own.seed,
+        own.verification,
+    )
     return asked if kwargs.get("do_sample") and temperature else own
 
 
@@ -189,8 +204,10 @@ class Likelihoods:
         inputs, wanted = tokens[:-1], tokens[1:][-len(continuation) :] if continuation else []
         if not wanted:
             return 0.0, True
-        known = next((i for i, (a, b) in enumerate(zip(self.cached, inputs, strict=False)) if a != b),
-                     min(len(self.cached), len(inputs)))  # fmt: skip
+        known = next(
+            (i for i, (a, b) in enumerate(zip(self.cached, inputs, strict=False)) if a != b),
+            min(len(self.cached), len(inputs)),
+        )
         start = min(known, len(inputs) - len(wanted))  # the rows that predict are needed again
         self.cached = inputs
         first_wanted, total, greedy = len(inputs) - len(wanted), 0.0, True
@@ -210,9 +227,20 @@ class Likelihoods:
 class Evaluated:
     """The methods that the harness calls, apart from those it has itself; see `make_model`."""
 
-    def __init__(self, runner: Runner, tokenizer, policy: DraftPolicy, sampling: SamplingConfig, ranks: Ranks, *,
-                 exit_layer: int, max_new_tokens: int | None = None, verified: bool = True, chat: bool = False,
-                 name: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer,
+        policy: DraftPolicy,
+        sampling: SamplingConfig,
+        ranks: Ranks,
+        *,
+        exit_layer: int,
+        max_new_tokens: int | None = None,
+        verified: bool = True,
+        chat: bool = False,
+        name: str = "",
+    ):
         """sampling: where a task does not ask for a temperature. max_new_tokens: instead of every task's own.
 
         verified=False: texts by early exit, the policy's drafts as they are.
@@ -253,8 +281,9 @@ class Evaluated:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """A chat template writes BOS and other special tokens itself."""
-        return self.own_tokenizer.encode(string, bos=add_special_tokens is not False and not self.chat,
-                                      allow_special=self.chat)  # fmt: skip
+        return self.own_tokenizer.encode(
+            string, bos=add_special_tokens is not False and not self.chat, allow_special=self.chat
+        )
 
     # ---- requests ----
 
@@ -272,8 +301,9 @@ class Evaluated:
         joint = lambda i: requests[i][1] if len(requests[i][1]) > len(requests[i][2]) else i
         groups = [list(same) for _, same in itertools.groupby(order, key=joint)]
         self.likelihoods.forget()
-        found = self.shared(groups, lambda group: [self.likelihoods.score(*requests[i][1:]) for i in group],
-                            "likelihoods", disable_tqdm)  # fmt: skip
+        found = self.shared(
+            groups, lambda group: [self.likelihoods.score(*requests[i][1:]) for i in group], "likelihoods", disable_tqdm
+        )
         answers = dict(zip(order, itertools.chain.from_iterable(found), strict=True))
         self.scored_tokens += sum(len(request[2]) for request in requests)
         for i, (strings, *_) in enumerate(requests):

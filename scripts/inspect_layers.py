@@ -47,8 +47,10 @@ def open_other(flags: argparse.Namespace, session: cli.Session) -> cli.Session |
         return None
     other = cli.open_session(argparse.Namespace(**{**vars(flags), "checkpoint_path": flags.compare_with}))
     if other.tokenizer.vocabulary.token_bytes != session.tokenizer.vocabulary.token_bytes:
-        raise ValueError(f"compare_with {flags.compare_with}: its vocabulary is not that of {flags.checkpoint_path}, "
-                         f"and both must read the same tokens")  # fmt: skip
+        raise ValueError(
+            f"compare_with {flags.compare_with}: its vocabulary is not that of {flags.checkpoint_path}, "
+            f"and both must read the same tokens"
+        )
     return other
 
 
@@ -102,25 +104,36 @@ def print_layers(models: Sequence[Model]) -> None:
                 row += ["–"] * 5
                 continue
             row += [
-                f"{summary['agreement'][depth - 1]:.1%}", f"{summary['top1_median'][depth - 1]:.2f}",
+                f"{summary['agreement'][depth - 1]:.1%}",
+                f"{summary['top1_median'][depth - 1]:.2f}",
                 f"{summary['stable_from'][depth - 1] / summary['positions']:.1%}",
                 str(summary["departures"][depth]) if summary["departure_mean"] is not None else "–",
                 f"{summary['cosine_by_depth'][1][depth - 1]:.3f}",
-            ]  # fmt: skip
+            ]
         rows.append(row)
     title = f"{models[0].summary['positions']} positions, {len(models[0].lenses)} text(s)"
     cli.print_table(title, columns, rows)
     rows = []
     for model in models:
         summary = model.summary
-        cosines = [f"{summary['cosine_median'][gap]:.3f}" if gap in summary["cosine_median"] else "–"
-                   for gap in lens.GAPS]  # fmt: skip
-        rows.append([model.name, *cosines, f"{summary['stable_from_mean']:.1f} of {len(summary['agreement'])}",
-                     cli.shown(summary["departure_mean"]), cli.shown(summary["drafted_share"], ".1%"),
-                     str(summary["rejected_drafts"])])  # fmt: skip
-    cli.print_table("median cosine of states n layers apart; mean depths",
-                    ["", *(f"n = {gap}" for gap in lens.GAPS), "final from", "layers run", "drafted", "rejected"],
-                    rows)  # fmt: skip
+        cosines = [
+            f"{summary['cosine_median'][gap]:.3f}" if gap in summary["cosine_median"] else "–" for gap in lens.GAPS
+        ]
+        rows.append(
+            [
+                model.name,
+                *cosines,
+                f"{summary['stable_from_mean']:.1f} of {len(summary['agreement'])}",
+                cli.shown(summary["departure_mean"]),
+                cli.shown(summary["drafted_share"], ".1%"),
+                str(summary["rejected_drafts"]),
+            ]
+        )
+    cli.print_table(
+        "median cosine of states n layers apart; mean depths",
+        ["", *(f"n = {gap}" for gap in lens.GAPS), "final from", "layers run", "drafted", "rejected"],
+        rows,
+    )
 
 
 def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.Namespace, result: dict) -> list[Path]:
@@ -166,8 +179,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m scripts.inspect_layers",
         description="What every layer would say at every position: a page, tables, numbers.",
         epilog="example: python -m scripts.inspect_layers --prompt 'def main():' --policy confidence:0.6 "
-               "--output_dir inspect_out",
-    )  # fmt: skip
+        "--output_dir inspect_out",
+    )
     cli.add_model_flags(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
@@ -175,16 +188,29 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--prompt_ids", metavar="1,5,9", help="token ids, exactly as given")
     cli.add_decode_flags(parser)
     parser.set_defaults(max_new_tokens=48)
-    parser.add_argument("--policy", default="confidence", metavar="NAME:key=value,…",
-                        help="writes the text and says where its tokens leave the model (default: confidence)")
+    parser.add_argument(
+        "--policy",
+        default="confidence",
+        metavar="NAME:key=value,…",
+        help="writes the text and says where its tokens leave the model (default: confidence)",
+    )
     parser.add_argument("--no_verify", action="store_true", help="early exit: the drafts are the text")
     samples.add_sample_flags(parser, dataset=None, num_samples=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
     parser.add_argument("--compare_with", metavar="PATH", help="a second checkpoint, to read the same texts")
-    parser.add_argument("--format", default="html,latex,text", metavar="NAME,…",
-                        help=f"tables to write, of {', '.join(WRITERS)} (default: all)")
-    parser.add_argument("--num_tables", type=int, default=4, metavar="N",
-                        help="texts that get a table; the numbers are of all (default: 4)")
+    parser.add_argument(
+        "--format",
+        default="html,latex,text",
+        metavar="NAME,…",
+        help=f"tables to write, of {', '.join(WRITERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--num_tables",
+        type=int,
+        default=4,
+        metavar="N",
+        help="texts that get a table; the numbers are of all (default: 4)",
+    )
     parser.add_argument("--output_dir", default="inspect_out", metavar="FOLDER")
     return parser.parse_args(argv)
 
@@ -212,8 +238,9 @@ def main() -> None:
     if other:
         longest = max(map(len, prompts)) + config.max_new_tokens
         if longest > other.args.max_seq_len:
-            raise ValueError(f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, "
-                             f"{longest} are needed")  # fmt: skip
+            raise ValueError(
+                f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, {longest} are needed"
+            )
     cli.make_folder(flags.output_dir)
 
     lenses, summaries = look_at(session, flags, prompts, config)
@@ -228,13 +255,21 @@ def main() -> None:
         "policy": str(policy),
         "verified": not flags.no_verify,
         "acceptance_rate": accepted / drafted if drafted else None,
-        "models": [{"name": model.name, **model.summary, "texts": [dataclasses.asdict(each) | {
-            "stable_from": [each.stable_from(t) for t in range(each.positions)]} for each in model.lenses]}
-            for model in models],
+        "models": [
+            {
+                "name": model.name,
+                **model.summary,
+                "texts": [
+                    dataclasses.asdict(each) | {"stable_from": [each.stable_from(t) for t in range(each.positions)]}
+                    for each in model.lenses
+                ],
+            }
+            for model in models
+        ],
         "generations": summaries,
         "config": vars(flags),
         **cli.environment(),
-    }  # fmt: skip
+    }
     files = write_files(models, session, flags, result)
     print_layers(models)
     print("wrote " + ", ".join(map(str, files)))

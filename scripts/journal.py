@@ -20,9 +20,12 @@ from plan import DraftPolicy
 
 
 def digest(
-    prompts: Sequence[Sequence[int]], responses: Sequence, policies: Iterable[DraftPolicy], source: checkpoint.Source,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence,
+    policies: Iterable[DraftPolicy],
+    source: checkpoint.Source,
     ranks: int,
-) -> dict:  # fmt: skip
+) -> dict:
     """What a journal remembers of all that names alone do not tell: prompts, responses, the content of files."""
     sha = lambda value: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
     stats = {str(file): file.stat() for file in set(source.files.values())}
@@ -56,8 +59,10 @@ class Journal:
             for row in rows:
                 self.done[self._key_of(row)] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
-                             f"another --output_dir") from None  # fmt: skip
+            raise ValueError(
+                f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
+                f"another --output_dir"
+            ) from None
         refuse_others(self.path, found, self.settings)
 
     def _complete_lines(self) -> list[str]:
@@ -132,8 +137,9 @@ def refuse_others(path: Path, found: dict, wanted: dict) -> None:
     if found != wanted:
         name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
         then, now = _short(found.get(name)), _short(wanted.get(name))
-        raise ValueError(f"{path} is of a run with another {name} ({then}, now {now}): give another --output_dir, or "
-                         f"delete the file")  # fmt: skip
+        raise ValueError(
+            f"{path} is of a run with another {name} ({then}, now {now}): give another --output_dir, or delete the file"
+        )
 
 
 def _short(value) -> str:

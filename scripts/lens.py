@@ -102,8 +102,13 @@ def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequen
     left: one Departure for each token after the prompt; none if another model wrote them.
     """
     n_layer, last = runner.n_layer, len(tokens) - 1
-    found = Lens(list(tokens), prompt_length, *([[] for _ in range(n_layer)] for _ in range(4)),
-                 {n: [[] for _ in range(n_layer + 1 - n)] for n in GAPS if n <= n_layer}, list(left))  # fmt: skip
+    found = Lens(
+        list(tokens),
+        prompt_length,
+        *([[] for _ in range(n_layer)] for _ in range(4)),
+        {n: [[] for _ in range(n_layer + 1 - n)] for n in GAPS if n <= n_layer},
+        list(left),
+    )
     for first in range(0, last, CHUNK):
         rows = tokens[first : min(first + CHUNK, last)]
         following = torch.tensor(tokens[first + 1 : first + 1 + len(rows)], device=runner.positions.device)

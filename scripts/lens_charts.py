@@ -12,14 +12,25 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 34  # around the area that is drawn in
 def charts(summary: dict, lenses: Sequence[Lens]) -> str:
     """The three charts of one model: cosines, earliest stable layers, and where the tokens left."""
     parts = [
-        figure("Median cosine of hidden states, n layers apart", "near 1: these layers hardly turn the state",
-               cosine_chart(summary)),
-        figure("Earliest layer from which the choice stays final",
-               "bars: share of positions; line: share with the final choice at this layer", stable_chart(summary)),
-    ]  # fmt: skip
+        figure(
+            "Median cosine of hidden states, n layers apart",
+            "near 1: these layers hardly turn the state",
+            cosine_chart(summary),
+        ),
+        figure(
+            "Earliest layer from which the choice stays final",
+            "bars: share of positions; line: share with the final choice at this layer",
+            stable_chart(summary),
+        ),
+    ]
     if any(lens.departures for lens in lenses):
-        parts.append(figure("Layers run for each token of the text", "green: drafts that were accepted; "
-                            "grey: the full model's own tokens", departure_chart(lenses)))  # fmt: skip
+        parts.append(
+            figure(
+                "Layers run for each token of the text",
+                "green: drafts that were accepted; grey: the full model's own tokens",
+                departure_chart(lenses),
+            )
+        )
     return f'<div class="charts">{"".join(parts)}</div>'
 
 
@@ -36,8 +47,10 @@ class Frame:
         self.parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(describe)}">']
         for i in range(5):
             value = y[0] + (y[1] - y[0]) * i / 4
-            self.add(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(value):.1f}" '
-                     f'y2="{self.down(value):.1f}"/>')  # fmt: skip
+            self.add(
+                f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(value):.1f}" '
+                f'y2="{self.down(value):.1f}"/>'
+            )
             self.text(LEFT - 5, self.down(value) + 3.5, f"{value:.2g}", "end")
         self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, label, "middle")
 
@@ -78,8 +91,9 @@ class Frame:
 def cosine_chart(summary: dict) -> str:
     n_layer = len(summary["stable_from"])
     lowest = min((value for values in summary["cosine_by_depth"].values() for value in values), default=0.0)
-    frame = Frame((0, n_layer), (min(0.0, lowest), 1.0), "depth of the later state (layers run)",
-                  "median cosine by depth")  # fmt: skip
+    frame = Frame(
+        (0, n_layer), (min(0.0, lowest), 1.0), "depth of the later state (layers run)", "median cosine by depth"
+    )
     frame.ticks(range(n_layer + 1))
     for number, (gap, values) in enumerate(summary["cosine_by_depth"].items(), 1):
         points = [(depth + gap, value) for depth, value in enumerate(values)]

@@ -18,12 +18,30 @@ from tokenizer import Tokenizer
 TEMPLATE = Path(__file__).with_name("lens_page.html")
 SHORT_NAMES = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 LATEX = {  # what may not stand in LaTeX as it is
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
-    "·": r"\textperiodcentered{}", "⏎": r"\textbackslash{}n", "⇥": r"\textbackslash{}t", "␍": r"\textbackslash{}r",
-    "∅": r"$\emptyset$", "-": "{-}", ",": "{,}",  # two of them would become one character
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "_": r"\_",
+    "%": r"\%",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "'": r"\textquotesingle{}",
+    "`": r"\textasciigrave{}",
+    "·": r"\textperiodcentered{}",
+    "⏎": r"\textbackslash{}n",
+    "⇥": r"\textbackslash{}t",
+    "␍": r"\textbackslash{}r",
+    "∅": r"$\emptyset$",
+    "-": "{-}",
+    ",": "{,}",  # two of them would become one character
+}
 LATEX_COLUMNS, TEXT_COLUMNS, TEXT_WIDTH = 8, 8, 8
 
 
@@ -99,8 +117,11 @@ def write_html(models: Sequence[Model], name: Callable[[int], str], title: str, 
         parts.append(lens_charts.charts(model.summary, model.lenses) + "</div>")
     parts.append("</div>")
     data = json.dumps({"vocab": [name(token) for token in vocabulary], "tables": tables}, separators=(",", ":"))
-    replaced = {"title": html.escape(title), "body": "\n".join(filter(None, parts)),
-                "data": data.replace("<", "\\u003c")}  # no token can end the script  # fmt: skip
+    replaced = {
+        "title": html.escape(title),
+        "body": "\n".join(filter(None, parts)),
+        "data": data.replace("<", "\\u003c"),
+    }  # no token can end the script
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|body|data)\}\}", lambda match: replaced[match[1]], template)
 
@@ -121,9 +142,12 @@ def head_facts(facts: dict[str, str]) -> str:
 def tools() -> str:
     ramp = "".join(f'<i class="p{level}"></i>' for level in range(11))
     keys = {
-        "x": "draft left the model here", "r": "draft left here and was rejected", "o": "full model's own token",
-        "q": "proposed without the model", "s": "choice is final from here on",
-    }  # fmt: skip
+        "x": "draft left the model here",
+        "r": "draft left here and was rejected",
+        "o": "full model's own token",
+        "q": "proposed without the model",
+        "s": "choice is final from here on",
+    }
     legend = "".join(f'<span><i class="key {key}"></i>{text}</span>' for key, text in keys.items())
     return (
         '<div class="tools"><label>colour: <select id="colour"><option value="top">probability of the choice</option>'
@@ -138,8 +162,10 @@ def html_table(lens: Lens, index: int, name: Callable[[int], str], label: str) -
     cuts = [" cut" if t == lens.prompt_length - 1 and t else "" for t in columns]  # from here the text is generated
 
     def ends(tag: str, what: str, tokens: Sequence[int], classes: Sequence[str]) -> str:
-        cells = (f'<th scope="col" tabindex="-1"{class_of(c)}>{html.escape(name(token))}</th>'
-                 for token, c in zip(tokens, classes, strict=True))  # fmt: skip
+        cells = (
+            f'<th scope="col" tabindex="-1"{class_of(c)}>{html.escape(name(token))}</th>'
+            for token, c in zip(tokens, classes, strict=True)
+        )
         return f'<{tag}><tr><th class="corner">{what}</th>{"".join(cells)}</tr></{tag}>'
 
     heads = []
@@ -178,16 +204,26 @@ def table_data(model: Model, index: int, vocabulary: dict[int, int]) -> dict:
         return [round(10_000 * p) for p in probs]
 
     return {
-        "name": model.name, "text": index, "layers": lens.n_layer, "positions": lens.positions,
-        "prompt": lens.prompt_length, "top": min(TOP, len(lens.top_ids[0][0])),
+        "name": model.name,
+        "text": index,
+        "layers": lens.n_layer,
+        "positions": lens.positions,
+        "prompt": lens.prompt_length,
+        "top": min(TOP, len(lens.top_ids[0][0])),
         "tokens": [known(token) for token in lens.tokens],
         "ids": [known(token) for layer in lens.top_ids for ids in layer for token in ids],
         "probs": [part for layer in lens.top_probs for probs in layer for part in parts(probs)],
         "next": [part for layer in lens.next_probs for part in parts(layer)],
         "ranks": [rank for layer in lens.next_ranks for rank in layer],
-        "left": [[each.depth, int(each.drafted), *((known(each.rejected[0]), each.rejected[1]) if each.rejected else
-                                                   (-1, 0))] for each in lens.departures],
-    }  # fmt: skip
+        "left": [
+            [
+                each.depth,
+                int(each.drafted),
+                *((known(each.rejected[0]), each.rejected[1]) if each.rejected else (-1, 0)),
+            ]
+            for each in lens.departures
+        ],
+    }
 
 
 def latex(text: str) -> str:
@@ -240,8 +276,10 @@ def write_text(models: Sequence[Model], name: Callable[[int], str]) -> str:
 
     [token] left the model there, ~token~ was a rejected draft, *: the choice is final from there on.
     """
-    lines = ["[token]: left the model there; ~token~: a draft that was rejected; *: final from there on; "
-             "number: probability in hundredths"]  # fmt: skip
+    lines = [
+        "[token]: left the model there; ~token~: a draft that was rejected; *: final from there on; "
+        "number: probability in hundredths"
+    ]
     for place, lens, columns in blocks(models, TEXT_COLUMNS):
         lines += ["", place, text_row("next", [name(lens.tokens[t + 1]) for t in columns])]
         for depth in range(lens.n_layer, 0, -1):

@@ -107,9 +107,13 @@ def transformers_contenders(session: cli.Session, drafting, counts: list[int]) -
         ids = torch.tensor([prompt], device=weight.device)
         start = time.perf_counter()
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
             **extra,
-        )  # fmt: skip
+        )
         return out[0, ids.shape[1] :].tolist(), time.perf_counter() - start
 
     @torch.inference_mode()
@@ -156,12 +160,20 @@ def write_gguf(session: cli.Session, path: Path, dtype: torch.dtype, mode: str =
     kind = gguf.GGMLQuantizationType[kind]
     out = gguf.GGUFWriter(str(path), "llama", use_temp_file=True)
     fields = {
-        "context_length": args.max_seq_len, "embedding_length": args.dim, "block_count": args.n_layer,
-        "feed_forward_length": args.ffn_dim, "head_count": args.n_head, "head_count_kv": args.n_kv_head,
-        "key_length": args.head_dim, "value_length": args.head_dim, "layer_norm_rms_eps": args.norm_eps,
-        "rope_dimension_count": args.head_dim, "rope_freq_base": args.rope_base, "vocab_size": args.vocab_size,
+        "context_length": args.max_seq_len,
+        "embedding_length": args.dim,
+        "block_count": args.n_layer,
+        "feed_forward_length": args.ffn_dim,
+        "head_count": args.n_head,
+        "head_count_kv": args.n_kv_head,
+        "key_length": args.head_dim,
+        "value_length": args.head_dim,
+        "layer_norm_rms_eps": args.norm_eps,
+        "rope_dimension_count": args.head_dim,
+        "rope_freq_base": args.rope_base,
+        "vocab_size": args.vocab_size,
         "tokenizer_model": "no_vocab",
-    }  # fmt: skip
+    }
     if args.rope_type == "linear":
         fields |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": scaling["factor"]}
     for field_name, value in fields.items():

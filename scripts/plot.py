@@ -61,17 +61,35 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     points = [(row["cost_per_token_layers"], row["acceptance_rate"]) for row in drafting]
     figure, axes = pyplot.subplots(figsize=(12, 7.5) if len(points) < 25 else (16, 10), layout="constrained")
     dots = axes.scatter(
-        *zip(*points, strict=True) if points else ((), ()), c=[row["speedup_over_fastest_ar"] for row in drafting],
-        cmap="viridis", s=45, zorder=3,
-    )  # fmt: skip
+        *zip(*points, strict=True) if points else ((), ()),
+        c=[row["speedup_over_fastest_ar"] for row in drafting],
+        cmap="viridis",
+        s=45,
+        zorder=3,
+    )
     front = [points[i] for i in pareto_front(points)]
-    axes.plot(*zip(*front, strict=True) if front else ((), ()), "o--", color="0.35", markersize=12, linewidth=1,
-              markerfacecolor="none", zorder=2, label="Pareto front: no policy is both cheaper and more often right")
-    line = axes.axvline(plain["cost_per_token_layers"], color="tab:red", linestyle=":",
-                        label=f"plain decoding: {n_layer} layers and one LM head")  # fmt: skip
+    axes.plot(
+        *zip(*front, strict=True) if front else ((), ()),
+        "o--",
+        color="0.35",
+        markersize=12,
+        linewidth=1,
+        markerfacecolor="none",
+        zorder=2,
+        label="Pareto front: no policy is both cheaper and more often right",
+    )
+    line = axes.axvline(
+        plain["cost_per_token_layers"],
+        color="tab:red",
+        linestyle=":",
+        label=f"plain decoding: {n_layer} layers and one LM head",
+    )
     figure.colorbar(dots, label="speedup over the fastest plain decoding (×, measured)", pad=0.01)
-    axes.set(xlabel="cost per token (layers of weights read; the LM head counted by its bytes)",
-             ylabel="acceptance rate (accepted ÷ drafted tokens)", title=title)  # fmt: skip
+    axes.set(
+        xlabel="cost per token (layers of weights read; the LM head counted by its bytes)",
+        ylabel="acceptance rate (accepted ÷ drafted tokens)",
+        title=title,
+    )
     axes.margins(0.1)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
@@ -98,9 +116,14 @@ def label_points(axes, points: Sequence[tuple[float, float]], labels: Sequence[s
 
     for point, label in zip(points, labels, strict=True):
         text = axes.annotate(
-            label, point, (0, 0), textcoords="offset points", fontsize=8, va="center",
+            label,
+            point,
+            (0, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
             arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
-        )  # fmt: skip
+        )
         boxes = {place: box_at(text, *place) for place in itertools.product(DISTANCES, ANGLES)}  # nearest first
         place = min(boxes, key=lambda place: covered(boxes[place]))
         taken.append(box_at(text, *place))

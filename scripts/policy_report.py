@@ -52,9 +52,12 @@ def choices(network: SkipNetwork, states: Tensor, model: Transformer, seed: int)
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, texts: Sequence[list[int]], networks: dict[str, SkipNetwork], rewards: dict[str, Reward],
+    model: Transformer,
+    texts: Sequence[list[int]],
+    networks: dict[str, SkipNetwork],
+    rewards: dict[str, Reward],
     seed: int,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Judge policies and controls on the same windows -> a row for each policy.
 
     A row's `learned`, `random` and `one_set` hold means; `over_random` and `over_one_set` how much more the policy's
@@ -176,10 +179,14 @@ class Engine:
         drafted, accepted = sum(len(step.drafted) for step in rounds), sum(step.accepted for step in rounds)
         emitted = sum(len(step.tokens) for step in rounds)
         return {
-            "drafted": drafted, "accepted": accepted, "acceptance_rate": accepted / drafted if drafted else None,
-            "tokens_per_round": emitted / len(rounds), "tokens_per_s": emitted / statistics.median(times),
-            "speedup": statistics.median(a / b for a, b in zip(plain, times, strict=True)), "identical": identical,
-        }  # fmt: skip
+            "drafted": drafted,
+            "accepted": accepted,
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "tokens_per_round": emitted / len(rounds),
+            "tokens_per_s": emitted / statistics.median(times),
+            "speedup": statistics.median(a / b for a, b in zip(plain, times, strict=True)),
+            "identical": identical,
+        }
 
 
 def print_rows(rows: Sequence[dict], title: str, n_layer: int) -> None:
@@ -188,22 +195,50 @@ def print_rows(rows: Sequence[dict], title: str, n_layer: int) -> None:
     for row in rows:
         for who, label in ({"learned": "learned"} | CONTROLS).items():
             one = row[who]
-            body.append([
-                f"{row['alpha']} {label}", shown(one["skipped"], ".2f"), shown(one["reward"], ".3f"),
-                shown(one["kl"], ".3f"), shown(one["ce"], ".3f"), shown(one["agreement"], ".3f"),
-                str(row["distinct_sets"]) if who == "learned" else "–",
-            ])  # fmt: skip
-    columns = ("alpha, policy", f"layers left out\n(mean, of {n_layer})", "reward", "KL to the\nfull model",
-               "cross-\nentropy", "first draft\nagrees", "distinct\nsets")  # fmt: skip
+            body.append(
+                [
+                    f"{row['alpha']} {label}",
+                    shown(one["skipped"], ".2f"),
+                    shown(one["reward"], ".3f"),
+                    shown(one["kl"], ".3f"),
+                    shown(one["ce"], ".3f"),
+                    shown(one["agreement"], ".3f"),
+                    str(row["distinct_sets"]) if who == "learned" else "–",
+                ]
+            )
+    columns = (
+        "alpha, policy",
+        f"layers left out\n(mean, of {n_layer})",
+        "reward",
+        "KL to the\nfull model",
+        "cross-\nentropy",
+        "first draft\nagrees",
+        "distinct\nsets",
+    )
     cli.print_table(f"{title}: held-out text", columns, body)
     body = [
-        [row["alpha"], str(row["num_draft_tokens"]), shown(row["expected_speedup"], ".2f") + "×",
-         shown(row["acceptance_rate"], ".2f"), shown(row["tokens_per_round"], ".2f"), shown(row["tokens_per_s"]),
-         shown(row["speedup"], ".2f") + "×", "yes" if row["identical"] else "NO"]
+        [
+            row["alpha"],
+            str(row["num_draft_tokens"]),
+            shown(row["expected_speedup"], ".2f") + "×",
+            shown(row["acceptance_rate"], ".2f"),
+            shown(row["tokens_per_round"], ".2f"),
+            shown(row["tokens_per_s"]),
+            shown(row["speedup"], ".2f") + "×",
+            "yes" if row["identical"] else "NO",
+        ]
         for row in rows
-    ]  # fmt: skip
-    columns = ("alpha", "K", "speedup expected\nfrom costs", "acceptance\nrate", "tokens per\nround", "tokens/s",
-               "speedup over\nplain", "identical\ntokens")  # fmt: skip
+    ]
+    columns = (
+        "alpha",
+        "K",
+        "speedup expected\nfrom costs",
+        "acceptance\nrate",
+        "tokens per\nround",
+        "tokens/s",
+        "speedup over\nplain",
+        "identical\ntokens",
+    )
     cli.print_table(f"{title}: decoding held-out prompts", columns, body)
 
 
@@ -218,19 +253,31 @@ def draw(rows: Sequence[dict], n_layer: int, picture: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, plots = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    styles = {"learned": ("o-", "tab:blue", "learned: chosen anew by the state"),
-              "random": ("x--", "tab:red", "at random, as many layers"),
-              "one_set": ("^:", "tab:green", "learned, but one set for all")}  # fmt: skip
+    styles = {
+        "learned": ("o-", "tab:blue", "learned: chosen anew by the state"),
+        "random": ("x--", "tab:red", "at random, as many layers"),
+        "one_set": ("^:", "tab:green", "learned, but one set for all"),
+    }
     for plot, key in zip(plots, ("kl", "agreement"), strict=True):
         for who, (style, colour, label) in styles.items():
             points = sorted((row[who]["skipped"], row[who][key]) for row in rows)
             plot.plot(*zip(*points, strict=True), style, color=colour, label=label)
         for row in rows:
-            plot.annotate(f"α {row['alpha']}", (row["learned"]["skipped"], row["learned"][key]), (6, 6),
-                          textcoords="offset points", fontsize=9)  # fmt: skip
+            plot.annotate(
+                f"α {row['alpha']}",
+                (row["learned"]["skipped"], row["learned"][key]),
+                (6, 6),
+                textcoords="offset points",
+                fontsize=9,
+            )
     accepted = [(row["learned"]["skipped"], row["acceptance_rate"]) for row in rows if row["drafted"]]
-    plots[1].plot(*zip(*accepted, strict=True) if accepted else ((), ()), "*", markersize=12, color="tab:orange",
-                  label="learned: acceptance rate in decoding")  # fmt: skip
+    plots[1].plot(
+        *zip(*accepted, strict=True) if accepted else ((), ()),
+        "*",
+        markersize=12,
+        color="tab:orange",
+        label="learned: acceptance rate in decoding",
+    )
     plots[0].set(ylabel="KL of the first draft to the full model (nats)", title=title)
     plots[1].set(ylabel="share of first drafts that are right", ylim=(0, 1.05), title="held-out text")
     for plot in plots:

@@ -73,8 +73,7 @@ def make_policies(
         for text in wanted:
             if text != "none" and text not in policies:  # plain decoding is always measured
                 file = None if "learned" in text else str(skips)
-                policies[text] = make_policy(
-                    text, args.n_layer, args.dim, num_draft_tokens=num_draft_tokens, file=file)  # fmt: skip
+                policies[text] = make_policy(text, args.n_layer, args.dim, num_draft_tokens=num_draft_tokens, file=file)
                 check_num_draft_tokens(policies[text].num_draft_tokens)
     return policies
 
@@ -94,6 +93,8 @@ def best_of_grid(rows: Sequence[dict], n_layer: int) -> dict:
 
 
 def print_grid(found: dict) -> None:
-    print(f"best static: {found['best_static']} ({found['best_static_over_fastest_ar']:.2f}× fastest AR); "
-          f"auto ÷ best static {found['auto_over_best_static']:.3f}; "
-          f"auto ÷ fastest AR {found['auto_over_fastest_ar']:.2f}")  # fmt: skip
+    print(
+        f"best static: {found['best_static']} ({found['best_static_over_fastest_ar']:.2f}× fastest AR); "
+        f"auto ÷ best static {found['auto_over_best_static']:.3f}; "
+        f"auto ÷ fastest AR {found['auto_over_fastest_ar']:.2f}"
+    )

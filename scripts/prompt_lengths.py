@@ -45,21 +45,33 @@ def measure_lengths(
         first = statistics.median(seconds for _, seconds in own[lengths[0]])
         for length in lengths:
             prefill, token = (statistics.median(times) for times in zip(*own[length], strict=True))
-            rows.append({
-                "engine": c.engine, "device": c.device, "prompt_tokens": length, "prefill_s": prefill,
-                "prefill_tokens_per_s": length / prefill, "ms_per_token": 1e3 * token, "over_first": token / first,
-                "floor": (pass_bytes + kv * length) / (pass_bytes + kv * lengths[0]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "engine": c.engine,
+                    "device": c.device,
+                    "prompt_tokens": length,
+                    "prefill_s": prefill,
+                    "prefill_tokens_per_s": length / prefill,
+                    "ms_per_token": 1e3 * token,
+                    "over_first": token / first,
+                    "floor": (pass_bytes + kv * length) / (pass_bytes + kv * lengths[0]),
+                }
+            )
     return rows
 
 
 def print_lengths(rows: list[dict]) -> None:
     form, several = cli.shown, len({row["device"] for row in rows}) > 1
     body = [
-        [row["engine"] + (f", {row['device']}" if several else ""), str(row["prompt_tokens"]),
-         form(row["prefill_tokens_per_s"], ".0f"), form(row["ms_per_token"], ".2f"),
-         form(row["over_first"], ".2f") + "×", form(row["floor"], ".2f") + "×"]
+        [
+            row["engine"] + (f", {row['device']}" if several else ""),
+            str(row["prompt_tokens"]),
+            form(row["prefill_tokens_per_s"], ".0f"),
+            form(row["ms_per_token"], ".2f"),
+            form(row["over_first"], ".2f") + "×",
+            form(row["floor"], ".2f") + "×",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = ("engine", "prompt tokens", "prefill tokens/s", "ms a token", "over the first length", "by bytes alone")
     cli.print_table("plain decoding by length of prompt", columns, body)

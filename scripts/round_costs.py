@@ -51,8 +51,10 @@ def restored(path: Path, found: dict) -> RoundCosts:
         costs = RoundCosts(**found)
         costs.seconds((True, True), 1)
     except (TypeError, ValueError):
-        raise ValueError(f"{path} has costs of rounds that this version does not understand: give another "
-                         f"--output_dir, or delete the file") from None  # fmt: skip
+        raise ValueError(
+            f"{path} has costs of rounds that this version does not understand: give another "
+            f"--output_dir, or delete the file"
+        ) from None
     return costs
 
 

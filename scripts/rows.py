@@ -43,9 +43,12 @@ def decoding_numbers(c: Contender, model: Transformer) -> dict:
 
 
 def result_rows(
-    contenders: list[Contender], models: Models, flags: argparse.Namespace, prompts: list[list[int]],
+    contenders: list[Contender],
+    models: Models,
+    flags: argparse.Namespace,
+    prompts: list[list[int]],
     bandwidths: dict[str, float],
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """The `rows` of the JSON file, one a contender; it is compared with those of its own device and format.
 
     bandwidths: by device.
@@ -53,8 +56,9 @@ def result_rows(
     rate_of = lambda c: statistics.median(c.rates)
     fastest_of = {place: max((c for c in contenders if c.is_ar and c.place == place), key=rate_of) for place in models}
     first = next(iter(models))
-    first_name = ", ".join(name for name, names in zip(first, map(set, zip(*models, strict=True)), strict=True)
-                           if len(names) > 1)  # fmt: skip
+    first_name = ", ".join(
+        name for name, names in zip(first, map(set, zip(*models, strict=True)), strict=True) if len(names) > 1
+    )
     exact_text = flags.temperature == 0 or flags.verification == "coupled"
     rows = []
     for c in contenders:
@@ -71,37 +75,44 @@ def result_rows(
         ideal, comparable = numbers["ideal_speedup"], exact_text and c.judge is None
         speedup = statistics.median(a / b for a, b in zip(c.rates, fastest.rates, strict=True))
         tokens = [token for text in c.texts for token in text]
-        rows.append({
-            "engine": c.engine,
-            "policy": c.policy,
-            "precision": str(model.norm.weight.dtype).removeprefix("torch."),
-            "quantize": c.quantize,
-            "device": c.device,
-            "compiled": c.compiled,
-            "backend": c.backend,
-            "threads": c.threads,
-            "exact_width": c.exact,
-            "verified": c.judge is None,
-            "tokens_per_s": rate,
-            "tokens_per_s_rounds": c.rates,
-            "speedup_over_fastest_ar": speedup,
-            **sample_numbers(c, fastest, prompts),
-            **numbers,
-            "share_of_ideal": speedup / ideal if ideal else None,
-            "bytes_per_token": read,
-            "share_of_bandwidth": read * rate / bandwidths[c.device] if read else None,
-            "ratio_to": {name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
-                         for name, peer in plain.items()},
-            "identical": c.texts == reference if comparable else None,
-            "differs_from_own_plain":
-                sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True)) if comparable else None,
-            "equal_to_full_model": None if c.judge is None else
-                sum(c.judge(prompt, text) * len(text) for prompt, text in zip(prompts, c.texts, strict=True))
+        rows.append(
+            {
+                "engine": c.engine,
+                "policy": c.policy,
+                "precision": str(model.norm.weight.dtype).removeprefix("torch."),
+                "quantize": c.quantize,
+                "device": c.device,
+                "compiled": c.compiled,
+                "backend": c.backend,
+                "threads": c.threads,
+                "exact_width": c.exact,
+                "verified": c.judge is None,
+                "tokens_per_s": rate,
+                "tokens_per_s_rounds": c.rates,
+                "speedup_over_fastest_ar": speedup,
+                **sample_numbers(c, fastest, prompts),
+                **numbers,
+                "share_of_ideal": speedup / ideal if ideal else None,
+                "bytes_per_token": read,
+                "share_of_bandwidth": read * rate / bandwidths[c.device] if read else None,
+                "ratio_to": {
+                    name: statistics.median(a / b for a, b in zip(c.rates, peer.rates, strict=True))
+                    for name, peer in plain.items()
+                },
+                "identical": c.texts == reference if comparable else None,
+                "differs_from_own_plain": sum(a != b for a, b in zip(c.texts, own[c.engine], strict=True))
+                if comparable
+                else None,
+                "equal_to_full_model": None
+                if c.judge is None
+                else sum(c.judge(prompt, text) * len(text) for prompt, text in zip(prompts, c.texts, strict=True))
                 / len(tokens),
-            "draft_vocab_coverage": None if flags.draft_vocab is None else
-                sum(token < flags.draft_vocab for token in tokens) / len(tokens),
-            "prompts": len(c.texts),
-        })  # fmt: skip
+                "draft_vocab_coverage": None
+                if flags.draft_vocab is None
+                else sum(token < flags.draft_vocab for token in tokens) / len(tokens),
+                "prompts": len(c.texts),
+            }
+        )
     return rows
 
 
@@ -117,21 +128,48 @@ def print_rows(rows: list[dict], title: str) -> None:
     for name, row in zip(row_names(rows), rows, strict=True):
         rates, equal = row["tokens_per_s_rounds"], row["equal_to_full_model"]
         differ = row["differs_from_own_plain"]
-        body.append([
-            name + ("" if row["exact_width"] else " (inexact)"), f"{row['backend']} ×{row['threads']}",
-            form(row["tokens_per_s"]), f"{min(rates):.0f}–{max(rates):.0f}",
-            form(row["speedup_over_fastest_ar"], ".2f") + "×",
-            *(form(row["ratio_to"].get(other), ".2f") + "×" for other in compared), form(row["acceptance_rate"], ".2f"),
-            form(row["tokens_per_round"], ".2f"), form(row["mean_exit_layer"]),
-            form(row["layer_visits_per_token"], ".2f"), form(row["head_visits_per_token"], ".2f"),
-            form(row["bytes_per_token"] and row["bytes_per_token"] / 1e6),
-            form(row["ideal_speedup"], ".2f"), form(row["share_of_ideal"], ".0%"),
-            form(row["share_of_bandwidth"], ".0%"),
-            f"{equal:.1%} right" if equal is not None else "–" if differ is None else f"{differ} of {row['prompts']}",
-        ])  # fmt: skip
-    columns = ("policy", "backend\n×threads", "tokens/s", "min–max", "× fastest\nAR",
-               *(f"× {name}" for name in compared), "accep-\ntance", "tokens\n/round", "mean\nexit", "layers\n/token",
-               "heads\n/token", "MB\n/token", "ideal", "share\nof it", "of band-\nwidth", "texts differ")  # fmt: skip
+        body.append(
+            [
+                name + ("" if row["exact_width"] else " (inexact)"),
+                f"{row['backend']} ×{row['threads']}",
+                form(row["tokens_per_s"]),
+                f"{min(rates):.0f}–{max(rates):.0f}",
+                form(row["speedup_over_fastest_ar"], ".2f") + "×",
+                *(form(row["ratio_to"].get(other), ".2f") + "×" for other in compared),
+                form(row["acceptance_rate"], ".2f"),
+                form(row["tokens_per_round"], ".2f"),
+                form(row["mean_exit_layer"]),
+                form(row["layer_visits_per_token"], ".2f"),
+                form(row["head_visits_per_token"], ".2f"),
+                form(row["bytes_per_token"] and row["bytes_per_token"] / 1e6),
+                form(row["ideal_speedup"], ".2f"),
+                form(row["share_of_ideal"], ".0%"),
+                form(row["share_of_bandwidth"], ".0%"),
+                f"{equal:.1%} right"
+                if equal is not None
+                else "–"
+                if differ is None
+                else f"{differ} of {row['prompts']}",
+            ]
+        )
+    columns = (
+        "policy",
+        "backend\n×threads",
+        "tokens/s",
+        "min–max",
+        "× fastest\nAR",
+        *(f"× {name}" for name in compared),
+        "accep-\ntance",
+        "tokens\n/round",
+        "mean\nexit",
+        "layers\n/token",
+        "heads\n/token",
+        "MB\n/token",
+        "ideal",
+        "share\nof it",
+        "of band-\nwidth",
+        "texts differ",
+    )
     cli.print_table(title, columns, body)
 
 
@@ -139,10 +177,15 @@ def print_memory(memories: dict[str, dict], what: str) -> None:
     """What each device, or each process of a tensor-parallel run, holds and reads."""
     megabytes = lambda value: cli.shown(value / 1e6)
     body = [
-        [name, " + ".join(map(megabytes, own["weight_bytes"].values())), megabytes(own["weight_bytes_per_pass"]),
-         megabytes(own["cache_bytes"]), megabytes(own["peak_memory_bytes"]["after_loading"])]
+        [
+            name,
+            " + ".join(map(megabytes, own["weight_bytes"].values())),
+            megabytes(own["weight_bytes_per_pass"]),
+            megabytes(own["cache_bytes"]),
+            megabytes(own["peak_memory_bytes"]["after_loading"]),
+        ]
         for name, own in memories.items()
-    ]  # fmt: skip
+    ]
     columns = (what, "MB of weights", "MB a plain token reads of the first", "MB of cache", "MB at most")
     cli.print_table(f"each {what}", columns, body)
 

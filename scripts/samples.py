@@ -95,24 +95,35 @@ def _mbpp(row: dict) -> Texts:
 
 SUMMARY = "Article: {article}\nSummary:"
 SOURCES = {
-    "cnn_dm_summarization": Source("abisee/cnn_dailymail", "3.0.0", "test", "train",
-                                   _template(SUMMARY, " {highlights}"), 1),
+    "cnn_dm_summarization": Source(
+        "abisee/cnn_dailymail", "3.0.0", "test", "train", _template(SUMMARY, " {highlights}"), 1
+    ),
     "cnn_dm_lm": Source("abisee/cnn_dailymail", "3.0.0", "test", "train", _first_words, stops=()),
-    "xsum_summarization": Source("EdinburghNLP/xsum", None, "test", "train",
-                                 _template("Article: {document}\nSummary:", " {summary}")),
-    "human_eval": Source("openai/openai_humaneval", None, "test", "test",
-                         _template("{prompt}", "{canonical_solution}"), stops=PYTHON),
+    "xsum_summarization": Source(
+        "EdinburghNLP/xsum", None, "test", "train", _template("Article: {document}\nSummary:", " {summary}")
+    ),
+    "human_eval": Source(
+        "openai/openai_humaneval", None, "test", "test", _template("{prompt}", "{canonical_solution}"), stops=PYTHON
+    ),
     "mbpp": Source("google-research-datasets/mbpp", "full", "test", "prompt", _mbpp, 3),
-    "top_v2": Source("WillHeld/top_v2", None, "test", "train",
-                     _template("Utterance: {utterance}\nParse:", " {semantic_parse}"), 3, LINE),
-    "gsm8k": Source("openai/gsm8k", "main", "test", "train",
-                    _template("Question: {question}\nAnswer:", " {answer}"), 5),
+    "top_v2": Source(
+        "WillHeld/top_v2",
+        None,
+        "test",
+        "train",
+        _template("Utterance: {utterance}\nParse:", " {semantic_parse}"),
+        3,
+        LINE,
+    ),
+    "gsm8k": Source(
+        "openai/gsm8k", "main", "test", "train", _template("Question: {question}\nAnswer:", " {answer}"), 5
+    ),
     "mmlu": Source("cais/mmlu", "all", "test", "dev", _mmlu, 5, LINE),
     "boolq": Source("google/boolq", None, "validation", "train", _boolq, 0, LINE),
     "nq_open": Source("google-research-datasets/nq_open", None, "validation", "train", _nq_open, 5, LINE),
     "race": Source("ehovy/race", "all", "test", "train", _race, 0, LINE),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", "train", _arc, 5, LINE),
-}  # fmt: skip
+}
 BUNDLED_STOPS = {"summarisation": LINE, "questions": LINE, "code": PYTHON}
 
 
@@ -132,25 +143,47 @@ def bundled_names() -> list[str]:
 def add_sample_flags(parser: argparse.ArgumentParser, dataset: str | None = "code", num_samples: int = 8) -> None:
     """--dataset and what chooses and shapes its samples; `dataset` None: no samples unless asked for."""
     group = parser.add_argument_group("samples")
-    group.add_argument("--dataset", default=dataset, metavar="NAME|FILE.jsonl",
-                       help=f"bundled: {', '.join(bundled_names())}; from the hub: {', '.join(SOURCES)}; or a file "
-                       f"with a JSON object a line (default: {dataset})")  # fmt: skip
-    group.add_argument("--num_samples", type=int, default=num_samples, metavar="N",
-                       help=f"how many, chosen by --seed (default: {num_samples})")  # fmt: skip
-    group.add_argument("--num_shots", "--n_shot", type=int, metavar="N",
-                       help="solved examples before each prompt (default: what the dataset's papers use, 0 for files)")
+    group.add_argument(
+        "--dataset",
+        default=dataset,
+        metavar="NAME|FILE.jsonl",
+        help=f"bundled: {', '.join(bundled_names())}; from the hub: {', '.join(SOURCES)}; or a file "
+        f"with a JSON object a line (default: {dataset})",
+    )
+    group.add_argument(
+        "--num_samples",
+        type=int,
+        default=num_samples,
+        metavar="N",
+        help=f"how many, chosen by --seed (default: {num_samples})",
+    )
+    group.add_argument(
+        "--num_shots",
+        "--n_shot",
+        type=int,
+        metavar="N",
+        help="solved examples before each prompt (default: what the dataset's papers use, 0 for files)",
+    )
     group.add_argument("--prompt_field", default="prompt", metavar="KEY", help="of FILE.jsonl")
-    group.add_argument("--response_field", metavar="KEY",
-                       help="of FILE.jsonl: what should follow, a text or a list of them (default: response, if there)")
-    group.add_argument("--template", metavar="TEXT",
-                       help=r"the prompt of a row with keys in braces, as in 'Q: {question}\nA:'")
+    group.add_argument(
+        "--response_field",
+        metavar="KEY",
+        help="of FILE.jsonl: what should follow, a text or a list of them (default: response, if there)",
+    )
+    group.add_argument(
+        "--template", metavar="TEXT", help=r"the prompt of a row with keys in braces, as in 'Q: {question}\nA:'"
+    )
     group.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to each prompt")
 
 
 def check_sample_flags(flags: argparse.Namespace, without: str) -> None:
     """Raise ValueError for flags of samples without a --dataset, or with a flag `without` that replaces it."""
-    given = {"num_shots": flags.num_shots, "response_field": flags.response_field, "template": flags.template,
-             "chat": flags.chat or None}  # fmt: skip
+    given = {
+        "num_shots": flags.num_shots,
+        "response_field": flags.response_field,
+        "template": flags.template,
+        "chat": flags.chat or None,
+    }
     if flags.dataset is None:
         if names := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"--{names[0]} goes with --dataset only")
@@ -175,8 +208,9 @@ def read_dataset(flags: argparse.Namespace) -> Dataset:
     if not path.is_file() and name in SOURCES:
         return _from_hub(name, SOURCES[name], flags)
     if not path.is_file():
-        raise ValueError(f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *SOURCES])}, "
-                         f"got {name!r}")  # fmt: skip
+        raise ValueError(
+            f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *SOURCES])}, got {name!r}"
+        )
     rows = read_rows(path, flags.prompt_field, flags.response_field, flags.template)
     return _shuffled(name, rows, None, flags.num_shots or 0, (), flags.seed)
 
@@ -199,8 +233,9 @@ def read_rows(path: Path, prompt_field: str, response_field: str | None, templat
         if response_field is not None or "response" in row:
             key = response_field or "response"
             several = isinstance(row.get(key), list)
-            responses = tuple(_text({key: text}, key, where) for text in row[key]) if several else (
-                _text(row, key, where),)  # fmt: skip
+            responses = (
+                tuple(_text({key: text}, key, where) for text in row[key]) if several else (_text(row, key, where),)
+            )
         rows.append(Texts(prompt, responses))
     if not rows:
         raise ValueError(f"{path} holds no samples")
@@ -265,14 +300,20 @@ def load_split(name: str, source: Source, split: str) -> Sequence[dict]:
         return datasets.load_dataset(source.hub_id, source.config, split=split)
     except Exception as error:  # a network has many ways to fail; each means that the rows did not come
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"dataset {name}: cannot load {source.hub_id} ({type(error).__name__}: {reason}); offline, "
-                         f"give a file or one of {', '.join(bundled_names())}") from error  # fmt: skip
+        raise ValueError(
+            f"dataset {name}: cannot load {source.hub_id} ({type(error).__name__}: {reason}); offline, "
+            f"give a file or one of {', '.join(bundled_names())}"
+        ) from error
 
 
 def _shuffled(
-    name: str, rows: Sequence[Texts], examples: Sequence[Texts] | None, num_shots: int, stops: tuple[str, ...],
+    name: str,
+    rows: Sequence[Texts],
+    examples: Sequence[Texts] | None,
+    num_shots: int,
+    stops: tuple[str, ...],
     seed: int,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Samples in an order of the seed, so that a smaller number is the beginning of a larger one.
 
     examples: where solved examples come from; None: rows, which then are no samples any more.
@@ -295,7 +336,7 @@ def _shuffled(
 
 def encoded(
     dataset: Dataset, flags: argparse.Namespace, session: cli.Session, config: GenerateConfig
-) -> list[tuple[Sample, list[int]]]:  # fmt: skip
+) -> list[tuple[Sample, list[int]]]:
     """The first --num_samples samples that fit the model's context with config.max_new_tokens, and their token ids.
 
     In the order of their rows. Tells how many were too long; raises ValueError if all are.
@@ -314,8 +355,10 @@ def encoded(
     if not found:
         raise ValueError(f"dataset {dataset.name}: no sample can be used: {last}")
     if too_long:
-        cli.notice(f"{dataset.name}: {too_long} samples do not fit the model's {session.args.max_seq_len} positions "
-                   f"and were passed over")  # fmt: skip
+        cli.notice(
+            f"{dataset.name}: {too_long} samples do not fit the model's {session.args.max_seq_len} positions "
+            f"and were passed over"
+        )
     if wanted != math.inf and len(found) < wanted:
         cli.notice(f"{dataset.name}: {len(found)} samples instead of {wanted}")
     return sorted(found)

@@ -70,8 +70,11 @@ def search(judge: Judge, store: Store, flags: argparse.Namespace) -> None:
     while (number := len(store.trials)) < total:
         best = max((trial.value for trial in store.trials if trial.decoded), default=1.0)
         exit_layer = exits[number] if number < len(exits) else None
-        keep = (next_set(store.trials, len(exits), flags.sampler, flags.seed) if exit_layer is None else
-                exit_set(exit_layer, n_layer))  # fmt: skip
+        keep = (
+            next_set(store.trials, len(exits), flags.sampler, flags.seed)
+            if exit_layer is None
+            else exit_set(exit_layer, n_layer)
+        )
         store.add(judge.tried(keep, flags.screen * max(best, 1.0), exit_layer))  # 1: plain decoding
         bar.set_postfix(best=f"{max(trial.value for trial in store.trials if trial.decoded):.2f}×", refresh=False)
         bar.update()
@@ -106,23 +109,33 @@ def timed(run: Experiment, sets: Sequence[Trial], static: Trial) -> list[dict]:
     runners = [run.runner(None), *(run.runner(policy) for policy in policies[1:])]
     run.runners.warm_up()
     names = ["none", static_text(static), *(f"set {i}" for i in range(1, len(sets) + 1))]
-    contenders = [skipfast_contender(runner, policy, name, run.config)
-                  for runner, policy, name in zip(runners, policies, names, strict=True)]  # fmt: skip
-    measure(contenders, [ids for _, ids in run.samples], run.flags, run.ranks,
-            Journal(None, {}, ("row", "sample", "repeat")), Quality(run.session, (), ()))  # fmt: skip
+    contenders = [
+        skipfast_contender(runner, policy, name, run.config)
+        for runner, policy, name in zip(runners, policies, names, strict=True)
+    ]
+    measure(
+        contenders,
+        [ids for _, ids in run.samples],
+        run.flags,
+        run.ranks,
+        Journal(None, {}, ("row", "sample", "repeat")),
+        Quality(run.session, (), ()),
+    )
     rows, plain = [], contenders[0]
     for c, policy, trial in zip(contenders, policies, [None, static, *sets], strict=True):
         drafted, accepted, rounds = (sum(one[key] for one in c.summaries) for key in ("drafted", "accepted", "rounds"))
-        rows.append({
-            "policy": c.policy,
-            "tokens_per_s": statistics.median(c.rates),
-            "rates": c.rates,
-            "speedup": statistics.median(a / b for a, b in zip(c.rates, plain.rates, strict=True)),
-            "modelled_speedup": trial.value if trial else 1.0,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "tokens_per_round": sum(len(text) - 1 for text in c.texts) / rounds,
-            "identical": c.texts == plain.texts if comparable(run, policy) else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "policy": c.policy,
+                "tokens_per_s": statistics.median(c.rates),
+                "rates": c.rates,
+                "speedup": statistics.median(a / b for a, b in zip(c.rates, plain.rates, strict=True)),
+                "modelled_speedup": trial.value if trial else 1.0,
+                "acceptance_rate": accepted / drafted if drafted else None,
+                "tokens_per_round": sum(len(text) - 1 for text in c.texts) / rounds,
+                "identical": c.texts == plain.texts if comparable(run, policy) else None,
+            }
+        )
     return rows
 
 
@@ -172,14 +185,30 @@ def ranges(numbers: Sequence[int]) -> str:
 def print_search(rows: Sequence[dict], trials: Sequence[Trial | None], title: str) -> None:
     """The table of what was timed. trials: of the rows; None for plain decoding."""
     body = [
-        [row["policy"], str(trial.num_draft_tokens) if trial else "–", left_out(trial.keep) if trial else "–",
-         cli.shown(row["acceptance_rate"], ".2f"), cli.shown(row["tokens_per_round"], ".2f"),
-         cli.shown(row["modelled_speedup"], ".2f") + "×", cli.shown(row["speedup"], ".2f") + "×",
-         cli.shown(row["tokens_per_s"]), {True: "yes", False: "NO", None: "–"}[row["identical"]]]
+        [
+            row["policy"],
+            str(trial.num_draft_tokens) if trial else "–",
+            left_out(trial.keep) if trial else "–",
+            cli.shown(row["acceptance_rate"], ".2f"),
+            cli.shown(row["tokens_per_round"], ".2f"),
+            cli.shown(row["modelled_speedup"], ".2f") + "×",
+            cli.shown(row["speedup"], ".2f") + "×",
+            cli.shown(row["tokens_per_s"]),
+            {True: "yes", False: "NO", None: "–"}[row["identical"]],
+        ]
         for row, trial in zip(rows, trials, strict=True)
-    ]  # fmt: skip
-    columns = ("", "K", "left out of layers", "acceptance", "tokens\nper round", "modelled\nspeedup",
-               "measured\nspeedup", "tokens/s", "identical")  # fmt: skip
+    ]
+    columns = (
+        "",
+        "K",
+        "left out of layers",
+        "acceptance",
+        "tokens\nper round",
+        "modelled\nspeedup",
+        "measured\nspeedup",
+        "tokens/s",
+        "identical",
+    )
     cli.print_table(f"{title}, in turns", columns, body)
 
 
@@ -189,25 +218,41 @@ def finish(run: Experiment, store: Store) -> None:
     best, winner, notes = conclusion(rows, sets, static)
     row, chosen, file = rows[best], sets[best - 2], run.folder / "skips.json"
     attention, mlp = skips_of(chosen.keep)
-    recommended = (f"skip_set:{file},num_draft_tokens={chosen.num_draft_tokens}" if winner == best else
-                   rows[winner]["policy"])  # fmt: skip
+    recommended = (
+        f"skip_set:{file},num_draft_tokens={chosen.num_draft_tokens}" if winner == best else rows[winner]["policy"]
+    )
     numbers = lambda one: {name: one[name] for name in ("speedup", "tokens_per_s", "acceptance_rate")}
     skips = {
-        "skip_attention": attention, "skip_mlp": mlp, "num_draft_tokens": chosen.num_draft_tokens,
-        "n_layer": run.n_layer, **numbers(row), "improvement": row["identical"] is not False and row["speedup"] > 1,
-        "recommended": recommended, "reference": {one["policy"]: numbers(one) for one in rows[:2]},
-    }  # fmt: skip
+        "skip_attention": attention,
+        "skip_mlp": mlp,
+        "num_draft_tokens": chosen.num_draft_tokens,
+        "n_layer": run.n_layer,
+        **numbers(row),
+        "improvement": row["identical"] is not False and row["speedup"] > 1,
+        "recommended": recommended,
+        "reference": {one["policy"]: numbers(one) for one in rows[:2]},
+    }
     decoded, exits = sum(trial.decoded for trial in trials), sum(trial.exit_layer is not None for trial in trials)
-    print(f"{exits} static exits and {len(trials) - exits} trials: {decoded} decoded, the others screened out; "
-          f"error of modelled costs {store.get('costs')['error']:.1%}")  # fmt: skip
+    print(
+        f"{exits} static exits and {len(trials) - exits} trials: {decoded} decoded, the others screened out; "
+        f"error of modelled costs {store.get('costs')['error']:.1%}"
+    )
     print_search(rows, [None, static, *sets], run.title())
     command = command_line(flags, recommended)
     print(*notes, f"fastest: {recommended}, {rows[winner]['speedup']:.2f}× plain decoding", command, sep="\n")
     cli.write_json(file, skips)
     history = [{"state": "decoded" if trial.decoded else "screened", **asdict(trial)} for trial in trials]
-    result = {"title": run.title(), "skips": skips, "notes": notes, "command": command, "timed": rows,
-              "trials": history, "costs": store.get("costs"), "threads": store.get("threads"),
-              **run.config_json()}  # fmt: skip
+    result = {
+        "title": run.title(),
+        "skips": skips,
+        "notes": notes,
+        "command": command,
+        "timed": rows,
+        "trials": history,
+        "costs": store.get("costs"),
+        "threads": store.get("threads"),
+        **run.config_json(),
+    }
     for path in filter(None, (flags.json, run.folder / "search.json")):
         cli.write_json(path, result)
     skip_charts.draw(trials, static, chosen, run.folder / "search.png", run.title())
@@ -219,18 +264,38 @@ def finish(run: Experiment, store: Store) -> None:
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.search_skips", description=__doc__.split("\n")[0],
+        prog="python -m scripts.search_skips",
+        description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.search_skips --trials 100 --dataset code --output_dir out/search",
-    )  # fmt: skip
+    )
     add_flags(parser, "out/search")
-    parser.add_argument("--trials", type=int, default=100, metavar="N",
-                        help="sets to try after the static exits; a finished search goes on with more (default: 100)")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="gp",
-                        help="gp: a Gaussian process, finds better sets; tpe: proposes in less time (default: gp)")
-    parser.add_argument("--most_drafts", type=int, default=7, metavar="K",
-                        help="the most tokens a round may draft; each set has the number that suits it (default: 7)")
-    parser.add_argument("--screen", type=float, default=0.9, metavar="SHARE",
-                        help="decode only with sets that promise this share of the best so far (default: 0.9)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=100,
+        metavar="N",
+        help="sets to try after the static exits; a finished search goes on with more (default: 100)",
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=list(SAMPLERS),
+        default="gp",
+        help="gp: a Gaussian process, finds better sets; tpe: proposes in less time (default: gp)",
+    )
+    parser.add_argument(
+        "--most_drafts",
+        type=int,
+        default=7,
+        metavar="K",
+        help="the most tokens a round may draft; each set has the number that suits it (default: 7)",
+    )
+    parser.add_argument(
+        "--screen",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="decode only with sets that promise this share of the best so far (default: 0.9)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed turns at the end (default: 7)")
     flags = parser.parse_args(argv)
     for name in ("trials", "most_drafts", "repeats"):
@@ -245,11 +310,14 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if flags.draft_quantize is not None:
         raise ValueError("draft_quantize: the search drafts with the model's own weights only, leave it out")
     if flags.verification == "rejection" and flags.temperature > 0:
-        raise ValueError("verification rejection: the search counts drafts that equal the text, which coupled sampling "
-                         "accepts; leave it out")  # fmt: skip
+        raise ValueError(
+            "verification rejection: the search counts drafts that equal the text, which coupled sampling "
+            "accepts; leave it out"
+        )
     if unfit := sorted(set(flags.output_dir) & set(UNFIT)):
-        raise ValueError(f"output_dir must be without {unfit[0]!r}, so that a policy can name a file in it, got "
-                         f"{flags.output_dir!r}")  # fmt: skip
+        raise ValueError(
+            f"output_dir must be without {unfit[0]!r}, so that a policy can name a file in it, got {flags.output_dir!r}"
+        )
     check_installed(flags.sampler)
     return flags
 
@@ -277,8 +345,10 @@ def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
         tries.append(round_costs.measure(runner, sample, run.flags.most_drafts, run.flags.seed))
     best = min(tries, key=lambda costs: costs.error)
     if best.error > BAD_FIT:
-        cli.notice(f"the cost of a round is known to {best.error:.0%} only (a busy machine?), and with it the modelled "
-                   f"speedups by which sets are chosen")  # fmt: skip
+        cli.notice(
+            f"the cost of a round is known to {best.error:.0%} only (a busy machine?), and with it the modelled "
+            f"speedups by which sets are chosen"
+        )
     return best
 
 

@@ -42,16 +42,34 @@ def draw_values(axes, trials: Sequence[Trial], static: Trial) -> None:
         points = [(i, trial.value) for i, trial in numbered if wanted(trial)]
         axes.scatter(*zip(*points, strict=True) if points else ((), ()), c=colour, s=26, label=label, zorder=3)
     screened = [(i, trial.proxy) for i, trial in numbered if not trial.decoded]
-    axes.scatter(*zip(*screened, strict=True) if screened else ((), ()), c="0.6", s=20, marker="x",
-                 label="screened out by the parallel pass", zorder=2)  # fmt: skip
+    axes.scatter(
+        *zip(*screened, strict=True) if screened else ((), ()),
+        c="0.6",
+        s=20,
+        marker="x",
+        label="screened out by the parallel pass",
+        zorder=2,
+    )
     decoded = [(i, trial.proxy) for i, trial in numbered if trial.decoded]
-    axes.scatter(*zip(*decoded, strict=True), facecolors="none", edgecolors="tab:blue", s=40, linewidths=0.7,
-                 label="what the pass promised", zorder=2)  # fmt: skip
+    axes.scatter(
+        *zip(*decoded, strict=True),
+        facecolors="none",
+        edgecolors="tab:blue",
+        s=40,
+        linewidths=0.7,
+        label="what the pass promised",
+        zorder=2,
+    )
     best = itertools.accumulate((trial.value if trial.decoded else 0.0 for trial in trials), max)
     axes.step(range(len(trials)), list(best), where="post", color="tab:green", label="best so far")
     axes.axhline(1.0, color="black", linestyle=":", label="plain decoding")
-    axes.axhline(static.value, color="tab:red", linestyle="--", linewidth=1,
-                 label=f"best static exit: {static.exit_layer}, K = {static.num_draft_tokens}")  # fmt: skip
+    axes.axhline(
+        static.value,
+        color="tab:red",
+        linestyle="--",
+        linewidth=1,
+        label=f"best static exit: {static.exit_layer}, K = {static.num_draft_tokens}",
+    )
     axes.set(xlabel="trial", ylabel="speedup over plain decoding (×, modelled)", ylim=(0, None))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=8)

@@ -67,6 +67,7 @@ def policy_loss(logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
     """
     samples = len(actions)
     log_chance = -F.binary_cross_entropy_with_logits(
-        logits.expand(actions.shape), actions.to(logits.dtype), reduction="none").sum(-1)  # fmt: skip
+        logits.expand(actions.shape), actions.to(logits.dtype), reduction="none"
+    ).sum(-1)
     others = (rewards.sum(0) - rewards) / (samples - 1)
     return -((rewards - others) * log_chance).mean()

@@ -92,8 +92,13 @@ Reward = Callable[[Outcome, Tensor], Tensor]  # outcome and keep [R, 2L] -> what
 
 def numbers(outcome: Outcome, keep: Tensor, reward: Tensor, model: Transformer) -> dict[str, float]:
     """Means over the positions, by their names in tables and files."""
-    found = {"reward": reward, "kl": outcome.kl, "ce": outcome.ce, "agreement": outcome.agrees.float(),
-             "skipped": layers_skipped(keep, model)}  # fmt: skip
+    found = {
+        "reward": reward,
+        "kl": outcome.kl,
+        "ce": outcome.ce,
+        "agreement": outcome.agrees.float(),
+        "skipped": layers_skipped(keep, model),
+    }
     return {name: values.mean().item() for name, values in found.items()}
 
 

@@ -67,10 +67,13 @@ def frozen(trial: Trial, attrs: dict | None = None):
     # To a sampler a screened trial is as good as a decoded one: GPSampler would not see pruned ones at all.
     state = TrialState.COMPLETE if trial.decoded or attrs is None else TrialState.PRUNED
     return create_trial(
-        state=state, value=trial.value, params=dict(zip(names, trial.keep, strict=True)),
-        distributions=dict.fromkeys(names, CategoricalDistribution((False, True))), user_attrs=attrs or {},
+        state=state,
+        value=trial.value,
+        params=dict(zip(names, trial.keep, strict=True)),
+        distributions=dict.fromkeys(names, CategoricalDistribution((False, True))),
+        user_attrs=attrs or {},
         intermediate_values={0: trial.proxy} if attrs else {},
-    )  # fmt: skip
+    )
 
 
 def propose(tried: Sequence[Trial], sampler: str, seed: str) -> tuple[bool, ...]:
@@ -81,8 +84,11 @@ def propose(tried: Sequence[Trial], sampler: str, seed: str) -> tuple[bool, ...]
     number = random.Random(seed).getrandbits(32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        chosen = (optuna.samplers.GPSampler(seed=number) if sampler == "gp" else
-                  optuna.samplers.TPESampler(seed=number, multivariate=True))  # fmt: skip
+        chosen = (
+            optuna.samplers.GPSampler(seed=number)
+            if sampler == "gp"
+            else optuna.samplers.TPESampler(seed=number, multivariate=True)
+        )
         study = optuna.create_study(direction="maximize", sampler=chosen)
         history = [frozen(trial) for trial in tried]
         study.add_trials(history)
@@ -106,13 +112,15 @@ class Store:
             with closing(sqlite3.connect(path)) as file:
                 file.execute("pragma quick_check").fetchall()  # optuna would fail in many ways on anything else
             self.study = optuna.create_study(
-                study_name=NAME, storage=f"sqlite:///{path}", direction="maximize", load_if_exists=True)  # fmt: skip
+                study_name=NAME, storage=f"sqlite:///{path}", direction="maximize", load_if_exists=True
+            )
             found = self.get("settings")
             self.trials = [self._read(trial) for trial in self.study.get_trials(deepcopy=False)]
         except (sqlite3.Error, RuntimeError, KeyError, TypeError, optuna.exceptions.OptunaError) as error:
             reason = str(error).split("\n")[0]
-            raise ValueError(f"{path} is not what this program writes ({type(error).__name__}: {reason}): give another "
-                             f"--output_dir") from None  # fmt: skip
+            raise ValueError(
+                f"{path} is not what this program writes ({type(error).__name__}: {reason}): give another --output_dir"
+            ) from None
         if found is None:
             self.set("settings", settings)
         else:

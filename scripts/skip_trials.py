@@ -67,8 +67,13 @@ class Judge:
             rounds = emitted - sum(simulate_rounds(text, k)[0] for text in agrees)
             promises[k] = self.costs.speedup(emitted / rounds, keep, k)
         k = max(promises, key=promises.get)
-        found = {"num_draft_tokens": k, "agreement": sum(map(sum, agrees)) / emitted, "proxy": promises[k],
-                 "value": promises[k], "exit_layer": exit_layer}  # fmt: skip
+        found = {
+            "num_draft_tokens": k,
+            "agreement": sum(map(sum, agrees)) / emitted,
+            "proxy": promises[k],
+            "value": promises[k],
+            "exit_layer": exit_layer,
+        }
         if promises[k] >= threshold or exit_layer is not None:
             found |= self.decoded(keep, k)
             found["value"] = self.costs.speedup(found["tokens_per_round"], keep, k)

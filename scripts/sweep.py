@@ -24,10 +24,29 @@ from scripts import contour, policy_sets, ranks
 from scripts.experiment import Experiment, add_flags
 from scripts.journal import Journal
 
-COUNTS = ("tokens", "drafted", "accepted", "acceptance_rate", "rounds", "tokens_per_round", "mean_exit_layer",
-          "layer_visits_per_token", "head_visits_per_token", "ideal_speedup", "identical")  # fmt: skip
-TIMES = ("seconds", "plain_seconds", "tokens_per_s", "plain_tokens_per_s", "speedup", "mean_sample_speedup",
-         "round_cost", "bound")  # fmt: skip
+COUNTS = (
+    "tokens",
+    "drafted",
+    "accepted",
+    "acceptance_rate",
+    "rounds",
+    "tokens_per_round",
+    "mean_exit_layer",
+    "layer_visits_per_token",
+    "head_visits_per_token",
+    "ideal_speedup",
+    "identical",
+)
+TIMES = (
+    "seconds",
+    "plain_seconds",
+    "tokens_per_s",
+    "plain_tokens_per_s",
+    "speedup",
+    "mean_sample_speedup",
+    "round_cost",
+    "bound",
+)
 
 
 class Axis:
@@ -103,10 +122,11 @@ def measure_cell(run: Experiment, policy: DraftPolicy, repeats: int) -> dict:
         "plain_tokens_per_s": emitted / statistics.median(plain_s),
         "speedup": statistics.median(ratios(plain_s, seconds)),
         "mean_sample_speedup": statistics.fmean(
-            statistics.median(ratios(one["plain_seconds"], one["seconds"])) for one in found if one["emitted"]),
+            statistics.median(ratios(one["plain_seconds"], one["seconds"])) for one in found if one["emitted"]
+        ),
         "round_cost": cost,
         "bound": emitted / total["rounds"] / cost if cost else None,
-    }  # fmt: skip
+    }
 
 
 def ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
@@ -130,13 +150,17 @@ def measure_sample(run: Experiment, policy: DraftPolicy, plain: DraftPolicy, ids
             seconds[name].append(texts[name].decode_s)
     ours = texts["seconds"]
     numbers = ours.summary(run.session.model)
-    return seconds | {name: numbers[name] for name in ("drafted", "accepted", "rounds", "exit_layers")} | {
-        "tokens": len(ours.tokens),
-        "emitted": len(ours.tokens) - 1,
-        "layer_visits": sum(step.layer_visits for step in ours.rounds),
-        "head_visits": sum(step.head_visits for step in ours.rounds),
-        "identical": ours.tokens == texts["plain_seconds"].tokens,
-    }  # fmt: skip
+    return (
+        seconds
+        | {name: numbers[name] for name in ("drafted", "accepted", "rounds", "exit_layers")}
+        | {
+            "tokens": len(ours.tokens),
+            "emitted": len(ours.tokens) - 1,
+            "layer_visits": sum(step.layer_visits for step in ours.rounds),
+            "head_visits": sum(step.head_visits for step in ours.rounds),
+            "identical": ours.tokens == texts["plain_seconds"].tokens,
+        }
+    )
 
 
 def round_cost(run: Experiment, policy: DraftPolicy) -> float | None:
@@ -191,10 +215,28 @@ def csv_text(rows: Sequence[dict], axes: Sequence[Axis]) -> str:
 def command_line(flags: argparse.Namespace, policy: str) -> str:
     """The generate.py command that decodes as a cell did."""
     words = ["python", "generate.py"]
-    defaults = {"checkpoint_path": str(cli.DEMO), "device": "cpu", "temperature": 0.0, "verification": "coupled",
-                "seed": 0}
-    for name in ("checkpoint_path", "device", "precision", "quantize", "temperature", "top_k", "top_p", "seed",
-                 "verification", "draft_vocab", "draft_quantize", "num_draft_tokens", "threads"):  # fmt: skip
+    defaults = {
+        "checkpoint_path": str(cli.DEMO),
+        "device": "cpu",
+        "temperature": 0.0,
+        "verification": "coupled",
+        "seed": 0,
+    }
+    for name in (
+        "checkpoint_path",
+        "device",
+        "precision",
+        "quantize",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "verification",
+        "draft_vocab",
+        "draft_quantize",
+        "num_draft_tokens",
+        "threads",
+    ):
         value = getattr(flags, name)
         if value is not None and value != defaults.get(name) and f"{name}=" not in policy:
             words += [f"--{name}", str(value)]
@@ -206,8 +248,10 @@ def command_line(flags: argparse.Namespace, policy: str) -> str:
 def print_sweep(rows: Sequence[dict], axes: Sequence[Axis], title: str, best: dict) -> None:
     y, x = axes
     shown = {(row[y.key], row[x.key]): row for row in rows}
-    for name, form, what in (("speedup", ".2f", "speedup over plain decoding"),
-                             ("acceptance_rate", ".2f", "acceptance rate")):  # fmt: skip
+    for name, form, what in (
+        ("speedup", ".2f", "speedup over plain decoding"),
+        ("acceptance_rate", ".2f", "acceptance rate"),
+    ):
         body = []
         for value in y.values:
             cells = [shown[value, other] for other in x.values]
@@ -218,16 +262,25 @@ def print_sweep(rows: Sequence[dict], axes: Sequence[Axis], title: str, best: di
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.sweep", description=__doc__.split("\n")[0],
+        prog="python -m scripts.sweep",
+        description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.sweep --policy confidence --y threshold=0.3,0.6 --x num_draft_tokens=1-6",
-    )  # fmt: skip
+    )
     add_flags(parser, "out/sweep")
-    parser.add_argument("--policy", default="static", metavar="NAME:key=value,…",
-                        help="what all cells share (default: static)")
-    parser.add_argument("--y", metavar="KEY=v1,v2,…", help="a key of the policy and its values, or KEY=first-last "
-                        "(default: exit_layer up to half of the layers)")  # fmt: skip
-    parser.add_argument("--x", default="num_draft_tokens=1-7", metavar="KEY=v1,v2,…",
-                        help="the other key (default: num_draft_tokens=1-7)")
+    parser.add_argument(
+        "--policy", default="static", metavar="NAME:key=value,…", help="what all cells share (default: static)"
+    )
+    parser.add_argument(
+        "--y",
+        metavar="KEY=v1,v2,…",
+        help="a key of the policy and its values, or KEY=first-last (default: exit_layer up to half of the layers)",
+    )
+    parser.add_argument(
+        "--x",
+        default="num_draft_tokens=1-7",
+        metavar="KEY=v1,v2,…",
+        help="the other key (default: num_draft_tokens=1-7)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each sample in each cell (default: 3)")
     flags = parser.parse_args(argv)
     if flags.repeats < 1:
@@ -249,8 +302,15 @@ def finish(run: Experiment, rows: list[dict], axes: list[Axis]) -> None:
     speedup = max(row["speedup"] for row in rows)
     print(f"best measured: {best['measured']}, {speedup:.2f}× plain decoding\n{command}")
     cli.write_text(run.folder / "sweep.csv", csv_text(rows, axes))
-    result = {"title": run.title(), "axes": {axis.key: axis.values for axis in axes}, "cells": rows, "best": best,
-              "cells_apart": apart, "command": command, **run.config_json()}  # fmt: skip
+    result = {
+        "title": run.title(),
+        "axes": {axis.key: axis.values for axis in axes},
+        "cells": rows,
+        "best": best,
+        "cells_apart": apart,
+        "command": command,
+        **run.config_json(),
+    }
     for path in filter(None, (run.flags.json, run.folder / "sweep.json")):
         cli.write_json(path, result)
     contour.draw(rows, [(axis.key, axis.values) for axis in axes], best, run.folder / "sweep.png", run.title())
@@ -276,8 +336,10 @@ def main() -> None:
             journal.start()
         left = {text: policy for text, (policy, _) in cells.items() if text not in finished}
         if len(left) < len(cells):
-            cli.notice(f"{len(cells) - len(left)} of {len(cells)} cells were finished before: their times are of the "
-                       f"earlier run; delete {journal.path} to measure them anew")  # fmt: skip
+            cli.notice(
+                f"{len(cells) - len(left)} of {len(cells)} cells were finished before: their times are of the "
+                f"earlier run; delete {journal.path} to measure them anew"
+            )
         if left:
             run.load(list(left.values()))
             for text, policy in tqdm(left.items(), desc="cells", leave=False):

@@ -46,8 +46,10 @@ def train_model(config: TrainConfig, source: checkpoint.Source | None, ranks: Ra
     optimizers = make_optimizers(model, config)
     position = load_state(Path(config.output_dir) / "state.pt", trainer, optimizers, data.hash)
     size = sum(param.numel() for param in model.parameters())
-    cli.notice(f"{size / 1e6:.1f} M parameters, {len(data.tokens)} training tokens, {len(data.heldout)} held out, "
-               f"from step {position['step']}")  # fmt: skip
+    cli.notice(
+        f"{size / 1e6:.1f} M parameters, {len(data.tokens)} training tokens, {len(data.heldout)} held out, "
+        f"from step {position['step']}"
+    )
     if source is not None:
         names = ("learning_rate", "optimizer", "dropout_schedule", "p_max", "curriculum", "e_scale", "exit_weight")
         cli.notice("continual training: " + ", ".join(f"{name} {getattr(config, name)}" for name in names))

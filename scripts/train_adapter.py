@@ -159,9 +159,11 @@ def run(config: TrainConfig, source: checkpoint.Source) -> None:
     origin = hashlib.sha256(data.hash.encode() + model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()
     position = load_state(out / "state.pt", trainer, optimizers, origin)
     size = sum(param.numel() for param in trainer.trained.parameters())
-    cli.notice(f"adapters of exits {', '.join(map(str, depths))}: {size / 1e3:.0f} K parameters, {len(data.tokens)} "
-               f"training tokens, {len(data.heldout)} held out, learning_rate {config.learning_rate}, from step "
-               f"{position['step']}")  # fmt: skip
+    cli.notice(
+        f"adapters of exits {', '.join(map(str, depths))}: {size / 1e3:.0f} K parameters, {len(data.tokens)} "
+        f"training tokens, {len(data.heldout)} held out, learning_rate {config.learning_rate}, from step "
+        f"{position['step']}"
+    )
     train(trainer, optimizers, data.tokens, data.heldout, position)
     save_adapters(trainer.trained, args, out / ADAPTER)
     results = report(trainer, data) | {"parameters": size, "training_tokens": len(data.tokens)} | position
@@ -189,7 +191,9 @@ def print_report(results: dict, path: Path) -> None:
     rows = [
         [str(row["exit_layer"]), "yes" if row["adapter"] else "no", *(cli.shown(row[key], ".3f") for key in columns)]
         for row in results["exits"]
-    ]  # fmt: skip
+    ]
     cli.print_table("exit adapters", ["exit", "adapter", *columns.values()], rows)
-    print(f"KL to the last layer, loss and agreement on held-out text; acceptance rate of greedy drafting with K = "
-          f"{results['num_draft_tokens']} on {results['prompts']} prompts; written: {path}")  # fmt: skip
+    print(
+        f"KL to the last layer, loss and agreement on held-out text; acceptance rate of greedy drafting with K = "
+        f"{results['num_draft_tokens']} on {results['prompts']} prompts; written: {path}"
+    )

@@ -20,8 +20,18 @@ DEFAULTS = {
     "learning_rate": (3e-3, 3e-5, 1e-2),
 }
 SEEDS = 2**32  # a step's own seed follows from the run's by a factor, below 2**63
-RECIPE = ("p_max", "dropout_schedule", "curriculum", "e_scale", "exit_weight", "focus_exits", "distill", "optimizer",
-          "workers", "compile")  # fmt: skip
+RECIPE = (
+    "p_max",
+    "dropout_schedule",
+    "curriculum",
+    "e_scale",
+    "exit_weight",
+    "focus_exits",
+    "distill",
+    "optimizer",
+    "workers",
+    "compile",
+)
 
 
 def setting(default, text: str):
@@ -32,8 +42,10 @@ def setting(default, text: str):
 class TrainConfig:
     """The settings of a run; each is a flag of the same name."""
 
-    data: tuple[str, ...] = setting((), "text files or folders; stdlib, stdlib_tests: sources of the running Python; "
-                                        "what is named twice counts twice")  # fmt: skip
+    data: tuple[str, ...] = setting(
+        (),
+        "text files or folders; stdlib, stdlib_tests: sources of the running Python; what is named twice counts twice",
+    )
     glob: str = setting("*.py", "which files of a folder")
     heldout: float = setting(0.03, "share of files never trained on, chosen by a hash of their names")
     tokenizer: str | None = setting(None, "sentencepiece model to use instead of training one")
@@ -50,17 +62,22 @@ class TrainConfig:
     long_every: int = setting(8, "with short_context: every so many steps see whole windows")
     batch_size: int = setting(16, "windows of `context` tokens per step")
     p_max: float = setting(0.1, "chance of dropping the last layer at the end")
-    dropout_schedule: str | None = setting(None, "exp: from 0 up (default from scratch); constant (default with "
-                                                 "checkpoint_path)")  # fmt: skip
+    dropout_schedule: str | None = setting(
+        None, "exp: from 0 up (default from scratch); constant (default with checkpoint_path)"
+    )
     curriculum: str = setting("rotational:8", "rotational:R, gradual, or none: every exit on every step")
     e_scale: float = setting(0.2, "scale of the early exits' loss")
     exit_weight: str = setting("paper", "paper: e(l) grows with depth; uniform: e_scale for each early exit")
     focus_exits: str = setting("", "such as 3:0.5,6:0.2: exits on in every step, with a weight of their own on top")
     distill: float = setting(0.0, "share of the early exits' loss taken as KL from the last layer's distribution")
-    optimizer: str | None = setting(None, "muon for matrices inside layers and adamw for the rest (default from "
-                                          "scratch), or adamw for all (default with checkpoint_path)")  # fmt: skip
-    learning_rate: float | None = setting(None, "peak (default: 0.003 from scratch, 3e-05 with checkpoint_path, 0.01 "
-                                                "with adapter_exits)")  # fmt: skip
+    optimizer: str | None = setting(
+        None,
+        "muon for matrices inside layers and adamw for the rest (default from "
+        "scratch), or adamw for all (default with checkpoint_path)",
+    )
+    learning_rate: float | None = setting(
+        None, "peak (default: 0.003 from scratch, 3e-05 with checkpoint_path, 0.01 with adapter_exits)"
+    )
     weight_decay: float = setting(0.1, "of matrices")
     schedule: str = setting("linear", "decay to 0: linear, cosine, or wsd (over the last third)")
     warmup: float = setting(0.02, "share of the run")
@@ -74,10 +91,16 @@ class TrainConfig:
     device: str = setting("cpu", "cpu or cuda")
     compile: bool = setting(False, "torch.compile layers and losses")
     workers: int = setting(1, "threads that each take a part of the batch; set OMP_NUM_THREADS=1 beside it")
-    parallel: str = setting("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each has a "
-                                   "part of every weight, for models that do not fit")  # fmt: skip
-    adapter_exits: str = setting("", "such as 3,6: leave the checkpoint as it is and train an adapter for each of "
-                                     "these exits, so that it says what the last layer says")  # fmt: skip
+    parallel: str = setting(
+        "ddp",
+        "with several processes (torchrun): ddp, each has the whole model; fsdp, each has a "
+        "part of every weight, for models that do not fit",
+    )
+    adapter_exits: str = setting(
+        "",
+        "such as 3,6: leave the checkpoint as it is and train an adapter for each of "
+        "these exits, so that it says what the last layer says",
+    )
     adapter_rank: int = setting(64, "width of an adapter")
     json: str | None = setting(None, "write config and results here as one JSON object")
 
@@ -89,17 +112,35 @@ class TrainConfig:
 
     def validate(self, n_process: int = 1) -> None:
         """Raise ValueError for the first setting that no run can have."""
-        choices = {"dropout_schedule": ("exp", "constant"), "exit_weight": ("paper", "uniform"),
-                   "optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine", "wsd"),
-                   "precision": ("bf16", "fp32"), "device": ("cpu", "cuda"), "parallel": ("ddp", "fsdp")}  # fmt: skip
+        choices = {
+            "dropout_schedule": ("exp", "constant"),
+            "exit_weight": ("paper", "uniform"),
+            "optimizer": ("muon", "adamw"),
+            "schedule": ("linear", "cosine", "wsd"),
+            "precision": ("bf16", "fp32"),
+            "device": ("cpu", "cuda"),
+            "parallel": ("ddp", "fsdp"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         name, _, period = self.curriculum.partition(":")
         if not (self.curriculum in ("gradual", "none") or name == "rotational" and period.isdecimal() and int(period)):
             raise ValueError(f"curriculum must be rotational:R (R from 1), gradual or none, got {self.curriculum!r}")
-        for name in ("n_layer", "dim", "n_head", "n_kv_head", "ffn_dim", "vocab_size", "context", "batch_size",
-                     "long_every", "save_every", "eval_every", "workers"):  # fmt: skip
+        for name in (
+            "n_layer",
+            "dim",
+            "n_head",
+            "n_kv_head",
+            "ffn_dim",
+            "vocab_size",
+            "context",
+            "batch_size",
+            "long_every",
+            "save_every",
+            "eval_every",
+            "workers",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("p_max", "distill", "warmup", "heldout"):
@@ -158,9 +199,11 @@ class TrainConfig:
 
 def parse_args(description: str) -> TrainConfig:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.train", description=description, epilog=EXAMPLE,
+        prog="python -m scripts.train",
+        description=description,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     for entry in fields(TrainConfig):
         flag, text = f"--{entry.name}", entry.metadata["help"]
         if entry.name == "data":

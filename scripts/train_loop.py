@@ -21,9 +21,27 @@ from scripts.train_config import TrainConfig
 from scripts.trainer import Trainer
 
 # Settings that a run may go on with changed, which is worth a notice.
-DECIDING = ("seed", "batch_size", "context", "short_context", "long_every", "p_max", "dropout_schedule", "curriculum",
-            "e_scale", "exit_weight", "focus_exits", "distill", "learning_rate", "weight_decay", "schedule", "warmup",
-            "precision", "max_steps", "max_minutes")  # fmt: skip
+DECIDING = (
+    "seed",
+    "batch_size",
+    "context",
+    "short_context",
+    "long_every",
+    "p_max",
+    "dropout_schedule",
+    "curriculum",
+    "e_scale",
+    "exit_weight",
+    "focus_exits",
+    "distill",
+    "learning_rate",
+    "weight_decay",
+    "schedule",
+    "warmup",
+    "precision",
+    "max_steps",
+    "max_minutes",
+)
 
 
 def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -> None:
@@ -32,8 +50,10 @@ def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -
     state = {
         "model": whole(trainer.trained.state_dict(), leads),
         "optimizers": [whole(optimizer.state_dict(), leads) for optimizer in optimizers],
-        "args": asdict(trainer.args), "config": asdict(trainer.config), **position,
-    }  # fmt: skip
+        "args": asdict(trainer.args),
+        "config": asdict(trainer.config),
+        **position,
+    }
     if leads:
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -52,8 +72,10 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     if args != trainer.args or shapes[0] != shapes[1]:
         raise ValueError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
-        raise ValueError(f"output_dir holds a run on other data or of another checkpoint ({path}); give the same or "
-                         "another --output_dir")  # fmt: skip
+        raise ValueError(
+            f"output_dir holds a run on other data or of another checkpoint ({path}); give the same or "
+            "another --output_dir"
+        )
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"output_dir holds a run with another --optimizer ({path}); give the same or another folder")
     if trainer.ranks.leads:
@@ -75,9 +97,10 @@ def train(trainer: Trainer, optimizers: list, tokens: Tensor, heldout: Tensor, p
     """Run from `position` to the planned end, moving it along, saving every `save_every` steps and at the end."""
     config, out, leads = trainer.config, Path(trainer.config.output_dir), trainer.ranks.leads
     started, spent = time.monotonic(), position["minutes"]
-    with _open_log(out / "log.jsonl" if leads else None, position["step"]) as log, tqdm(
-        total=config.max_steps, initial=position["step"], unit="step", mininterval=2
-    ) as bar:
+    with (
+        _open_log(out / "log.jsonl" if leads else None, position["step"]) as log,
+        tqdm(total=config.max_steps, initial=position["step"], unit="step", mininterval=2) as bar,
+    ):
         while not _is_over(config, position):
             step, progress = position["step"], _progress(config, position)
             inputs, targets = (part.to(config.device) for part in batch_at(tokens, step, config))

@@ -34,8 +34,24 @@ ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the l
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
 UNSURE = 0.25  # median error of round costs from which their conclusions are doubtful
 # What the weights of a policy follow from; a folder is continued only with the same.
-DECIDING = ("checkpoint_path", "device", "precision", "quantize", "threads", "context", "windows", "samples", "hidden",
-            "actions", "reward", "loss", "steps", "learning_rate", "seed", "num_draft_tokens")  # fmt: skip
+DECIDING = (
+    "checkpoint_path",
+    "device",
+    "precision",
+    "quantize",
+    "threads",
+    "context",
+    "windows",
+    "samples",
+    "hidden",
+    "actions",
+    "reward",
+    "loss",
+    "steps",
+    "learning_rate",
+    "seed",
+    "num_draft_tokens",
+)
 
 
 class Run:
@@ -117,14 +133,15 @@ class Trainer:
                 seen.append(numbers(outcome, keep, rewards[-1], self.model))
             loss = policy_loss(logits, actions, torch.stack(rewards)) / flags.windows
             if not loss.isfinite():
-                raise ValueError(f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) "
-                                 f"or --alpha")  # fmt: skip
+                raise ValueError(
+                    f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) or --alpha"
+                )
             loss.backward()
         return mean(seen)
 
 
 def parse_alphas(text: str) -> list[str]:
-    """"0.01,0.1" -> the numbers as they stand in file names, ascending. Raises ValueError."""
+    """ "0.01,0.1" -> the numbers as they stand in file names, ascending. Raises ValueError."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -146,8 +163,18 @@ def check_flags(flags: argparse.Namespace) -> None:
     if flags.reward == "speed" and flags.alpha is not None:
         raise ValueError("--alpha does not go with --reward speed: seconds say what a layer left out is worth")
     parse_alphas(flags.alpha or ALPHAS)
-    least = {"steps": 1, "windows": 1, "samples": 2, "hidden": 1, "context": 2, "save_every": 1, "eval_windows": 1,
-             "num_prompts": 1, "max_new_tokens": 2, "repeats": 1}  # fmt: skip
+    least = {
+        "steps": 1,
+        "windows": 1,
+        "samples": 2,
+        "hidden": 1,
+        "context": 2,
+        "save_every": 1,
+        "eval_windows": 1,
+        "num_prompts": 1,
+        "max_new_tokens": 2,
+        "repeats": 1,
+    }
     for name, low in least.items():
         if getattr(flags, name) < low:
             raise ValueError(f"{name} must be {low} or more, got {getattr(flags, name)}")
@@ -165,18 +192,28 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.train_policy", description=__doc__.split("\n")[0],
+        prog="python -m scripts.train_policy",
+        description=__doc__.split("\n")[0],
         epilog="example: python -m scripts.train_policy --alpha 0.02,0.1 --steps 200 --output_dir out/policy",
-    )  # fmt: skip
+    )
     cli.add_model_flags(parser)
     add = parser.add_argument
-    add("--data", nargs="+", default=["stdlib"], metavar="PATH",
-        help="text files or folders; stdlib, stdlib_tests: sources of the running Python (default: stdlib)")
+    add(
+        "--data",
+        nargs="+",
+        default=["stdlib"],
+        metavar="PATH",
+        help="text files or folders; stdlib, stdlib_tests: sources of the running Python (default: stdlib)",
+    )
     add("--glob", default="*.py", help="which files of a folder (default: *.py)")
     add("--heldout", type=float, default=0.05, help="share of files never trained on, chosen by a hash of their names")
     add("--alpha", metavar="A,B,…", help=f"what a layer left out is worth in nats: a policy for each ({ALPHAS})")
-    add("--reward", choices=["skip", "speed"], default="skip",
-        help="skip: alpha · layers left out - loss; speed: expected speedup, from rounds timed here")
+    add(
+        "--reward",
+        choices=["skip", "speed"],
+        default="skip",
+        help="skip: alpha · layers left out - loss; speed: expected speedup, from rounds timed here",
+    )
     add("--loss", choices=["kl", "ce"], default="kl", help="kl: to the full model; ce: of the text's own tokens")
     add("--actions", choices=["sublayer", "layer"], default="sublayer", help="what is kept or left out as one")
     add("--hidden", type=int, default=64, help="hidden units of the network (default: 64)")
@@ -208,8 +245,10 @@ def prepare(flags: argparse.Namespace) -> tuple[cli.Session, Tensor, Tensor, Run
     if flags.context > most:
         raise ValueError(f"context must be at most {most}, as this model's, got {flags.context}")
     if policy_report.PROMPT_TOKENS + flags.max_new_tokens > most:
-        raise ValueError(f"max_new_tokens must be at most {most - policy_report.PROMPT_TOKENS} for this model, got "
-                         f"{flags.max_new_tokens}")  # fmt: skip
+        raise ValueError(
+            f"max_new_tokens must be at most {most - policy_report.PROMPT_TOKENS} for this model, got "
+            f"{flags.max_new_tokens}"
+        )
     folder = cli.make_folder(flags.output_dir)
     tokens, heldout = (encode_texts(session.tokenizer, texts) for texts in split_texts(files, flags.heldout))
     for what, text in (("training", tokens), ("held-out", heldout)):
@@ -239,11 +278,22 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
     policy_report.print_rows(rows, title, model.args.n_layer)
     fastest = max(rows, key=lambda row: row["speedup"])
     command = command_line(flags, fastest["policy"]) if fastest["speedup"] > 1 else None
-    print(f"fastest: {fastest['policy']}, {fastest['speedup']:.2f}× plain decoding\n{command}" if command
-          else "no policy is faster than plain decoding")  # fmt: skip
+    print(
+        f"fastest: {fastest['policy']}, {fastest['speedup']:.2f}× plain decoding\n{command}"
+        if command
+        else "no policy is faster than plain decoding"
+    )
     curves = {name: saved["curve"] for name, saved in run.state["policies"].items()}
-    result = {"title": title, "policies": rows, "fastest": fastest["policy"] if command else None, "command": command,
-              "costs": asdict(costs), "curves": curves, "config": vars(flags), **cli.environment()}  # fmt: skip
+    result = {
+        "title": title,
+        "policies": rows,
+        "fastest": fastest["policy"] if command else None,
+        "command": command,
+        "costs": asdict(costs),
+        "curves": curves,
+        "config": vars(flags),
+        **cli.environment(),
+    }
     for path in filter(None, (flags.json, folder / "policy.json")):
         cli.write_json(path, result)
     policy_report.draw(rows, model.args.n_layer, folder / "policy.png", title)
@@ -262,8 +312,9 @@ def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldo
     model, threads = session.load(), torch.get_num_threads()
     engine = policy_report.Engine(session, flags)
     engine.choose_threads()
-    costs = run.costs(lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT),
-                                      policy_report.DRAFTS[-1], flags.seed))  # fmt: skip
+    costs = run.costs(
+        lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT), policy_report.DRAFTS[-1], flags.seed)
+    )
     if costs.error > UNSURE:
         cli.notice(f"rounds timed here fit no curve (median error {costs.error:.0%}): is the machine busy?")
     decoding_threads = torch.get_num_threads()
@@ -275,10 +326,16 @@ def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldo
     for row in rows:
         row |= policy_report.choose_drafts(model, own_texts, networks[row["alpha"]], costs, flags.num_draft_tokens)
         path = Path(flags.output_dir) / f"learned_{row['alpha']}.safetensors"
-        networks[row["alpha"]].export(path, {
-            "n_layer": str(model.args.n_layer), "dim": str(model.args.dim), "alpha": row["alpha"],
-            "num_draft_tokens": str(row["num_draft_tokens"]), "skipped_layers": f"{row['learned']['skipped']:.3f}",
-        })  # fmt: skip
+        networks[row["alpha"]].export(
+            path,
+            {
+                "n_layer": str(model.args.n_layer),
+                "dim": str(model.args.dim),
+                "alpha": row["alpha"],
+                "num_draft_tokens": str(row["num_draft_tokens"]),
+                "skipped_layers": f"{row['learned']['skipped']:.3f}",
+            },
+        )
         row["policy"] = f"learned:{path}"
     torch.set_num_threads(decoding_threads)
     compared = engine.compare([row["policy"] for row in rows], engine.prompts(heldout))

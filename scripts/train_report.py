@@ -60,7 +60,7 @@ def simulate_rounds(agree: list[bool], num_draft_tokens: int) -> tuple[int, int]
 
 def greedy_acceptance(
     trainer: Trainer, tokenizer: Tokenizer, prompts: list[tuple[str, str]], drafts: Drafts
-) -> tuple[dict[str, dict], list[dict]]:  # fmt: skip
+) -> tuple[dict[str, dict], list[dict]]:
     """Acceptance rate and agreement of each drafter along the full model's greedy texts, and these texts."""
     work = lambda prompt: continue_greedily(trainer, tokenizer.encode(prompt[1]), drafts)
     found = shared_out(trainer.ranks, prompts, work, "greedy texts")
@@ -89,10 +89,12 @@ def report(trainer: Trainer, tokenizer: Tokenizer, texts: list[tuple[str, str]],
         "heldout_tokens": len(heldout),
         "heldout_loss_by_exit": by_position.mean(-1).tolist(),
         "heldout_loss_by_quarter_of_context": [part.mean().item() for part in parts],
-        "exit_layer": exit_layer, "num_draft_tokens": NUM_DRAFT_TOKENS, "prompts": len(prompts),
+        "exit_layer": exit_layer,
+        "num_draft_tokens": NUM_DRAFT_TOKENS,
+        "prompts": len(prompts),
         **found.get("early", {"acceptance_rate": None, "agreement": None}),
         "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def print_report(results: dict, out: Path) -> None:
@@ -102,13 +104,14 @@ def print_report(results: dict, out: Path) -> None:
         losses.insert(0, results["heldout_before"])
     columns = ["before", "after"] if len(losses) > 1 else ["nats per token"]
     rows = [
-        [str(depth), *(f"{loss:.3f}" for loss in row)]
-        for depth, row in enumerate(zip(*losses, strict=True), start=1)
-    ]  # fmt: skip
+        [str(depth), *(f"{loss:.3f}" for loss in row)] for depth, row in enumerate(zip(*losses, strict=True), start=1)
+    ]
     cli.print_table("held-out loss", ["exit", *columns], rows)
-    print(f"drafting with {results['exit_layer']} layers, K = {results['num_draft_tokens']}: acceptance rate "
-          f"{cli.shown(results['acceptance_rate'], '.3f')}, agreement {cli.shown(results['agreement'], '.3f')}; "
-          f"written: {out}")  # fmt: skip
+    print(
+        f"drafting with {results['exit_layer']} layers, K = {results['num_draft_tokens']}: acceptance rate "
+        f"{cli.shown(results['acceptance_rate'], '.3f')}, agreement {cli.shown(results['agreement'], '.3f')}; "
+        f"written: {out}"
+    )
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -146,7 +149,7 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 def export(
     trainer: Trainer, source: checkpoint.Source | None, tokenizer: Tokenizer, files: list[str], samples: list[dict]
-) -> None:  # fmt: skip
+) -> None:
     """Write the Hugging Face folder: weights and configs, data listing, held-out prompts, loss curve.
 
     source: the checkpoint that was trained on. Called on all processes; the first one writes.

@@ -38,8 +38,10 @@ def open_checkpoint(config: TrainConfig) -> checkpoint.Source | None:
     if config.context > source.args.max_seq_len:
         raise ValueError(f"context must be in 1..{source.args.max_seq_len} for this checkpoint, got {config.context}")
     if not config.adapter_exits and Path(config.output_dir).resolve() == source.folder.resolve():
-        raise ValueError(f"output_dir must not be the folder of the checkpoint, whose weights it would replace, got "
-                         f"{config.output_dir}")  # fmt: skip
+        raise ValueError(
+            f"output_dir must not be the folder of the checkpoint, whose weights it would replace, got "
+            f"{config.output_dir}"
+        )
     return source
 
 
@@ -53,10 +55,18 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, source: checkpoint.So
         bar = cli.LoadBar()
         return checkpoint.load(source, torch.float32, config.device, pack=False, progress=bar).model.requires_grad_()
     args = ModelArgs(
-        dim=config.dim, n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head,
-        head_dim=config.dim // config.n_head, ffn_dim=config.ffn_dim, vocab_size=tokenizer.vocab_size,
-        max_seq_len=config.context, norm_eps=1e-5, rope_base=10000.0, tie_embeddings=config.tie_embeddings,
-    )  # fmt: skip
+        dim=config.dim,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
+        head_dim=config.dim // config.n_head,
+        ffn_dim=config.ffn_dim,
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=config.context,
+        norm_eps=1e-5,
+        rope_base=10000.0,
+        tie_embeddings=config.tie_embeddings,
+    )
     model = Transformer(args)
     init_weights(model, config.seed)
     return model.to(config.device)
@@ -98,7 +108,7 @@ class Exits(nn.Module):
 
     def forward(
         self, inputs: Tensor, targets: Tensor, dropped: Tensor | None, weights: dict[int, float]
-    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss of a step and the cross-entropy (nats per token) of each exit in `weights`."""
         states = self.hidden_states(inputs, dropped, self.layer)
         total, by_exit, teacher, n_layer = 0.0, {}, None, self.model.args.n_layer
@@ -117,7 +127,7 @@ class Exits(nn.Module):
         losses = [
             F.cross_entropy(self.model.head(hidden)[0], row[1:], reduction="none").cpu()
             for hidden in self.hidden_states(row[None, :-1])
-        ]  # fmt: skip
+        ]
         return torch.stack(losses)
 
     @torch.no_grad()
@@ -133,9 +143,12 @@ class Trainer:
     measure = "loss_by_exit"
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, ranks: Ranks | None = None,
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        ranks: Ranks | None = None,
         source: checkpoint.Source | None = None,
-    ):  # fmt: skip
+    ):
         """source: where a model that is still on the meta device has its weights; under fsdp only."""
         self.trained, self.args, self.config, self.ranks = model, model.args, config, ranks or Ranks(None)
         self.focus = parse_focus(config.focus_exits, model.args.n_layer)

@@ -17,8 +17,15 @@ from scripts.peers import Contender
 from scripts.ranks import Ranks
 from scripts.samples import Sample, answer
 
-QUALITY = {"rouge1": ".3f", "rouge2": ".3f", "rougeL": ".3f", "corpus_bleu": ".1f", "exact_match": ".2f",
-           "edit_distance": ".0f", "edit_distance_normalised": ".2f"}  # fmt: skip
+QUALITY = {
+    "rouge1": ".3f",
+    "rouge2": ".3f",
+    "rougeL": ".3f",
+    "corpus_bleu": ".1f",
+    "exact_match": ".2f",
+    "edit_distance": ".0f",
+    "edit_distance_normalised": ".2f",
+}
 
 
 class Quality:
@@ -55,7 +62,7 @@ class Quality:
 
 def measure(
     contenders: list[Contender], prompts: list[list[int]], flags, ranks: Ranks, journal: Journal, quality: Quality
-) -> None:  # fmt: skip
+) -> None:
     """One warm-up round, then flags.repeats timed ones of flags.max_new_tokens. Fills what contenders found.
 
     journal: of records by row, sample and repeat; what is in it is not measured again.
@@ -65,8 +72,10 @@ def measure(
         journal.keep((one["row"], one["sample"], one["repeat"]) for records in found.values() for one in records)
     turns = len(prompts) * flags.repeats
     if before := sum(repeat <= flags.repeats for repeat, _ in found):
-        cli.notice(f"{before} of {turns} turns of samples were finished before: their times are of the earlier run; "
-                   f"delete {journal.path} to measure them anew")  # fmt: skip
+        cli.notice(
+            f"{before} of {turns} turns of samples were finished before: their times are of the earlier run; "
+            f"delete {journal.path} to measure them anew"
+        )
     rounds = [[i for i in range(len(prompts)) if (turn, i) not in found] for turn in range(1, flags.repeats + 1)]
     rounds = [range(len(prompts)), *rounds] if any(rounds) else []
     bar = tqdm(total=sum(map(len, rounds)), desc="samples", leave=False)
@@ -84,8 +93,9 @@ def measure(
     bar.close()
     for row, c in enumerate(contenders):
         c.records = [[found[turn, i][row] for i in range(len(prompts))] for turn in range(1, flags.repeats + 1)]
-        c.rates = [sum(len(one["tokens"]) - 1 for one in turn) / sum(one["decode_s"] for one in turn)
-                   for turn in c.records]  # fmt: skip
+        c.rates = [
+            sum(len(one["tokens"]) - 1 for one in turn) / sum(one["decode_s"] for one in turn) for turn in c.records
+        ]
         c.summaries = c.records[-1]
         c.texts = [one["tokens"] for one in c.summaries]
 
@@ -100,8 +110,14 @@ def _turn(contenders: Sequence[Contender], prompt: list[int], new_tokens: int, s
 
 
 def _name(c: Contender, row: int) -> dict:
-    return {"row": row, "engine": c.engine, "policy": c.policy, "backend": c.backend, "quantize": c.quantize,
-            "device": c.device}  # fmt: skip
+    return {
+        "row": row,
+        "engine": c.engine,
+        "policy": c.policy,
+        "backend": c.backend,
+        "quantize": c.quantize,
+        "device": c.device,
+    }
 
 
 def _finished(contenders: Sequence[Contender], journal: Journal) -> dict[tuple[int, int], list[dict]]:
@@ -140,21 +156,36 @@ def row_names(rows: Sequence[dict]) -> list[str]:
     """What to call each row in a table: engine and policy, with the format and the device where these differ."""
     apart = [key for key in ("quantize", "device") if len({row[key] for row in rows}) > 1]
     engines = ("" if row["engine"] == "skipfast" else f"{row['engine']}: " for row in rows)
-    return [", ".join([engine + row["policy"], *(row[key] for key in apart)])
-            for engine, row in zip(engines, rows, strict=True)]  # fmt: skip
+    return [
+        ", ".join([engine + row["policy"], *(row[key] for key in apart)])
+        for engine, row in zip(engines, rows, strict=True)
+    ]
 
 
 def print_speeds(rows: Sequence[dict]) -> None:
     """A table of the speeds that have two definitions, by all samples together and by each, and of the prefill."""
     shown = cli.shown
     body = [
-        [name, row["backend"], shown(row["tokens_per_s"]), shown(row["mean_sample_tokens_per_s"]),
-         shown(row["speedup_over_fastest_ar"], ".2f") + "×", shown(row["mean_sample_speedup"], ".2f") + "×",
-         shown(row["prefill_tokens_per_s"])]
+        [
+            name,
+            row["backend"],
+            shown(row["tokens_per_s"]),
+            shown(row["mean_sample_tokens_per_s"]),
+            shown(row["speedup_over_fastest_ar"], ".2f") + "×",
+            shown(row["mean_sample_speedup"], ".2f") + "×",
+            shown(row["prefill_tokens_per_s"]),
+        ]
         for name, row in zip(row_names(rows), rows, strict=True)
-    ]  # fmt: skip
-    columns = ("policy", "backend", "Σ tokens\n÷ Σ seconds", "mean of samples'\ntokens/s", "speedup",
-               "mean of samples'\nspeedups", "prefill\ntokens/s")  # fmt: skip
+    ]
+    columns = (
+        "policy",
+        "backend",
+        "Σ tokens\n÷ Σ seconds",
+        "mean of samples'\ntokens/s",
+        "speedup",
+        "mean of samples'\nspeedups",
+        "prefill\ntokens/s",
+    )
     cli.print_table("all samples together, and each by itself", columns, body)
 
 
@@ -165,8 +196,10 @@ def print_quality(rows: Sequence[dict]) -> None:
         if row["quality"]:
             groups.setdefault(tuple(row["quality"][metric] for metric in QUALITY), []).append(name)
     body = [
-        [", ".join(dict.fromkeys(names)) if len(names) < 5 else f"{names[0]} and {len(names) - 1} rows like it",
-         *(cli.shown(value, form) for value, form in zip(values, QUALITY.values(), strict=True))]
+        [
+            ", ".join(dict.fromkeys(names)) if len(names) < 5 else f"{names[0]} and {len(names) - 1} rows like it",
+            *(cli.shown(value, form) for value, form in zip(values, QUALITY.values(), strict=True)),
+        ]
         for values, names in groups.items()
-    ]  # fmt: skip
+    ]
     cli.print_table("quality against the responses", ("rows", *QUALITY), body)

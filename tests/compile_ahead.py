@@ -6,6 +6,7 @@ keeps programs that share memory in order, which the interpreter, running one af
 line per case and target; exits with 1, naming the gates, where one fails. Arguments: other modules with a
 `compile_cases()`.
 """
+
 import importlib
 import importlib.util
 import multiprocessing
@@ -68,15 +69,20 @@ class Resources:
 def resources(case: CompileCase, target: int) -> Resources:
     """Compile the case for sm_`target` and read the result."""
     names = case.kernel.arg_names
-    source = ASTSource(case.kernel, {name: case.types.get(name, "constexpr") for name in names},
-                       constexprs=case.constants,
-                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned})
+    source = ASTSource(
+        case.kernel,
+        {name: case.types.get(name, "constexpr") for name in names},
+        constexprs=case.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.tile.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-                       for option in ("-res-usage", "-sass"))
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
     disorder = [name for name, pattern in DISORDER.items() if re.search(pattern, compiled.asm["ptx"], re.DOTALL)]
@@ -86,8 +92,11 @@ def resources(case: CompileCase, target: int) -> Resources:
 def failures(case: CompileCase, target: int, found: Resources) -> list[str]:
     """Return the gates that the case does not pass."""
     failed = [*found.disorder]
-    for name, value, most in (("registers", found.registers, MOST_REGISTERS), ("stack", found.stack, MOST_STACK),
-                              ("shared memory", found.shared, SHARED_BYTES[target])):
+    for name, value, most in (
+        ("registers", found.registers, MOST_REGISTERS),
+        ("stack", found.stack, MOST_STACK),
+        ("shared memory", found.shared, SHARED_BYTES[target]),
+    ):
         if value > most:
             failed.append(f"{name} {value} > {most}")
     if case.mma and not found.products(case.mma):
@@ -115,8 +124,10 @@ def check(job: tuple[str, int, int]) -> tuple[str, bool]:
         return f"{title}  FAILED: does not compile: {type(error).__name__}: {reason[-1]}", False
     copies = " + ".join(f"{count} x {width}" for width, count in sorted(found.copies().items(), reverse=True)) or "no"
     failed = failures(case, target, found)
-    numbers = (f"registers {found.registers:3}  stack {found.stack:2}  shared {found.shared / 1024:5.1f} KB  "
-               f"HMMA {found.products('HMMA'):3}  HGMMA {found.products('HGMMA'):2}  copies {copies} B")
+    numbers = (
+        f"registers {found.registers:3}  stack {found.stack:2}  shared {found.shared / 1024:5.1f} KB  "
+        f"HMMA {found.products('HMMA'):3}  HGMMA {found.products('HGMMA'):2}  copies {copies} B"
+    )
     return f"{title}  {numbers}{'  FAILED: ' + '; '.join(failed) if failed else ''}", not failed
 
 
@@ -126,8 +137,12 @@ def main(modules: list[str]) -> int:
         print("unset TRITON_INTERPRET" if INTERPRETED else f"no {CUOBJDUMP}")
         return 1
     modules = modules or [name for name in MODULES if importlib.util.find_spec(name)]
-    jobs = [(name, number, target) for name in modules
-            for number in range(len(importlib.import_module(name).compile_cases())) for target in SHARED_BYTES]
+    jobs = [
+        (name, number, target)
+        for name in modules
+        for number in range(len(importlib.import_module(name).compile_cases()))
+        for target in SHARED_BYTES
+    ]
     passed = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:  # torch is imported once
         for line, ok in pool.map(check, jobs):

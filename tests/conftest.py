@@ -18,10 +18,18 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 TINY = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False, "initializer_range": 0.2,  # large enough that greedy text is not constant
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,  # large enough that greedy text is not constant
+}
 
 
 def pytest_configure(config):
@@ -57,9 +65,14 @@ def folder(make_hf, tmp_path_factory):
     lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=380, model_type="bpe", byte_fallback=True,
-            minloglevel=2, num_threads=1,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=380,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            num_threads=1,
+        )
     make_hf(folder, vocab_size=380, num_key_value_heads=2)
     return folder
 
@@ -98,8 +111,11 @@ def skip_file(tmp_path_factory):
         network["w1"] *= dim**-0.5
         network["w2"] *= 0.5
         network["b2"] += 0.5
-        exits = {f"exit.{depth}.{name}": torch.randn(shape, generator=random) * 0.02
-                 for depth in range(1, n_layer) for name, shape in (("down", (6, dim)), ("up", (dim, 6)))}  # fmt: skip
+        exits = {
+            f"exit.{depth}.{name}": torch.randn(shape, generator=random) * 0.02
+            for depth in range(1, n_layer)
+            for name, shape in (("down", (6, dim)), ("up", (dim, 6)))
+        }
         for kind, name, tensors in (("learned policy", "learned", network), ("exit adapter", "adapter", exits)):
             metadata = {"format": f"skipfast {kind}", "n_layer": str(n_layer), "dim": str(dim)}
             save_file(tensors, file.with_name(f"{name}{n_layer}.safetensors"), metadata)

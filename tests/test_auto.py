@@ -22,8 +22,11 @@ VARIED = list(range(3, 40))  # no token twice: nothing to look up
 def told_costs(policy, agreement, n_layer, head=HEAD, launch=LAUNCH):
     """Calibrate `policy` with rounds that cost their layers and heads: {depth: agreement}."""
     verify = lambda rows: n_layer + head + launch * (rows - 1)
-    cost = lambda plan: verify(len(plan.proposed) + 1) if not plan.exits else (
-        plan.num_draft_tokens * (plan.exits[0] + head) + verify(plan.num_draft_tokens + 1))  # fmt: skip
+    cost = lambda plan: (
+        verify(len(plan.proposed) + 1)
+        if not plan.exits
+        else (plan.num_draft_tokens * (plan.exits[0] + head) + verify(plan.num_draft_tokens + 1))
+    )
     agreement = {depth: agreed(found) if isinstance(found, float) else found for depth, found in agreement.items()}
     policy.calibrate({plan: cost(plan) for plan in policy.plans_to_time()}, agreement)
     return policy
@@ -44,10 +47,19 @@ def best_by_brute_force(agreement, most, n_layer):
     return max(choices)
 
 
-@pytest.mark.parametrize("agreement", [
-    (0.2, 0.5, 0.6), (0.7, 0.8, 0.9), (0.6, 0.9, 0.91), (0.1, 0.1, 0.95), (0.95, 0.97, 0.99), (0.0, 0.0, 0.0),
-    (0.3, 0.3, 0.3), (0.5, 0.8, 0.8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "agreement",
+    [
+        (0.2, 0.5, 0.6),
+        (0.7, 0.8, 0.9),
+        (0.6, 0.9, 0.91),
+        (0.1, 0.1, 0.95),
+        (0.95, 0.97, 0.99),
+        (0.0, 0.0, 0.0),
+        (0.3, 0.3, 0.3),
+        (0.5, 0.8, 0.8),
+    ],
+)
 @pytest.mark.parametrize("most", [1, 3, 7, 12])
 def test_it_takes_the_exit_and_draft_length_of_most_expected_tokens_per_second(agreement, most):
     agreement = dict(zip(EXITS, agreement, strict=True))
@@ -99,8 +111,9 @@ def test_it_takes_up_drafting_again_where_retries_are_right():
     policy = told_costs(make_policy("auto:7,candidates=2-4-6", 12), dict.fromkeys(EXITS, 0.7), 12)
     rounds = iter(range(1500))
     chosen = play(policy, 1500, lambda plan: 9 if next(rounds) >= 300 else 0)
-    assert Counter(chosen[200:300])["plain"] > 90 and set(chosen[1400:]) <= {f"{chosen[0].split()[0]} K={k}" for k in
-                                                                           range(2, 8)}  # fmt: skip
+    assert Counter(chosen[200:300])["plain"] > 90 and set(chosen[1400:]) <= {
+        f"{chosen[0].split()[0]} K={k}" for k in range(2, 8)
+    }
 
 
 def test_lookups_are_used_while_they_are_right_and_dropped_where_they_are_not():

@@ -19,10 +19,24 @@ from runner import Runner
 from scripts import benchmark, peers, plot, policy_sets
 
 COLUMNS = {
-    "engine", "policy", "precision", "quantize", "compiled", "tokens_per_s", "speedup_over_fastest_ar",
-    "acceptance_rate", "tokens_per_round", "mean_exit_layer", "layer_visits_per_token", "head_visits_per_token",
-    "cost_per_token_layers", "ideal_speedup", "share_of_ideal", "share_of_bandwidth", "identical",
-}  # fmt: skip
+    "engine",
+    "policy",
+    "precision",
+    "quantize",
+    "compiled",
+    "tokens_per_s",
+    "speedup_over_fastest_ar",
+    "acceptance_rate",
+    "tokens_per_round",
+    "mean_exit_layer",
+    "layer_visits_per_token",
+    "head_visits_per_token",
+    "cost_per_token_layers",
+    "ideal_speedup",
+    "share_of_ideal",
+    "share_of_bandwidth",
+    "identical",
+}
 
 
 @pytest.fixture
@@ -33,8 +47,19 @@ def bench(folder, tmp_path, monkeypatch, capsys):
 
     def bench(*flags, code=0):
         file.unlink(missing_ok=True)
-        defaults = ["--checkpoint_path", folder, "--no-compile", "--repeats", 2, "--max_new_tokens", 6,
-                    "--num_prompts", 2, "--json", file]  # fmt: skip
+        defaults = [
+            "--checkpoint_path",
+            folder,
+            "--no-compile",
+            "--repeats",
+            2,
+            "--max_new_tokens",
+            6,
+            "--num_prompts",
+            2,
+            "--json",
+            file,
+        ]
         monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, (*defaults, *flags))])
         capsys.readouterr()
         exit_code = 0
@@ -132,9 +157,10 @@ def test_the_grid_ends_with_how_near_auto_came_to_the_best_static_exit(bench):
     assert f"auto ÷ best static {ratio:.3f}; auto ÷ fastest AR" in out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("n_layer", "depths"), [
-    (1, [1]), (2, [1]), (12, [1, 2, 3, 4, 5, 6]), (16, [1, 2, 3, 4, 5, 6, 7, 8]), (32, [2, 4, 6, 8, 10, 12, 14, 16]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n_layer", "depths"),
+    [(1, [1]), (2, [1]), (12, [1, 2, 3, 4, 5, 6]), (16, [1, 2, 3, 4, 5, 6, 7, 8]), (32, [2, 4, 6, 8, 10, 12, 14, 16])],
+)
 def test_the_sets_fit_models_of_every_depth(n_layer, depths):
     policies = policy_sets.make_policies(["all", "grid"], [], SimpleNamespace(n_layer=n_layer, dim=64), None)
     assert {policy.exit_layer for name, policy in policies.items() if name.endswith("_tokens=1")} == set(depths)
@@ -226,10 +252,14 @@ def test_lengths_of_prompts_are_rows_with_prefill_and_cost_of_a_token(bench):
 def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch):
     seen = []
     run = benchmark.decode
-    monkeypatch.setattr(benchmark, "decode", lambda runner, prompt, *rest: seen.append(prompt)
-                        or run(runner, prompt, *rest))  # fmt: skip
-    files = {"a.txt": "import os\n\nx = 1\n", "b.jsonl": '{"prompt": "import os"}\n{"prompt": "x = 1"}\n',
-             "c.json": '[{"ids": [1, 5, 9]}, {"ids": [1, 7]}]'}  # fmt: skip
+    monkeypatch.setattr(
+        benchmark, "decode", lambda runner, prompt, *rest: seen.append(prompt) or run(runner, prompt, *rest)
+    )
+    files = {
+        "a.txt": "import os\n\nx = 1\n",
+        "b.jsonl": '{"prompt": "import os"}\n{"prompt": "x = 1"}\n',
+        "c.json": '[{"ids": [1, 5, 9]}, {"ids": [1, 7]}]',
+    }
     prompts = {}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -242,8 +272,13 @@ def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch)
 
 def test_prompts_of_the_repository_have_short_names_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     names = {"code": 12, "repetitive": 8, "hard": 8}
-    rows = {name: [json.loads(line)["prompt"] for line in (benchmark.PROMPT_SETS / f"{name}.jsonl").read_text("utf-8")
-                   .splitlines()] for name in names}  # fmt: skip
+    rows = {
+        name: [
+            json.loads(line)["prompt"]
+            for line in (benchmark.PROMPT_SETS / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
+        for name in names
+    }
     assert {name: len(prompts) for name, prompts in rows.items()} == names
     assert [p for prompts in rows.values() for p in prompts if p != p.rstrip()] == [], "what follows would be unusual"
     flags = argparse.Namespace(checkpoint_path=str(cli.DEMO), device="cpu", threads=None)
@@ -300,11 +335,20 @@ def test_a_mistake_is_one_line_that_names_it_before_the_weights_are_read(bench, 
     assert [part for part in parts if part not in errors[0]] == [], errors[0]
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("x.json", "{"), ("x.json", '{"ids": [1]}'), ("x.json", "[[1, 2]]"), ("x.jsonl", '{"text": "a"}'),
-    ("x.jsonl", "a"), ("x.json", '[{"ids": [1, 99999]}]'), ("x.json", "[]"), ("x.txt", "\n\n"),
-    ("x.json", '[{"ids": "text"}]'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", "{"),
+        ("x.json", '{"ids": [1]}'),
+        ("x.json", "[[1, 2]]"),
+        ("x.jsonl", '{"text": "a"}'),
+        ("x.jsonl", "a"),
+        ("x.json", '[{"ids": [1, 99999]}]'),
+        ("x.json", "[]"),
+        ("x.txt", "\n\n"),
+        ("x.json", '[{"ids": "text"}]'),
+    ],
+)
 def test_a_broken_file_of_prompts_is_one_line_that_names_it(bench, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     _, _, err = bench("--prompts", tmp_path / name, code=2)
@@ -351,8 +395,11 @@ def test_devices_are_measured_side_by_side_each_with_its_own_weights_and_policie
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_300_000)
     monkeypatch.setattr(cli.Session, "load", load_here)
-    monkeypatch.setattr(benchmark, "calibrate", lambda runner, policy, *rest: measured.append((runner.model, policy))
-                        or measure(runner, policy, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        benchmark,
+        "calibrate",
+        lambda runner, policy, *rest: measured.append((runner.model, policy)) or measure(runner, policy, *rest),
+    )
     result, out, _ = bench("--device", "cpu", "--device", "cuda", "--policy", "static:1", "--prompt_lengths", "8")
     assert models["cpu"] is not models["cuda"]
     assert [model for model, _ in measured] == [models["cpu"], models["cuda"]]
@@ -361,10 +408,13 @@ def test_devices_are_measured_side_by_side_each_with_its_own_weights_and_policie
     for row in rows:
         plain.setdefault(row["device"], row)
     assert [(row["device"], row["policy"]) for row in rows] == [
-        (device, name) for device in ("cpu", "cuda") for name in ("none", "static:1")]  # fmt: skip
+        (device, name) for device in ("cpu", "cuda") for name in ("none", "static:1")
+    ]
     for row in result["rows"]:
-        own = max((other for other in result["rows"] if (other["device"], other["policy"]) == (row["device"], "none")),
-                  key=lambda other: other["tokens_per_s"])  # fmt: skip
+        own = max(
+            (other for other in result["rows"] if (other["device"], other["policy"]) == (row["device"], "none")),
+            key=lambda other: other["tokens_per_s"],
+        )
         pairs = zip(row["tokens_per_s_rounds"], own["tokens_per_s_rounds"], strict=True)
         assert row["speedup_over_fastest_ar"] == pytest.approx(statistics.median(a / b for a, b in pairs))
         assert row["ratio_to"].keys() == {"plain, cpu"} and (row["identical"] or not row["exact_width"])

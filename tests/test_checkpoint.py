@@ -21,8 +21,14 @@ from model import ModelArgs
 
 ROOT = Path(__file__).parent.parent
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +285,16 @@ def test_missing_config_and_missing_weights_are_named(folder):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model_type", "mistral"), ("attention_bias", True), ("hidden_size", None), ("hidden_act", "gelu"),
-     ("num_key_value_heads", 3), ("quantization_config", {"bits": 4}), ("rope_parameters", {"rope_type": "yarn"})],
-)  # fmt: skip
+    [
+        ("model_type", "mistral"),
+        ("attention_bias", True),
+        ("hidden_size", None),
+        ("hidden_act", "gelu"),
+        ("num_key_value_heads", 3),
+        ("quantization_config", {"bits": 4}),
+        ("rope_parameters", {"rope_type": "yarn"}),
+    ],
+)
 def test_unsupported_config_names_file_and_key(folder, key, value):
     edit_config(folder, head_dim=None, **{key: value})
     message = error_of(folder)
@@ -394,12 +407,24 @@ def test_offline_machine_is_one_line():
 
 
 def test_converter_writes_a_complete_folder(folder, tmp_path):
-    result = run_converter("--checkpoint_path", folder, "--output_path", tmp_path / "deep/out", "--precision", "bf16",
-                           "--json", tmp_path / "record.json")  # fmt: skip
+    result = run_converter(
+        "--checkpoint_path",
+        folder,
+        "--output_path",
+        tmp_path / "deep/out",
+        "--precision",
+        "bf16",
+        "--json",
+        tmp_path / "record.json",
+    )
     assert result.returncode == 0, result.stderr
     assert sorted(file.name for file in (tmp_path / "deep/out").iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
     record = json.loads((tmp_path / "record.json").read_text())
     loaded = checkpoint.load(tmp_path / "deep/out")
@@ -504,8 +529,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) * 1024, si
 
 
 def test_loading_peaks_little_above_the_weights(tmp_path):
-    args = ModelArgs(dim=512, n_layer=40, n_head=8, n_kv_head=8, head_dim=64, ffn_dim=1408, vocab_size=8000,
-                     max_seq_len=64, norm_eps=1e-5, rope_base=1e4, dtype="bfloat16")  # fmt: skip
+    args = ModelArgs(
+        dim=512,
+        n_layer=40,
+        n_head=8,
+        n_kv_head=8,
+        head_dim=64,
+        ffn_dim=1408,
+        vocab_size=8000,
+        max_seq_len=64,
+        norm_eps=1e-5,
+        rope_base=1e4,
+        dtype="bfloat16",
+    )
     names = checkpoint.our_names(args)
     state = {name: torch.ones(checkpoint.pieces(name, args, True)[name][0], dtype=torch.bfloat16) for name in names}
     checkpoint.export_hf(state, args, tmp_path, checkpoint.hf_config_from_args(args), torch.bfloat16)

@@ -40,9 +40,16 @@ def train_tokenizer(folder: Path) -> None:
     lines = [line for module in (textwrap, inspect, json) for line in inspect.getsource(module).splitlines() if line]
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+            num_threads=1,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +100,7 @@ def call(original, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def error_of(call, tmp_path):
     """error_of(*flags) -> the message of a run that must fail: one line, exit code 2, and nothing written."""
+
     def error_of(*flags, **options):
         result, out, err = call(*flags, code=2, **options)
         lines = [line for line in err.splitlines() if line.strip() and not TOOLS.match(line)]
@@ -115,10 +123,28 @@ def without_table(out: str) -> str:
 def test_the_json_of_a_run_holds_everything_one_needs_to_know(call, original):
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 20, "--draft_exit", 1, "--num_draft_tokens", 2)
     assert {
-        "prompt_ids", "tokens", "text", "drafted", "accepted", "acceptance_rate", "rounds", "tokens_per_round",
-        "mean_exit_layer", "exit_layers", "layer_visits_per_token", "head_visits_per_token", "prefill_s", "decode_s",
-        "tokens_per_s", "compile_s", "ideal_speedup", "verified", "config", "versions", "hardware",
-    } <= set(result)  # fmt: skip
+        "prompt_ids",
+        "tokens",
+        "text",
+        "drafted",
+        "accepted",
+        "acceptance_rate",
+        "rounds",
+        "tokens_per_round",
+        "mean_exit_layer",
+        "exit_layers",
+        "layer_visits_per_token",
+        "head_visits_per_token",
+        "prefill_s",
+        "decode_s",
+        "tokens_per_s",
+        "compile_s",
+        "ideal_speedup",
+        "verified",
+        "config",
+        "versions",
+        "hardware",
+    } <= set(result)
     tokenizer = load_tokenizer(original)
     assert result["prompt_ids"] == tokenizer.encode(PROMPT)
     assert len(result["tokens"]) == 20
@@ -180,9 +206,14 @@ def test_every_policy_and_draft_length_writes_the_same_tokens(call, sampling):
     assert plain["tokens_per_round"] == 1 and plain["rounds"] == 29
     assert plain["ideal_speedup"] == pytest.approx(1)
     assert plain["mean_exit_layer"] is None
-    for flags in ((), ("--policy", "static:2,num_draft_tokens=6"), ("--policy", "static:1", "--num_draft_tokens", 0),
-                  ("--draft_exit", 3), ("--draft_exit", 1, "--draft_vocab", 300),
-                  ("--policy", "prompt_lookup+confidence:0.3", "--stop", "never there")):
+    for flags in (
+        (),
+        ("--policy", "static:2,num_draft_tokens=6"),
+        ("--policy", "static:1", "--num_draft_tokens", 0),
+        ("--draft_exit", 3),
+        ("--draft_exit", 1, "--draft_vocab", 300),
+        ("--policy", "prompt_lookup+confidence:0.3", "--stop", "never there"),
+    ):
         result, _, _ = call(*common, *flags)
         assert result["tokens"] == plain["tokens"] and result["text"] == plain["text"], flags
 
@@ -203,35 +234,46 @@ def test_an_empty_prompt_is_bos_alone(call):
 
 
 def test_names_of_flags_in_gpt_fast_and_layerskip_are_accepted():
-    ours = generate.parse_flags(["--prompt", "x", "--draft_exit", "3", "--num_draft_tokens", "5", "--max_new_tokens",
-                                 "9"])  # fmt: skip
-    for k, exit_layer, length in (("--speculate_k", "--exit_layer", "--max_steps"),
-                                  ("--num_speculations", "--exit_layer", "--max_new_tokens")):  # fmt: skip
+    ours = generate.parse_flags(
+        ["--prompt", "x", "--draft_exit", "3", "--num_draft_tokens", "5", "--max_new_tokens", "9"]
+    )
+    for k, exit_layer, length in (
+        ("--speculate_k", "--exit_layer", "--max_steps"),
+        ("--num_speculations", "--exit_layer", "--max_new_tokens"),
+    ):
         assert generate.parse_flags(["--prompt", "x", exit_layer, "3", k, "5", length, "9"]) == ours
     policy = generate.policy_from_flags(ours, n_layer=8)
     assert (policy.exit_layer, policy.num_draft_tokens) == (3, 5)
 
 
-@pytest.mark.parametrize(("flags", "policy"), [
-    ((), "auto"),
-    (("--draft_exit", 5), "static:exit_layer=5"),
-    (("--exit_layer", 5, "--num_speculations", 2), "static:exit_layer=5,num_draft_tokens=2"),
-    (("--policy", "static:5,num_draft_tokens=1", "--num_draft_tokens", 2), "static:exit_layer=5,num_draft_tokens=1"),
-    (("--num_draft_tokens", 4), "auto:num_draft_tokens=4"),
-    (("--no_verify",), "static:exit_layer=3"),
-    (("--dynamic_early_exit_mode", "logits_future"), "logits_future"),
-    (("--dynamic_early_exit_mode", "consistent_tokens:checks=4"), "consistent_tokens:checks=4"),
-    (("--dynamic_early_exit_mode", "confidence", "--conf_threshold", 0.4), "confidence:threshold=0.4"),
-    (("--dynamic_early_exit_mode", "margin:candidates=2-5", "--conf_threshold", 0.25),
-     "margin:threshold=0.25,candidates=2-5"),
-    (("--layer_skip_proportion", 0.25), "layer_skip_proportion:proportion=0.25"),
-    (("--layer_skip_proportion", 0), "layer_skip_proportion:proportion=0.0"),
-    (("--conf_method", "softmax"), "margin"),
-    (("--conf_method", "state", "--conf_threshold", 0.8), "saturation:threshold=0.8"),
-    (("--conf_method", "top1", "--conf_threshold", 0.8), "confidence:threshold=0.8"),
-    (("--conf_method", "entropy", "--conf_threshold", 2), "entropy:threshold=2.0"),
-    (("--conf_threshold", 0.3, "--num_draft_tokens", 6), "confidence:threshold=0.3,num_draft_tokens=6"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        ((), "auto"),
+        (("--draft_exit", 5), "static:exit_layer=5"),
+        (("--exit_layer", 5, "--num_speculations", 2), "static:exit_layer=5,num_draft_tokens=2"),
+        (
+            ("--policy", "static:5,num_draft_tokens=1", "--num_draft_tokens", 2),
+            "static:exit_layer=5,num_draft_tokens=1",
+        ),
+        (("--num_draft_tokens", 4), "auto:num_draft_tokens=4"),
+        (("--no_verify",), "static:exit_layer=3"),
+        (("--dynamic_early_exit_mode", "logits_future"), "logits_future"),
+        (("--dynamic_early_exit_mode", "consistent_tokens:checks=4"), "consistent_tokens:checks=4"),
+        (("--dynamic_early_exit_mode", "confidence", "--conf_threshold", 0.4), "confidence:threshold=0.4"),
+        (
+            ("--dynamic_early_exit_mode", "margin:candidates=2-5", "--conf_threshold", 0.25),
+            "margin:threshold=0.25,candidates=2-5",
+        ),
+        (("--layer_skip_proportion", 0.25), "layer_skip_proportion:proportion=0.25"),
+        (("--layer_skip_proportion", 0), "layer_skip_proportion:proportion=0.0"),
+        (("--conf_method", "softmax"), "margin"),
+        (("--conf_method", "state", "--conf_threshold", 0.8), "saturation:threshold=0.8"),
+        (("--conf_method", "top1", "--conf_threshold", 0.8), "confidence:threshold=0.8"),
+        (("--conf_method", "entropy", "--conf_threshold", 2), "entropy:threshold=2.0"),
+        (("--conf_threshold", 0.3, "--num_draft_tokens", 6), "confidence:threshold=0.3,num_draft_tokens=6"),
+    ],
+)
 def test_flags_name_policies_also_in_the_words_of_layerskip_and_its_kin(flags, policy):
     assert str(generate.policy_from_flags(generate.parse_flags(list(map(str, flags))), n_layer=12)) == policy
 
@@ -356,8 +398,13 @@ def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
     monkeypatch.setattr(generate, "COMPARE_REPEATS", 1)
     monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
     verify = Drafter.verify
-    monkeypatch.setattr(Drafter, "verify", lambda self, rows, draft, *where: Exit.of_logits(
-        verify(self, rows, draft, *where).logits() * (-1 if draft.tokens else 1)))  # fmt: skip
+    monkeypatch.setattr(
+        Drafter,
+        "verify",
+        lambda self, rows, draft, *where: Exit.of_logits(
+            verify(self, rows, draft, *where).logits() * (-1 if draft.tokens else 1)
+        ),
+    )
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare", "--draft_exit", 1)
     assert result["comparison"]["identical"] is False
     assert re.search(r"identical tokens.*NO", out)
@@ -368,8 +415,13 @@ def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
 
 def test_a_conversation_keeps_its_cache_and_says_what_a_single_run_says(call, monkeypatch):
     lengths, prefill = [], Runner.prefill_states
-    monkeypatch.setattr(Runner, "prefill_states", lambda self, tokens, start=0, depths=(): lengths.append(
-        (len(tokens), start)) or prefill(self, tokens, start, depths))  # fmt: skip
+    monkeypatch.setattr(
+        Runner,
+        "prefill_states",
+        lambda self, tokens, start=0, depths=(): (
+            lengths.append((len(tokens), start)) or prefill(self, tokens, start, depths)
+        ),
+    )
     result, out, err = call("--interactive", "--max_new_tokens", 12, stdin="import os\nclass A\nx = 1\n\nnot read\n")
     turns, lengths = result["turns"], lengths[-3:]  # before them, the runner may have measured its own speed
     assert len(turns) == 3
@@ -470,8 +522,15 @@ def plain_of(terminal: str) -> str:
 def on_terminal(tokenizer, steps, stops=()):
     """Show drafted Rounds on a terminal -> (what it got, the text)."""
     output = cli.StreamedText(tokenizer, stops, show_drafts=True)
-    output.console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", highlight=False,
-                             markup=False, emoji=False, soft_wrap=True)  # fmt: skip
+    output.console = Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="standard",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+    )
     for step in steps:
         for token in step.tokens:
             if output.ends_at(token):
@@ -485,8 +544,11 @@ def test_a_terminal_shows_accepted_and_rejected_drafts_apart(original):
     tokenizer = load_tokenizer(original)
     ids = tokenizer.encode("return value", bos=False)
     wrong = tokenizer.encode("zzz", bos=False)
-    steps = [Round(tuple(ids[:1])), Round(tuple(ids[1:4]), drafted=(*ids[1:3], *wrong), accepted=2),
-             Round(tuple(ids[4:]))]  # fmt: skip
+    steps = [
+        Round(tuple(ids[:1])),
+        Round(tuple(ids[1:4]), drafted=(*ids[1:3], *wrong), accepted=2),
+        Round(tuple(ids[4:])),
+    ]
     shown, text = on_terminal(tokenizer, steps)
     assert text == tokenizer.decode(ids, continues=True)
     assert plain_of(shown) == text + "\n"
@@ -515,14 +577,20 @@ FLAG_MISTAKES = {
     "negative exit layer": (("--policy", "static:-1"), ["exit_layer must be in 1..3", "got -1"]),
     "unknown policy": (("--policy", "magic"), ["policy must be one of", "static", "magic"]),
     "policy and draft_exit": (("--policy", "static:1", "--draft_exit", 2), ["--draft_exit", "--policy"]),
-    "two aliases": (("--conf_method", "top1", "--layer_skip_proportion", 0.5),
-                    ["--layer_skip_proportion and --conf_method each name a policy"]),
-    "three policies": (("--dynamic_early_exit_mode", "random", "--draft_exit", 1, "--policy", "none"),
-                       ["--policy", "--draft_exit", "--dynamic_early_exit_mode", "each name a policy"]),
+    "two aliases": (
+        ("--conf_method", "top1", "--layer_skip_proportion", 0.5),
+        ["--layer_skip_proportion and --conf_method each name a policy"],
+    ),
+    "three policies": (
+        ("--dynamic_early_exit_mode", "random", "--draft_exit", 1, "--policy", "none"),
+        ["--policy", "--draft_exit", "--dynamic_early_exit_mode", "each name a policy"],
+    ),
     "unknown mode": (("--dynamic_early_exit_mode", "magic"), ["policy must be one of", "logits_future", "'magic'"]),
     "unknown key": (("--policy", "confidence:sure=1"), ["confidence has the keys threshold", "candidates", "'sure=1'"]),
-    "a threshold for a policy without": (("--draft_exit", 1, "--conf_threshold", 0.5),
-                                         ["static has the keys exit_layer", "'threshold=0.5'"]),
+    "a threshold for a policy without": (
+        ("--draft_exit", 1, "--conf_threshold", 0.5),
+        ["static has the keys exit_layer", "'threshold=0.5'"],
+    ),
     "threshold above 1": (("--conf_threshold", 1.5), ["threshold must be in 0..1", "1.5"]),
     "threshold that is no number": (("--conf_method", "top1", "--conf_threshold", "nan"), ["threshold must be", "nan"]),
     "proportion above 1": (("--layer_skip_proportion", 2), ["proportion must be in 0..1", "got 2"]),
@@ -567,10 +635,16 @@ def test_a_conversation_is_not_held_unverified(error_of, monkeypatch):
     assert "--no_verify" in message and "--interactive" in message
 
 
-@pytest.mark.parametrize(("ids", "part"), [
-    ("1,400", "prompt ids must be in 0..399, got 400"), ("1,-1", "got -1"), ("1,x", "'1,x'"), ("1.5", "'1.5'"),
-    ("", "prompt is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "part"),
+    [
+        ("1,400", "prompt ids must be in 0..399, got 400"),
+        ("1,-1", "got -1"),
+        ("1,x", "'1,x'"),
+        ("1.5", "'1.5'"),
+        ("", "prompt is empty"),
+    ],
+)
 def test_bad_prompt_ids_are_named(error_of, ids, part):
     assert part in error_of(f"--prompt_ids={ids}")
 
@@ -653,8 +727,14 @@ def test_json_appears_complete_by_rename_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "out.json"
     file.write_text("old")
     renames, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda source, target: renames.append(
-        (Path(target), json.loads(Path(source).read_text()), Path(target).read_text())) or replace(source, target))
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda source, target: (
+            renames.append((Path(target), json.loads(Path(source).read_text()), Path(target).read_text()))
+            or replace(source, target)
+        ),
+    )
     cli.write_json(file, {"a": Path("x"), "b": "ü"})
     assert renames == [(file, {"a": "x", "b": "ü"}, "old")]
     assert json.loads(file.read_text()) == {"a": "x", "b": "ü"}
@@ -689,8 +769,19 @@ def process(*arguments, **options):
 
 
 def test_the_program_itself_decodes_into_a_pipe_and_writes_json(original, tmp_path):
-    done = process("--checkpoint_path", original, "--prompt", PROMPT, "--max_new_tokens", 5, "--json",
-                   tmp_path / "out.json", "--threads", 1, "--compile" if cpu.load() is None else "--no-compile")
+    done = process(
+        "--checkpoint_path",
+        original,
+        "--prompt",
+        PROMPT,
+        "--max_new_tokens",
+        5,
+        "--json",
+        tmp_path / "out.json",
+        "--threads",
+        1,
+        "--compile" if cpu.load() is None else "--no-compile",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["hardware"]["threads"] == 1

@@ -2,6 +2,7 @@
 
 In a process of its own: kernels that were decorated for the interpreter cannot be compiled.
 """
+
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-pytestmark = [pytest.mark.skipif(not (TOOLS / name).exists(), reason=f"this Triton has no {TOOLS / name}")
-              for name in ("ptxas", "cuobjdump")]
+pytestmark = [
+    pytest.mark.skipif(not (TOOLS / name).exists(), reason=f"this Triton has no {TOOLS / name}")
+    for name in ("ptxas", "cuobjdump")
+]
 
 PLANTED = """
 from dataclasses import replace
@@ -42,10 +45,16 @@ def compile_cases():
             CompileCase("relaxed", relaxed_kernel, {"partials": "*fp32", "ticket": "*i32"}, {}, (), good.tile, mma=None,
                         wide_copies=False)]
 """
-CAUGHT = {"good": [], "deep": ["shared memory"], "unaligned": ["16-byte copies 0 <"], "small": ["narrow copies"],
-          "another instruction": ["no HGMMA"], "large": ["registers", "stack", "shared memory"],
-          "broken": ["does not compile"],
-          "relaxed": ["neither releases nor acquires", "before the ticket"]}  # fmt: skip
+CAUGHT = {
+    "good": [],
+    "deep": ["shared memory"],
+    "unaligned": ["16-byte copies 0 <"],
+    "small": ["narrow copies"],
+    "another instruction": ["no HGMMA"],
+    "large": ["registers", "stack", "shared memory"],
+    "broken": ["does not compile"],
+    "relaxed": ["neither releases nor acquires", "before the ticket"],
+}
 
 BINARIES = """
 import collections
@@ -79,8 +88,14 @@ def compile_ahead(*modules: str, folder: Path = ROOT) -> tuple[int, list[str], s
     """Return the exit code, the lines of the cases, and what went wrong. `folder` is where modules are looked for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
-    result = subprocess.run([sys.executable, "-m", "tests.compile_ahead", *modules], cwd=ROOT, capture_output=True,
-                            text=True, env=environment, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.compile_ahead", *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     return result.returncode, [line for line in result.stdout.splitlines() if " sm_" in line], result.stderr
 
 
@@ -106,12 +121,19 @@ def test_planted_faults_are_caught_and_named(tmp_path):
 def test_a_kernel_has_one_binary_whatever_the_rows_their_place_and_the_length_of_cache_and_vocabulary():
     """What Triton specialises on, ones and multiples of 16, would otherwise change with these."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", BINARIES], cwd=ROOT, capture_output=True, text=True, env=environment,
-                            timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", BINARIES], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+    )
     assert result.stdout.split() == ["1"] * 4, result.stdout + result.stderr
 
 
 def test_kernels_of_the_interpreter_are_refused():
-    result = subprocess.run([sys.executable, "-m", "tests.compile_ahead"], cwd=ROOT, capture_output=True, text=True,
-                            env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.compile_ahead"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        timeout=300,
+    )
     assert result.returncode == 1 and "unset TRITON_INTERPRET" in result.stdout

@@ -95,11 +95,14 @@ def test_errors_are_counted_place_by_place_and_lengths_count():
     assert correctness.count_errors([1], [1, 2, 3]) == 2
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--temperature", 1, "--verification", "rejection"), "compare with --verification coupled"),
-    (("--policy", "static:7"), "exit_layer must be in 1..3 for this model, got 7"),
-    (("--dataset", "xsum_summarization"), "dataset xsum_summarization"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--temperature", 1, "--verification", "rejection"), "compare with --verification coupled"),
+        (("--policy", "static:7"), "exit_layer must be in 1..3 for this model, got 7"),
+        (("--dataset", "xsum_summarization"), "dataset xsum_summarization"),
+    ],
+)
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(correctness, *FLAGS, *flags, code=2)

@@ -45,7 +45,8 @@ def test_a_static_exit_is_the_model_of_the_first_layers(precision, pack, samplin
         found = exited(make_runner(precision, pack), f"static:{exit_layer}", sampling)
         assert found.tokens == text and len(set(text)) > 1
         assert {(step.layer_visits, step.head_visits) for step in found.rounds if len(step.tokens) == 3} == {
-            (3 * exit_layer, 3)}  # fmt: skip
+            (3 * exit_layer, 3)
+        }
         assert set(depths_of(found)) == {exit_layer} and not any(step.drafted for step in found.rounds)
 
 
@@ -58,10 +59,17 @@ def from_scratch(runner, text, depth):
 
 
 @pytest.mark.parametrize("pack", [True, False], ids=["kernels", "padded"])
-@pytest.mark.parametrize("policy", [
-    "confidence:0.5,candidates=1-2-3", "confidence:0.6,candidates=1-3,stop=0.5,num_draft_tokens=5", "random:3",
-    "random:1,num_draft_tokens=1", "consistent_tokens:candidates=1-2-3", "logits_future:0.3,candidates=1-2-3",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "confidence:0.5,candidates=1-2-3",
+        "confidence:0.6,candidates=1-3,stop=0.5,num_draft_tokens=5",
+        "random:3",
+        "random:1,num_draft_tokens=1",
+        "consistent_tokens:candidates=1-2-3",
+        "logits_future:0.3,candidates=1-2-3",
+    ],
+)
 def test_a_token_sees_the_keys_and_values_of_all_before_it_whatever_their_depths(policy, pack):
     found, oracle = exited(make_runner("fp32", pack), policy), make_runner("fp32", pack)
     depths = depths_of(found)

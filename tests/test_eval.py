@@ -40,9 +40,16 @@ def original(make_hf, tmp_path_factory):
     lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+            num_threads=1,
+        )
     model = make_hf(folder, vocab_size=VOCAB, num_key_value_heads=2, num_hidden_layers=LAYERS)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -63,8 +70,9 @@ def make(lm_eval, original):
     def make(exit_layer=LAYERS, policy="none", length=128, **settings):
         policy = make_policy(policy, LAYERS)
         runner = Runner(weights, length, 1 + policy.num_draft_tokens)
-        return harness.make_model(runner, session.tokenizer, policy, SamplingConfig(), Ranks(None),
-                                  exit_layer=exit_layer, **settings)  # fmt: skip
+        return harness.make_model(
+            runner, session.tokenizer, policy, SamplingConfig(), Ranks(None), exit_layer=exit_layer, **settings
+        )
 
     return make
 
@@ -87,8 +95,14 @@ def reference(model, tokens, count, exit_layer):
     return logits.log_softmax(-1).gather(-1, wanted[:, None]).sum().item(), bool((logits.argmax(-1) == wanted).all())
 
 
-PAIRS = [("def read(", "self):"), ("def read(", "path, mode):"), ("def read(", "x"), ("", "import os"),
-         ("return a ", "and b"), ("x = 1\n" * 9 + "y", " = 2\nz = 3")]  # fmt: skip
+PAIRS = [
+    ("def read(", "self):"),
+    ("def read(", "path, mode):"),
+    ("def read(", "x"),
+    ("", "import os"),
+    ("return a ", "and b"),
+    ("x = 1\n" * 9 + "y", " = 2\nz = 3"),
+]
 
 
 @pytest.mark.parametrize("exit_layer", [1, 3, LAYERS])
@@ -149,8 +163,9 @@ def test_what_two_texts_begin_with_runs_once(make, monkeypatch):
     assert together == alone
 
 
-@pytest.mark.parametrize("policy", ["none", "static:1,num_draft_tokens=4", "confidence:0.1,candidates=1-2",
-                                    "prompt_lookup"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy", ["none", "static:1,num_draft_tokens=4", "confidence:0.1,candidates=1-2", "prompt_lookup"]
+)
 def test_texts_are_decodings_cut_at_the_first_stop_whatever_the_policy(make, policy):
     plain, model = make(), make(policy=policy)
     prompt, count = "def read(self", 40
@@ -204,8 +219,19 @@ def run(original, tmp_path, monkeypatch, capsys):
 
     def run(*flags, code=0):
         out = tmp_path / "out"
-        defaults = ["--checkpoint_path", original[0], "--no-compile", "--policy", "static:2", "--limit", 8,
-                    "--bootstrap_iters", 10, "--output_dir", out]  # fmt: skip
+        defaults = [
+            "--checkpoint_path",
+            original[0],
+            "--no-compile",
+            "--policy",
+            "static:2",
+            "--limit",
+            8,
+            "--bootstrap_iters",
+            10,
+            "--output_dir",
+            out,
+        ]
         monkeypatch.setattr(sys, "argv", ["eval", *map(str, (*defaults, *flags))])
         capsys.readouterr()
         exit_code = 0
@@ -222,8 +248,10 @@ def run(original, tmp_path, monkeypatch, capsys):
 
 def test_the_bundled_tasks_run_offline_and_write_what_the_table_says(lm_eval, run):
     results, out, printed, _ = run("--log_samples", "--exit_layer", 2)
-    rows = {task: [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
-            for task in ("python_choice", "python_completion", "python_perplexity")}  # fmt: skip
+    rows = {
+        task: [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
+        for task in ("python_choice", "python_completion", "python_perplexity")
+    }
     assert {len(each) for each in rows.values()} == {8}
     right = 0
     for row in rows["python_choice"]:
@@ -231,8 +259,10 @@ def test_the_bundled_tasks_run_offline_and_write_what_the_table_says(lm_eval, ru
         right += values.index(max(values)) == row["target"]
     found = results["results"]
     assert found["python_choice"]["acc,none"] == right / 8
-    assert found["python_completion"]["exact_match,none"] == sum(
-        row["resps"][0][0] == row["doc"]["target"] for row in rows["python_completion"]) / 8  # fmt: skip
+    assert (
+        found["python_completion"]["exact_match,none"]
+        == sum(row["resps"][0][0] == row["doc"]["target"] for row in rows["python_completion"]) / 8
+    )
     assert not any("\n" in row["resps"][0][0] for row in rows["python_completion"]), "the stop sequence is honoured"
     bits = found["python_perplexity"]["bits_per_byte,none"]
     assert 2**bits == pytest.approx(found["python_perplexity"]["byte_perplexity,none"])
@@ -249,8 +279,9 @@ def test_the_bundled_tasks_run_offline_and_write_what_the_table_says(lm_eval, ru
 
 def test_a_half_filled_cache_gives_the_sampled_texts_of_an_empty_one(lm_eval, run, tmp_path):
     flags = ["--tasks", "python_completion", "--temperature", 1.0, "--log_samples"]
-    texts = lambda out: [json.loads(line)["resps"] for line in
-                         (out / "samples_python_completion.jsonl").read_text().splitlines()]  # fmt: skip
+    texts = lambda out: [
+        json.loads(line)["resps"] for line in (out / "samples_python_completion.jsonl").read_text().splitlines()
+    ]
     _, out, *_ = run(*flags)
     expected = texts(out)
     assert len({text for [[text]] in expected}) > 4
@@ -275,10 +306,29 @@ def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_pa
     single, *_ = run(*flags)
     out = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "scripts.eval", "--checkpoint_path", original[0], "--no-compile", "--policy", "static:2",
-               "--bootstrap_iters", "10", "--output_dir", out, *flags]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        *launch,
+        "-m",
+        "scripts.eval",
+        "--checkpoint_path",
+        original[0],
+        "--no-compile",
+        "--policy",
+        "static:2",
+        "--bootstrap_iters",
+        "10",
+        "--output_dir",
+        out,
+        *flags,
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     both = json.loads((out / "results.json").read_text())
     assert both["results"] == single["results"] and both["skipfast"]["ranks"] == 2
@@ -293,8 +343,11 @@ def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_pat
     own = tmp_path / "own"
     own.mkdir()
     task = (harness.BUNDLED / "python_completion.yaml").read_text()
-    for name, line, other in (("beams", "do_sample: false", "num_beams: 4"), ("lost", "python_lines", "no_such_file"),
-                              ("again", "do_sample: false", "do_sample: false\nrepeats: 3")):  # fmt: skip
+    for name, line, other in (
+        ("beams", "do_sample: false", "num_beams: 4"),
+        ("lost", "python_lines", "no_such_file"),
+        ("again", "do_sample: false", "do_sample: false\nrepeats: 3"),
+    ):
         (own / f"{name}.yaml").write_text(task.replace("python_completion", name).replace(line, other))
     with_own = ["--include_path", own]
     for flags, message in (
@@ -320,8 +373,10 @@ def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_pat
         (["--num_fewshot", 24], "num_fewshot must be at most 23 for the task python_choice, got 24"),
         (["--tasks", ""], "tasks must name at least one task, got ''"),
         (["--tasks", " ,"], "tasks must name at least one task, got ' ,'"),
-        ([*with_own, "--tasks", "again", "--temperature", 1, "--use_cache", own / "answers"],
-         "use_cache keeps one answer of a request, and again asks for 3 different ones at temperature 1"),
+        (
+            [*with_own, "--tasks", "again", "--temperature", 1, "--use_cache", own / "answers"],
+            "use_cache keeps one answer of a request, and again asks for 3 different ones at temperature 1",
+        ),
         ([*with_own, "--tasks", "beams"], "beams: generation argument num_beams=4 is not supported"),
         ([*with_own, "--tasks", "lost"], "cannot load lost"),
     ):

@@ -30,24 +30,45 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N_LAYER = 4
 PROMPT = [1, 5, 9, 40, 77]  # of which no text of random_model is constant
 COMBINATIONS = (
-    "prompt_lookup+static:2", "skip_set:FILE+confidence:0.6", "confidence:0.5,stop=0.6,num_draft_tokens=7",
-    "static:2,stop=adaptive", "static:2,stop=svip", "entropy:1.5,decay=4,candidates=1-2-3",
-    "static:1,adapter=ADAPTER", "confidence:0.5,candidates=1-2-3,adapter=ADAPTER,stop=0.2", "learned:LEARNED+static:3",
-    "auto:adapter=ADAPTER", "none:steps=8",
-    "random:num_draft_tokens=1+static:2,num_draft_tokens=5", "layer_skip_proportion+margin:0.3,stop=0.2",
-)  # fmt: skip
+    "prompt_lookup+static:2",
+    "skip_set:FILE+confidence:0.6",
+    "confidence:0.5,stop=0.6,num_draft_tokens=7",
+    "static:2,stop=adaptive",
+    "static:2,stop=svip",
+    "entropy:1.5,decay=4,candidates=1-2-3",
+    "static:1,adapter=ADAPTER",
+    "confidence:0.5,candidates=1-2-3,adapter=ADAPTER,stop=0.2",
+    "learned:LEARNED+static:3",
+    "auto:adapter=ADAPTER",
+    "none:steps=8",
+    "random:num_draft_tokens=1+static:2,num_draft_tokens=5",
+    "layer_skip_proportion+margin:0.3,stop=0.2",
+)
 
 
 def random_model(
-    dtype: torch.dtype, pack: bool, tie: bool = False, seed: int = 0, late_scale: float = 0.3, sharpness: float = 1.0,
+    dtype: torch.dtype,
+    pack: bool,
+    tie: bool = False,
+    seed: int = 0,
+    late_scale: float = 0.3,
+    sharpness: float = 1.0,
     ffn_dim: int = 96,
-) -> Transformer:  # fmt: skip
-    """A random Llama whose late layers write little, so that early exits are sometimes right, and surer with sharpness.
-    """
+) -> Transformer:
+    """A random Llama whose late layers write little, so that early exits are sometimes right, surer with sharpness."""
     args = ModelArgs(
-        dim=64, n_layer=N_LAYER, n_head=4, n_kv_head=2, head_dim=16, ffn_dim=ffn_dim, vocab_size=130, max_seq_len=256,
-        norm_eps=1e-5, rope_base=10000.0, tie_embeddings=tie,
-    )  # fmt: skip
+        dim=64,
+        n_layer=N_LAYER,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=16,
+        ffn_dim=ffn_dim,
+        vocab_size=130,
+        max_seq_len=256,
+        norm_eps=1e-5,
+        rope_base=10000.0,
+        tie_embeddings=tie,
+    )
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(args)
     with torch.no_grad():
@@ -126,10 +147,17 @@ def test_drafting_with_low_bit_copies_changes_no_token(precision, mode, backend,
     assert runner.backend == backend
     runner.warm_up(skips_sublayers=True)
     policies = (
-        "static:2", "static:1,num_draft_tokens=7", "confidence:0.3,candidates=1-2-3", "skip_set:FILE", "saturation",
-        "learned:LEARNED", "static:2,adapter=ADAPTER",
-        "skip_set:FILE+confidence:0.1,candidates=1-2-3", "prompt_lookup+static:2", "static:2,stop=0.3",
-    )  # fmt: skip
+        "static:2",
+        "static:1,num_draft_tokens=7",
+        "confidence:0.3,candidates=1-2-3",
+        "skip_set:FILE",
+        "saturation",
+        "learned:LEARNED",
+        "static:2,adapter=ADAPTER",
+        "skip_set:FILE+confidence:0.1,candidates=1-2-3",
+        "prompt_lookup+static:2",
+        "static:2,stop=0.3",
+    )
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, PROMPT, "none", sampling).tokens
         for policy in [*(example(text, skip_file, N_LAYER) for text in policies), Chaos(5)]:
@@ -178,9 +206,13 @@ def test_torch_compiled_padded_decoding_is_exact_and_never_recompiles(precision,
     runner = Runner(random_model(PRECISION[precision], pack=False), 100, max_rows=6, compile=True)
     assert runner.backend == "inductor"
     runner.warm_up(skips_sublayers=True)
-    policies = [*(f"static:{exit_layer}" for exit_layer in range(1, N_LAYER)), "layer_skip_proportion",
-                "learned:LEARNED", "static:1,adapter=ADAPTER",
-                "skip_set:FILE+confidence:0.1,candidates=1-2-3"]  # fmt: skip
+    policies = [
+        *(f"static:{exit_layer}" for exit_layer in range(1, N_LAYER)),
+        "layer_skip_proportion",
+        "learned:LEARNED",
+        "static:1,adapter=ADAPTER",
+        "skip_set:FILE+confidence:0.1,candidates=1-2-3",
+    ]
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, PROMPT, "none", sampling).tokens
         for policy in [*(example(text, skip_file, N_LAYER) for text in policies), Chaos(3)]:
@@ -225,8 +257,14 @@ class Chaos(DraftPolicy):
         subset = lambda: frozenset(i for i in range(N_LAYER) if draw.random() < 0.3) if kind != "exits" else frozenset()
         rules = [None, Rule("top1", draw.random() ** 2), Rule("margin", draw.random() ** 2), Rule("entropy", 4.5)]
         return DraftPlan(
-            tuple(sorted(depths)), draw.randint(1, 5), subset(), subset(), leave_if=draw.choice(rules),
-            stop_unless=draw.choice([None, *rules]), ask_to_stop=draw.random() < 0.5)  # fmt: skip
+            tuple(sorted(depths)),
+            draw.randint(1, 5),
+            subset(),
+            subset(),
+            leave_if=draw.choice(rules),
+            stop_unless=draw.choice([None, *rules]),
+            ask_to_stop=draw.random() < 0.5,
+        )
 
     def should_exit(self, depth, exit):
         return self.random.random() < 0.4
@@ -274,11 +312,19 @@ def test_no_policy_changes_a_token_with_the_kernels(precision, text, skip_file):
     assert accepted > 0 or text == "none", "no draft was ever accepted: this test compared nothing"
 
 
-@pytest.mark.parametrize("text", [
-    EXAMPLES["confidence"], EXAMPLES["random"], EXAMPLES["auto"], EXAMPLES["learned"], "static:2,adapter=ADAPTER",
-    "prompt_lookup+static:2,stop=adaptive",
-    "skip_set:FILE+confidence:0.6,candidates=1-2-3", "layer_skip_proportion+margin:0.3,stop=0.2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        EXAMPLES["confidence"],
+        EXAMPLES["random"],
+        EXAMPLES["auto"],
+        EXAMPLES["learned"],
+        "static:2,adapter=ADAPTER",
+        "prompt_lookup+static:2,stop=adaptive",
+        "skip_set:FILE+confidence:0.6,candidates=1-2-3",
+        "layer_skip_proportion+margin:0.3,stop=0.2",
+    ],
+)
 @pytest.mark.parametrize("precision", PRECISION)
 def test_no_policy_changes_a_token_with_padded_rows(precision, text, skip_file):
     runner = Runner(sharp_model(precision, False), 100, max_rows=8)
@@ -307,10 +353,11 @@ def test_drafts_from_a_part_of_the_vocabulary_change_no_token(pack):
 def without_seconds(generation):
     """The Rounds, with what is summed in one order or another rounded."""
     return [
-        dataclasses.replace(step, seconds=0.0, layer_visits=round(step.layer_visits, 6),
-                            head_visits=round(step.head_visits, 6))
+        dataclasses.replace(
+            step, seconds=0.0, layer_visits=round(step.layer_visits, 6), head_visits=round(step.head_visits, 6)
+        )
         for step in generation.rounds
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("text", [*EXAMPLES.values(), *COMBINATIONS, "chaos"])
@@ -365,10 +412,15 @@ class Script(DraftPolicy):
 
 @pytest.mark.parametrize("precision", PRECISION)
 @pytest.mark.parametrize("pack", [True, False], ids=["kernels", "padded"])
-@pytest.mark.parametrize(("depths", "reached"), [
-    ((2, 1, 3, 1), {3: [0, 1, 2], 1: [3]}), ((3, 2, 1), {3: [0], 2: [1], 1: [2]}), ((1, 1, 1, 2), {2: [0, 1, 2, 3]}),
-    ((1, 2, 1, 4), {4: [0, 1, 2, 3]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("depths", "reached"),
+    [
+        ((2, 1, 3, 1), {3: [0, 1, 2], 1: [3]}),
+        ((3, 2, 1), {3: [0], 2: [1], 1: [2]}),
+        ((1, 1, 1, 2), {2: [0, 1, 2, 3]}),
+        ((1, 2, 1, 4), {4: [0, 1, 2, 3]}),
+    ],
+)
 def test_a_drafted_row_is_the_full_models_up_to_the_depth_it_has_reached(precision, pack, depths, reached):
     """Whoever goes deeper takes the rows before it along, so that a deep draft sees the keys and values of all."""
     prompt = [1, 5, 9, 40]
@@ -384,7 +436,8 @@ def test_a_drafted_row_is_the_full_models_up_to_the_depth_it_has_reached(precisi
     for layer in range(N_LAYER):
         hidden = states[layer + 1] = full.run_layers(hidden, len(prompt), layer, layer + 1)
     assert {depth: sum(map(len, parts)) for depth, parts in rows.waiting.items()} == {
-        depth: len(there) for depth, there in reached.items()}  # fmt: skip
+        depth: len(there) for depth, there in reached.items()
+    }
     for depth, there in reached.items():
         assert torch.equal(torch.cat(rows.waiting[depth]), states[depth][there])
         slots = [len(prompt) + row for row in there]
@@ -395,17 +448,20 @@ def test_a_drafted_row_is_the_full_models_up_to_the_depth_it_has_reached(precisi
 
 
 @pytest.mark.parametrize("pack", [True, False], ids=["kernels", "padded"])
-@pytest.mark.parametrize(("policy", "layers", "heads"), [
-    ("none", N_LAYER, 1),
-    ("static:2,num_draft_tokens=3", 3 * 2 + N_LAYER, 3 + 1),
-    (Script((2, 2)), 2 * 2 + N_LAYER, 2 + 1),
-    (Script((2, 1, 3)), 2 + 1 + 3 + N_LAYER, 3 + 1),
-    ("confidence:1.0,candidates=1-2-4,num_draft_tokens=2", 2 * 4 + N_LAYER, 2 * 3 + 1),
-    ("entropy:0.0,candidates=1-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 * 2 + 1),
-    ("saturation:1.0,candidates=1-2-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 + 1),
-    ("confidence:0.0,candidates=2-3,stop=1.0", 2 + N_LAYER, 1 + 1),
-    ("consistent_tokens:2,candidates=1-2,num_draft_tokens=2", 2 * 2 + N_LAYER, 2 * 2 + 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("policy", "layers", "heads"),
+    [
+        ("none", N_LAYER, 1),
+        ("static:2,num_draft_tokens=3", 3 * 2 + N_LAYER, 3 + 1),
+        (Script((2, 2)), 2 * 2 + N_LAYER, 2 + 1),
+        (Script((2, 1, 3)), 2 + 1 + 3 + N_LAYER, 3 + 1),
+        ("confidence:1.0,candidates=1-2-4,num_draft_tokens=2", 2 * 4 + N_LAYER, 2 * 3 + 1),
+        ("entropy:0.0,candidates=1-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 * 2 + 1),
+        ("saturation:1.0,candidates=1-2-3,num_draft_tokens=2", 2 * 3 + N_LAYER, 2 + 1),
+        ("confidence:0.0,candidates=2-3,stop=1.0", 2 + N_LAYER, 1 + 1),
+        ("consistent_tokens:2,candidates=1-2,num_draft_tokens=2", 2 * 2 + N_LAYER, 2 * 2 + 1),
+    ],
+)
 def test_visits_of_layers_and_heads_are_counted_as_by_hand(pack, policy, layers, heads):
     runner = Runner(random_model(torch.float32, pack), 64, max_rows=8, compile=pack)
     first = tokens_of(runner, PROMPT, policy, SamplingConfig(), new=12).rounds[0]
@@ -427,7 +483,8 @@ def test_visits_count_shares_of_layers_and_heads_and_proposals_cost_one_pass(ski
     found = tokens_of(runner, prompt, "prompt_lookup:min_ngram=1", SamplingConfig(), new=30).rounds
     proposing = [step for step in found if step.drafted]
     assert proposing and {(step.layer_visits, step.head_visits, step.exit_layers) for step in proposing} == {
-        (N_LAYER, 1, ())}  # fmt: skip
+        (N_LAYER, 1, ())
+    }
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 5])

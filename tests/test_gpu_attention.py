@@ -1,4 +1,5 @@
 """Decode attention under Triton's interpreter: against fp64, row by row to the bit, and what it leaves alone."""
+
 import os
 import sys
 from dataclasses import replace
@@ -67,8 +68,8 @@ class Call:
         for row, position in enumerate(self.positions.tolist()):
             for head in range(self.q.shape[1] if position >= 0 else 0):
                 group = head // (self.q.shape[1] // len(keys))
-                scores = keys[group, :position + 1] @ self.q[row, head].double() / self.q.shape[2] ** 0.5
-                out[row, head] = scores.softmax(0) @ values[group, :position + 1]
+                scores = keys[group, : position + 1] @ self.q[row, head].double() / self.q.shape[2] ** 0.5
+                out[row, head] = scores.softmax(0) @ values[group, : position + 1]
         return out
 
 
@@ -118,7 +119,7 @@ def test_a_row_has_the_same_bits_first_and_last_among_any_number_of_rows(rows):
     together = call.launch()
     for chosen in (15, 10):
         others = torch.randperm(15, generator=torch.Generator().manual_seed(rows))
-        others = others[others != chosen].tolist()[:rows - 1]
+        others = others[others != chosen].tolist()[: rows - 1]
         for order in ([chosen, *others], [*others, chosen]):
             assert torch.equal(call.launch(order), together[order])
 
@@ -150,7 +151,7 @@ def test_stale_slots_behind_the_positions_do_not_leak(stale):
 
 
 def test_a_call_of_padding_reads_and_writes_nothing(allocated):
-    call = Call((4, 2, 64), [-1, -2**62, -300], stale=torch.nan)
+    call = Call((4, 2, 64), [-1, -(2**62), -300], stale=torch.nan)
     assert call.launch().eq(0).all()
     assert call.caches.isnan().all()
     outs, stats, _ = allocated
@@ -198,8 +199,14 @@ def test_the_stride_of_a_dimension_of_one_head_means_nothing():
 def test_misfits_are_refused():
     def refused(match, **changes):
         call = Call((4, 2, 64), [0, 1], slots=32)
-        arguments = {"q": call.q, "k": call.k, "v": call.v, "k_cache": call.caches[0], "v_cache": call.caches[1],
-                     "positions": call.positions}
+        arguments = {
+            "q": call.q,
+            "k": call.k,
+            "v": call.v,
+            "k_cache": call.caches[0],
+            "v_cache": call.caches[1],
+            "positions": call.positions,
+        }
         with pytest.raises(ValueError, match=match):
             attention.launch(**arguments | changes)
 

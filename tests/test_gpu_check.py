@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
     """check(*flags) runs the program on the CPU -> (exit code, JSON object or None, stdout, stderr)."""
+
     def run(*flags, device="cpu"):
         given = ["--device", device, "--shapes", "tiny", "--output_dir", tmp_path, *flags]
         monkeypatch.setattr(sys, "argv", ["gpu_check", *map(str, given)])
@@ -82,8 +83,11 @@ def test_every_section_runs_and_what_it_measured_and_checked_is_in_the_file(chec
 
 
 def test_a_missed_target_is_a_result_and_no_error(check, monkeypatch):
-    monkeypatch.setitem(gpu_check.SECTIONS, "engine", lambda report, name, mode: report.row(
-        policy="none", share_of_bandwidth=0.5 if mode == "int8" else 0.99))  # fmt: skip
+    monkeypatch.setitem(
+        gpu_check.SECTIONS,
+        "engine",
+        lambda report, name, mode: report.row(policy="none", share_of_bandwidth=0.5 if mode == "int8" else 0.99),
+    )
     code, result, out, _ = check("--sections", "environment,engine")
     met = {target["target"]: (target["met"], target["measured"]) for target in result["targets"]}
     assert code == 0
@@ -93,24 +97,41 @@ def test_a_missed_target_is_a_result_and_no_error(check, monkeypatch):
     assert "targets missed: plain decoding, share of copy bandwidth, int8\n" in out
 
 
-@pytest.mark.parametrize(("name", "sections", "measured", "met"), [
-    ("plain decoding, share of copy bandwidth, bf16", {  # not of 1B; the worst of the others
-        "engine 1B bf16": [("none", 0.1)], "engine 8B bf16": [("none", 0.95)],
-        "engine 7B bf16": [("none", 0.89), ("static:4,num_draft_tokens=3", 0.2)]}, 0.89, False),
-    ("plain decoding, share of copy bandwidth, int4", {"engine 8B int4": [("none", 0.75)]}, 0.75, True),
-    ("static drafts, share of the ideal speedup", {  # dynamic policies have no target
-        "engine 1B bf16": [("static:4,num_draft_tokens=5", 0.96), ("static:4,num_draft_tokens=5,stop=0.5", 0.5)],
-    }, 0.96, True),
-    ("plain and static: graphs started a round, off one", {"profile 1B bf16": [("none", 1), ("auto", 7)]}, 0, True),
-    ("plain and static: graphs started a round, off one", {"profile 1B bf16": [("none", 0)]}, 1, False),
-    ("plain and static: blocking waits within a round", {"profile 1B bf16": [("none", 0.5)]}, 0.5, False),
-    ("plain and static: blocking waits within a round", {"profile 1B bf16": [("none", None)]}, None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sections", "measured", "met"),
+    [
+        (
+            "plain decoding, share of copy bandwidth, bf16",
+            {  # not of 1B; the worst of the others
+                "engine 1B bf16": [("none", 0.1)],
+                "engine 8B bf16": [("none", 0.95)],
+                "engine 7B bf16": [("none", 0.89), ("static:4,num_draft_tokens=3", 0.2)],
+            },
+            0.89,
+            False,
+        ),
+        ("plain decoding, share of copy bandwidth, int4", {"engine 8B int4": [("none", 0.75)]}, 0.75, True),
+        (
+            "static drafts, share of the ideal speedup",
+            {  # dynamic policies have no target
+                "engine 1B bf16": [("static:4,num_draft_tokens=5", 0.96), ("static:4,num_draft_tokens=5,stop=0.5", 0.5)]
+            },
+            0.96,
+            True,
+        ),
+        ("plain and static: graphs started a round, off one", {"profile 1B bf16": [("none", 1), ("auto", 7)]}, 0, True),
+        ("plain and static: graphs started a round, off one", {"profile 1B bf16": [("none", 0)]}, 1, False),
+        ("plain and static: blocking waits within a round", {"profile 1B bf16": [("none", 0.5)]}, 0.5, False),
+        ("plain and static: blocking waits within a round", {"profile 1B bf16": [("none", None)]}, None, None),
+    ],
+)
 def test_a_target_takes_the_worst_figure_of_the_sections_that_it_is_about(name, sections, measured, met):
     target = next(target for target in TARGETS if target.name == name)
     keys = ("share_of_bandwidth", "share_of_ideal", "graph_launches", "syncs")
-    found = {section: {"rows": [{"policy": policy} | dict.fromkeys(keys, value) for policy, value in rows]}
-             for section, rows in sections.items()}  # fmt: skip
+    found = {
+        section: {"rows": [{"policy": policy} | dict.fromkeys(keys, value) for policy, value in rows]}
+        for section, rows in sections.items()
+    }
     judged = target.judge(found)
     assert (judged["measured"], judged["met"]) == (measured, met)
 
@@ -158,11 +179,18 @@ def test_a_policy_or_a_shape_that_fails_takes_no_other_along(check, monkeypatch)
     kernels, engine = result["sections"]["kernels exit_head"], result["sections"]["engine tiny bf16"]
     assert code == 1 and list(kernels["failures"]) == ["exit_head 250 bf16"] and kernels["rows"]
     stopping = "static:1,num_draft_tokens=5,stop=0.5"
-    assert list(engine["failures"]) == ["exact: tiny bf16 static:1,num_draft_tokens=5 sampled",
-                                        f"exact: tiny bf16 {stopping} greedy"]  # fmt: skip
+    assert list(engine["failures"]) == [
+        "exact: tiny bf16 static:1,num_draft_tokens=5 sampled",
+        f"exact: tiny bf16 {stopping} greedy",
+    ]
     assert [row["policy"] for row in engine["rows"]] == [
-        "none", "static:1,num_draft_tokens=3", "confidence:0.5,candidates=1-2,num_draft_tokens=5",
-        "skip_set:FILE,num_draft_tokens=3", "prompt_lookup+static:1", "auto"]  # fmt: skip
+        "none",
+        "static:1,num_draft_tokens=3",
+        "confidence:0.5,candidates=1-2,num_draft_tokens=5",
+        "skip_set:FILE,num_draft_tokens=3",
+        "prompt_lookup+static:1",
+        "auto",
+    ]
     assert "kernels exit_head (exit_head 250 bf16)" in out.split("sections failed: ")[1]
 
 
@@ -336,13 +364,16 @@ def test_graphs_and_waits_are_counted_from_the_second_round_on(monkeypatch):
     assert modes == ["warn", "default"]
 
 
-@pytest.mark.parametrize(("flags", "parts"), [
-    (("--minutes", 0), ["minutes must be more than 0", "0"]),
-    (("--sections", "kernels,magic"), ["sections are environment", "magic"]),
-    (("--output_dir", "/dev/null/x"), ["/dev/null/x"]),
-    (("--resume", "/no/such.json"), ["resume: cannot read /no/such.json"]),
-    (("--resume", "checkpoints/demo/config.json"), ["resume: checkpoints/demo/config.json is no result"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--minutes", 0), ["minutes must be more than 0", "0"]),
+        (("--sections", "kernels,magic"), ["sections are environment", "magic"]),
+        (("--output_dir", "/dev/null/x"), ["/dev/null/x"]),
+        (("--resume", "/no/such.json"), ["resume: cannot read /no/such.json"]),
+        (("--resume", "checkpoints/demo/config.json"), ["resume: checkpoints/demo/config.json is no result"]),
+    ],
+)
 def test_a_mistake_is_one_line_that_names_it(check, flags, parts):
     code, result, _, err = check(*flags)
     assert code == 2 and result is None and err.count("\n") == 1 and [p for p in parts if p not in err] == []

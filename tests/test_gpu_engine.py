@@ -50,6 +50,7 @@ def gpu_kernels(monkeypatch):
         def run(*arguments):
             calls.append(launch.__module__)
             return launch(*arguments)
+
         return run
 
     for op, launch, _ in ops:
@@ -109,8 +110,9 @@ def as_on_gpu(monkeypatch):
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(dtype, sampling, as_on_gpu, monkeypatch,
-                                                                           skip_file):
+def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(
+    dtype, sampling, as_on_gpu, monkeypatch, skip_file
+):
     """But for what was read because a draft was started before it was known to be unwanted."""
     monkeypatch.setattr(Runner, "_can_sample", True)  # by a fused kernel on a GPU, here from the logits
     monkeypatch.setattr(Exit, "can_sample", lambda self: False)
@@ -202,8 +204,10 @@ def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the
 def test_rounds_started_ahead_give_the_same_text_after_new_prompts_and_to_the_end_of_the_cache(policy, as_on_gpu):
     model = random_model(torch.float32, pack=False)
     prompts = [[1, 5, 9], [4, 4, 8, 20], [1, 5, 9]]
-    expected = [tokens_of(CallByCall(model, 48, max_rows=8), prompt, "none", SamplingConfig(), new=48 - len(prompt))
-                for prompt in prompts]  # fmt: skip
+    expected = [
+        tokens_of(CallByCall(model, 48, max_rows=8), prompt, "none", SamplingConfig(), new=48 - len(prompt))
+        for prompt in prompts
+    ]
     ahead = Runner(model, 48, max_rows=8)
     AsOnGPU.replays.clear()
     found = [tokens_of(ahead, prompt, policy, SamplingConfig(), new=48 - len(prompt)) for prompt in prompts]

@@ -3,6 +3,7 @@
 Inputs are small multiples of powers of two, so every fp32 sum is exact whatever its order: the bf16 logits are known to
 the bit, ties and all, and tokens can be compared without a tolerance.
 """
+
 import math
 import os
 import sys
@@ -85,18 +86,29 @@ def chosen(logits: Tensor, draw: Draw) -> list[int]:
     for row, position in zip(logits, draw.positions.tolist(), strict=True):
         best = (row / config.temperature + sampling.gumbel_noise(config.seed, position, ids)).topk(2).values
         assert best[0] - best[1] > 1e-5, "choose another seed: the test cannot tell these two scores apart"
-    return [sampling.choose(row, position, config)
-            for row, position in zip(logits, draw.positions.tolist(), strict=True)]
+    return [
+        sampling.choose(row, position, config) for row, position in zip(logits, draw.positions.tolist(), strict=True)
+    ]
 
 
 # ---- right ----
 
 
 @DTYPES
-@pytest.mark.parametrize("m, v, n_vocab, d, programs", [
-    (1, 1000, 1000, 256, 5), (2, 333, 333, 64, None), (3, 1025, 1025, 200, 1), (5, 640, 640, 256, 3),
-    (7, 1000, 517, 128, 100), (8, 200, 63, 256, 4), (15, 1500, 1499, 256, 7), (16, 70, 2, 512, 2),
-    (16, 300, 65, 72, 2)])
+@pytest.mark.parametrize(
+    "m, v, n_vocab, d, programs",
+    [
+        (1, 1000, 1000, 256, 5),
+        (2, 333, 333, 64, None),
+        (3, 1025, 1025, 200, 1),
+        (5, 640, 640, 256, 3),
+        (7, 1000, 517, 128, 100),
+        (8, 200, 63, 256, 4),
+        (15, 1500, 1499, 256, 7),
+        (16, 70, 2, 512, 2),
+        (16, 300, 65, 72, 2),
+    ],
+)
 def test_tokens_and_statistics_match_fp64_at_odd_shapes(dtype, m, v, n_vocab, d, programs):
     x, (weight, scale) = make_rows(m, d), make_head(dtype, v, d)
     draw = make_draw(m)
@@ -300,8 +312,10 @@ def test_equal_noisy_scores_give_the_sample_with_the_lowest_id():
     x[1, 0] = 2**-8
     draw = make_draw(3, temperature=1e-6)  # scores of 3e10, where fp32 has steps of 2048, and of 1e8: steps of 8
     config = sampling.SamplingConfig(temperature=1e-6, seed=draw.seed.item())
-    expected = [sampling.choose(logits, position, config)
-                for logits, position in zip(exact_logits(x, weight, None), draw.positions.tolist(), strict=True)]
+    expected = [
+        sampling.choose(logits, position, config)
+        for logits, position in zip(exact_logits(x, weight, None), draw.positions.tolist(), strict=True)
+    ]
     assert expected[0] == expected[2] == 0 < expected[1]
     for programs in (2, 1000):  # ties within a program's lanes, and between the steps of the last program
         tokens, _, samples = launch(x, weight, None, 4200, 0, draw, programs)[1]
@@ -339,20 +353,36 @@ def test_the_operators_on_a_cpu_answer_as_the_kernel(dtype, sample):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"x": torch.zeros(17, 64, dtype=torch.bfloat16)}, r"x must be bf16 \[1..16, D\]"),
-    ({"x": torch.zeros(2, 64)}, "x must be bf16"), ({"x": torch.zeros(64, dtype=torch.bfloat16)}, "x must be bf16"),
-    ({"x": torch.zeros(2, 32, dtype=torch.bfloat16)}, r"weight must be contiguous torch.bfloat16 \[100, 32\]"),
-    ({"weight": torch.zeros(64, 100, dtype=torch.bfloat16).T}, "weight must be contiguous"),
-    ({"weight": torch.zeros(100, 64, dtype=torch.int8)}, "weight must be contiguous torch.bfloat16"),
-    ({"weight": torch.zeros(100, 64, dtype=torch.int8), "scale": torch.ones(99)}, r"scale must be .*\[100\]"),
-    ({"n_vocab": 101}, r"n_vocab must be in 2..V.*\[100, 64\]"), ({"n_vocab": 1}, r"n_vocab must be in 2..V"),
-    ({"positions": None}, "give all three"), ({"positions": torch.zeros(3, dtype=torch.int64)}, "positions must be"),
-    ({"seed": torch.zeros(1, dtype=torch.int32)}, "seed must be"), ({"temperature": torch.ones(2)}, "temperature must"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(17, 64, dtype=torch.bfloat16)}, r"x must be bf16 \[1..16, D\]"),
+        ({"x": torch.zeros(2, 64)}, "x must be bf16"),
+        ({"x": torch.zeros(64, dtype=torch.bfloat16)}, "x must be bf16"),
+        ({"x": torch.zeros(2, 32, dtype=torch.bfloat16)}, r"weight must be contiguous torch.bfloat16 \[100, 32\]"),
+        ({"weight": torch.zeros(64, 100, dtype=torch.bfloat16).T}, "weight must be contiguous"),
+        ({"weight": torch.zeros(100, 64, dtype=torch.int8)}, "weight must be contiguous torch.bfloat16"),
+        ({"weight": torch.zeros(100, 64, dtype=torch.int8), "scale": torch.ones(99)}, r"scale must be .*\[100\]"),
+        ({"n_vocab": 101}, r"n_vocab must be in 2..V.*\[100, 64\]"),
+        ({"n_vocab": 1}, r"n_vocab must be in 2..V"),
+        ({"positions": None}, "give all three"),
+        ({"positions": torch.zeros(3, dtype=torch.int64)}, "positions must be"),
+        ({"seed": torch.zeros(1, dtype=torch.int32)}, "seed must be"),
+        ({"temperature": torch.ones(2)}, "temperature must"),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(change, message):
-    arguments = {"x": make_rows(2, 64), "weight": make_head(torch.bfloat16, 100, 64)[0], "scale": None, "n_vocab": 100,
-                 "v_offset": 0} | make_draw(2)._asdict() | change
+    arguments = (
+        {
+            "x": make_rows(2, 64),
+            "weight": make_head(torch.bfloat16, 100, 64)[0],
+            "scale": None,
+            "n_vocab": 100,
+            "v_offset": 0,
+        }
+        | make_draw(2)._asdict()
+        | change
+    )
     for operator in (torch.ops.skipfast.exit_head_rows, torch.ops.skipfast.exit_head_partials):
         with pytest.raises(ValueError, match=message):
             operator(**arguments)

@@ -2,6 +2,7 @@
 
 The interpreter cannot run the assembly that turns nibbles into bf16; a few lines of Python here can, for every byte.
 """
+
 import os
 import re
 import sys
@@ -93,8 +94,19 @@ def assert_close(result: Tensor, exact: Tensor):
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("m, n, k", [
-    (1, 1, 16), (2, 63, 128), (3, 130, 384), (5, 200, 272), (7, 129, 96), (8, 256, 256), (15, 77, 400), (16, 300, 144)])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        (1, 1, 16),
+        (2, 63, 128),
+        (3, 130, 384),
+        (5, 200, 272),
+        (7, 129, 96),
+        (8, 256, 256),
+        (15, 77, 400),
+        (16, 300, 144),
+    ],
+)
 def test_results_are_the_rounded_exact_sums(kind, m, n, k):
     k = width(kind, k)
     weight, scale, exact = make_weight(kind, n, k)
@@ -242,8 +254,11 @@ def execute(assembly: str, word: Tensor) -> list[Tensor]:
             assert int(operands[3][0]) == 0xEA, "(a & b) | c"
             result = operands[0] & operands[1] | operands[2]
         elif name == "fma.rn.bf16x2":
-            sums = [bf16(operands[0] >> shift & 0xFFFF) * bf16(operands[1] >> shift & 0xFFFF)
-                    + bf16(operands[2] >> shift & 0xFFFF) for shift in (0, 16)]
+            sums = [
+                bf16(operands[0] >> shift & 0xFFFF) * bf16(operands[1] >> shift & 0xFFFF)
+                + bf16(operands[2] >> shift & 0xFFFF)
+                for shift in (0, 16)
+            ]
             assert all(torch.equal(total.bfloat16().double(), total) for total in sums), "rounded"
             low, high = (total.bfloat16().view(torch.int16).long() & 0xFFFF for total in sums)
             result = low | high << 16
@@ -258,27 +273,32 @@ def test_the_assembly_turns_every_byte_into_its_nibbles_less_eight():
     word = sum(values[i] << 8 * i for i in range(4))
     low, high = (values & 15).double() - 8, (values >> 4).double() - 8
     for assembly, expected in (
-            (linear.BYTES_ASSEMBLY, [low[:2], low[2:], high[:2], high[2:]]),
-            (linear.PAIRS_ASSEMBLY, [low[0::2], low[1::2], high[0::2], high[1::2]])):
+        (linear.BYTES_ASSEMBLY, [low[:2], low[2:], high[:2], high[2:]]),
+        (linear.PAIRS_ASSEMBLY, [low[0::2], low[1::2], high[0::2], high[1::2]]),
+    ):
         for register, pair in zip(execute(assembly.value, word), expected, strict=True):
             assert torch.equal(torch.stack([bf16(register & 0xFFFF), bf16(register >> 16)]), pair)
 
 
-@pytest.mark.parametrize("kind, change, message", [
-    ("bf16", {"x": torch.zeros(2, 64)}, "x must be"),
-    ("bf16", {"x": torch.zeros(17, 64, dtype=torch.bfloat16)}, "x must be"),
-    ("bf16", {"x": torch.zeros(64, 2, dtype=torch.bfloat16).T}, "each row contiguous"),
-    ("bf16", {"x": torch.zeros(0, 64, dtype=torch.bfloat16)}, "x must be"),
-    ("bf16", {"x": torch.zeros(2, 48, dtype=torch.bfloat16)}, "the weight does not fit x"),
-    ("bf16", {"weight": torch.zeros(64, 20, dtype=torch.bfloat16).T}, "the weight does not fit x"),
-    ("bf16", {"weight": torch.zeros(20, 64)}, "no linear layer takes torch.float32"),
-    ("bf16", {"scale": torch.ones(20)}, "bfloat16 with a scale"), ("int8", {"scale": None}, "int8 without a scale"),
-    ("int8", {"scale": torch.ones(19)}, r"the scale must be contiguous torch.float32 \[20\]"),
-    ("int8", {"scale": torch.ones(20).bfloat16()}, "the scale must be contiguous torch.float32"),
-    ("int4-32", {"scale": torch.ones(20, 2)}, r"the scale must be contiguous torch.bfloat16 \[20, 2\]"),
-    ("int4-32", {"scale": torch.ones(20, 4).bfloat16()}, "64 features are not a multiple of a group in"),
-    ("int4-32", {"scale": torch.ones(20, 0).bfloat16()}, "the scale must be contiguous"),
-])
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("bf16", {"x": torch.zeros(2, 64)}, "x must be"),
+        ("bf16", {"x": torch.zeros(17, 64, dtype=torch.bfloat16)}, "x must be"),
+        ("bf16", {"x": torch.zeros(64, 2, dtype=torch.bfloat16).T}, "each row contiguous"),
+        ("bf16", {"x": torch.zeros(0, 64, dtype=torch.bfloat16)}, "x must be"),
+        ("bf16", {"x": torch.zeros(2, 48, dtype=torch.bfloat16)}, "the weight does not fit x"),
+        ("bf16", {"weight": torch.zeros(64, 20, dtype=torch.bfloat16).T}, "the weight does not fit x"),
+        ("bf16", {"weight": torch.zeros(20, 64)}, "no linear layer takes torch.float32"),
+        ("bf16", {"scale": torch.ones(20)}, "bfloat16 with a scale"),
+        ("int8", {"scale": None}, "int8 without a scale"),
+        ("int8", {"scale": torch.ones(19)}, r"the scale must be contiguous torch.float32 \[20\]"),
+        ("int8", {"scale": torch.ones(20).bfloat16()}, "the scale must be contiguous torch.float32"),
+        ("int4-32", {"scale": torch.ones(20, 2)}, r"the scale must be contiguous torch.bfloat16 \[20, 2\]"),
+        ("int4-32", {"scale": torch.ones(20, 4).bfloat16()}, "64 features are not a multiple of a group in"),
+        ("int4-32", {"scale": torch.ones(20, 0).bfloat16()}, "the scale must be contiguous"),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(kind, change, message):
     weight, scale, _ = make_weight(kind, 20, 64)
     with pytest.raises(ValueError, match=message):

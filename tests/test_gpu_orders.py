@@ -22,14 +22,22 @@ from sampling import SamplingConfig
 
 FIXED = ("none", "none:steps=8", "static:2", "static:1,num_draft_tokens=7", "skip_set:FILE")  # rounds started ahead
 POLICIES = (
-    *FIXED, "static:2,num_draft_tokens=12", "saturation:0.2", "static:2,stop=0.05", "confidence:0.05,candidates=1-2-4",
-    "confidence:0.05,candidates=1-3,adapter=ADAPTER,stop=0.03", "learned:LEARNED,every=2",
+    *FIXED,
+    "static:2,num_draft_tokens=12",
+    "saturation:0.2",
+    "static:2,stop=0.05",
+    "confidence:0.05,candidates=1-2-4",
+    "confidence:0.05,candidates=1-3,adapter=ADAPTER,stop=0.03",
+    "learned:LEARNED,every=2",
     "prompt_lookup:min_ngram=1+static:2",
-)  # fmt: skip
+)
 SAMPLING = (
-    SamplingConfig(), SamplingConfig(temperature=0.8, seed=5), SamplingConfig(temperature=0.8, seed=2**40 + 1),
-    SamplingConfig(temperature=1.3, seed=5), SamplingConfig(temperature=0.8, top_k=20, seed=5),
-)  # fmt: skip
+    SamplingConfig(),
+    SamplingConfig(temperature=0.8, seed=5),
+    SamplingConfig(temperature=0.8, seed=2**40 + 1),
+    SamplingConfig(temperature=1.3, seed=5),
+    SamplingConfig(temperature=0.8, top_k=20, seed=5),
+)
 
 
 class Interrupted(Exception):

@@ -36,8 +36,22 @@ ALLOWED = {
     "scripts": MODULES - {"tests"},
 }
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
-OPTIONAL = {"datasets", "gguf", "huggingface_hub", "jinja2", "llama_cpp", "lm_eval", "matplotlib", "optuna",
-            "rouge_score", "sacrebleu", "tiktoken", "tokenizers", "transformers", "triton"}  # fmt: skip
+OPTIONAL = {
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "llama_cpp",
+    "lm_eval",
+    "matplotlib",
+    "optuna",
+    "rouge_score",
+    "sacrebleu",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "triton",
+}
 REQUIRED = {"numpy", "rich", "safetensors", "sentencepiece", "torch", "tqdm"}
 MAY_COMPILE = ("runner.py", "scripts/gpu_", "scripts/trainer.py", "tests/")
 
@@ -47,6 +61,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 def imports(path: Path):
     """Yield (package, line, depth) for every import of a file; depth > 0 is inside a function."""
+
     def visit(node, depth):
         for child in ast.iter_child_nodes(node):
             inside = depth + isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

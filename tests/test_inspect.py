@@ -29,9 +29,14 @@ def write_checkpoint(make_hf, folder, **config):
     lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=380, model_type="bpe", byte_fallback=True,
-            minloglevel=2, num_threads=1,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=file,
+            vocab_size=380,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            num_threads=1,
+        )
     make_hf(folder, vocab_size=380, num_key_value_heads=2, num_hidden_layers=LAYERS, **config)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():  # late layers that change little: drafts are sometimes right
@@ -59,8 +64,18 @@ def look(folder, tmp_path, monkeypatch, capsys):
 
     def look(*flags, code=0, source=folder):
         out = tmp_path / "out"
-        defaults = ["--checkpoint_path", source, "--no-compile", "--max_new_tokens", 12, "--ignore_eos",
-                    "--prompt", "def <b>&amp;</script>", "--output_dir", out]  # fmt: skip
+        defaults = [
+            "--checkpoint_path",
+            source,
+            "--no-compile",
+            "--max_new_tokens",
+            12,
+            "--ignore_eos",
+            "--prompt",
+            "def <b>&amp;</script>",
+            "--output_dir",
+            out,
+        ]
         monkeypatch.setattr(sys, "argv", ["inspect_layers", *map(str, (*defaults, *flags))])
         capsys.readouterr()
         exit_code = 0
@@ -169,8 +184,16 @@ def small_lens(choices, departures=(), prompt_length=1):
     probs = [[[0.75, 0.25] for _ in row] for row in choices]
     ranks = [[0 for _ in row] for row in choices]
     tokens = [1, *choices[-1]]
-    return Lens(tokens, prompt_length, tops, probs, [[0.5] * len(choices[0])] * len(choices), ranks,
-                {1: [[1.0] * len(choices[0])] * len(choices)}, list(departures))  # fmt: skip
+    return Lens(
+        tokens,
+        prompt_length,
+        tops,
+        probs,
+        [[0.5] * len(choices[0])] * len(choices),
+        ranks,
+        {1: [[1.0] * len(choices[0])] * len(choices)},
+        list(departures),
+    )
 
 
 def test_a_choice_is_stable_from_the_layer_after_the_last_other_one():
@@ -192,10 +215,19 @@ def test_each_token_of_a_round_departs_where_it_left_and_a_rejected_draft_is_rem
     ]
     found = lens.departures(Generation(Round((4,)), rounds), 6)
     assert found == [
-        Departure(6), Departure(2, True), Departure(3, True), Departure(6, False, (9, 2)), Departure(4, True),
-        Departure(6), Departure(0, True), Departure(6, False, (8, 0)), Departure(1, True), Departure(2, True),
-        Departure(6, True), Departure(6),
-    ]  # fmt: skip
+        Departure(6),
+        Departure(2, True),
+        Departure(3, True),
+        Departure(6, False, (9, 2)),
+        Departure(4, True),
+        Departure(6),
+        Departure(0, True),
+        Departure(6, False, (8, 0)),
+        Departure(1, True),
+        Departure(2, True),
+        Departure(6, True),
+        Departure(6),
+    ]
 
 
 def test_the_page_is_well_formed_needs_nothing_else_and_shows_every_layer_and_position(look):
@@ -223,7 +255,7 @@ def test_the_page_is_well_formed_needs_nothing_else_and_shows_every_layer_and_po
 
 
 def test_a_token_cannot_end_the_script_or_the_table_and_white_space_is_seen():
-    names = {1: "</script><!--", 2: "<td>", 3: "&lt;", 4: '"\'', 5: "{{body}}", 6: "a\\_^~%$#{}"}
+    names = {1: "</script><!--", 2: "<td>", 3: "&lt;", 4: "\"'", 5: "{{body}}", 6: "a\\_^~%$#{}"}
     found = small_lens([[2, 3, 4, 5, 6]] * 2, [Departure(1, True), Departure(2)], 4)
     model = lens_page.Model("<model>", [found], lens.summarise([found]))
     source = lens_page.write_html([model], names.get, "<title>", {"<label>": "<value>"})
@@ -276,9 +308,15 @@ def test_mistakes_are_one_line_before_the_weights_are_read(look, folder, tmp_pat
     make_hf(stranger, vocab_size=400, num_hidden_layers=1)
     with (stranger / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b c d e f"] * 9), model_writer=file, vocab_size=300, model_type="bpe",
-            byte_fallback=True, minloglevel=2, hard_vocab_limit=False, num_threads=1,
-        )  # fmt: skip
+            sentence_iterator=iter(["a b c d e f"] * 9),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            num_threads=1,
+        )
     for flags, message in (
         (["--format", "pdf"], "format must be among html, latex, text"),
         (["--policy", "static:7"], "exit_layer must be in 1..6"),
@@ -330,11 +368,23 @@ def test_a_real_browser_draws_the_table_shows_top_5_on_hover_and_has_no_errors(l
     page.write_text((out / "layers.html").read_text(encoding="utf-8") + CHECKS, encoding="utf-8")
     browser = next(filter(None, map(shutil.which, BROWSERS)))
     run = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,800",
-         "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1000,800",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = dict(re.findall(r' data-(\w+)="([^"]*)"', re.search("<body[^>]*>", run.stdout)[0]))
     assert "CONSOLE" not in run.stderr, run.stderr
     assert found.get("done") == "yes", f"the page's script stopped at {found}"

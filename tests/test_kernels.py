@@ -3,6 +3,7 @@
 Tolerances are relative to the largest reference value: fp32 1e-5 (rounding of long sums), bf16 1e-2 (one rounding of
 the result to 8 bits of mantissa, two where Llama rounds in between).
 """
+
 import os
 import subprocess
 import sys
@@ -141,8 +142,10 @@ def test_attention_rows_do_not_see_row_count_threads_or_cache_length(dtype, head
     for threads, step, slots in ((1, 1, 1600), (2, 1, 1088), (2, 2, 1120), (1, 5, 1600), (2, 9, 1600), (2, 17, 1216)):
         torch.set_num_threads(threads)
         caches = k_cache[:, : slots // 16].clone(), v_cache[:, :slots].clone()
-        parts = [attention(q[i:i + step], k[i:i + step], v[i:i + step], *caches, positions[i:i + step])
-                 for i in range(0, rows, step)]
+        parts = [
+            attention(q[i : i + step], k[i : i + step], v[i : i + step], *caches, positions[i : i + step])
+            for i in range(0, rows, step)
+        ]
         assert torch.equal(torch.cat(parts), whole), f"{threads} threads, {step} rows, {slots} slots"
 
 
@@ -265,8 +268,11 @@ def test_an_exit_runs_the_head_once_for_all_that_is_asked_of_it(monkeypatch):
     assert exit.samples().tolist() == samples
 
 
-FORMATS = {"packed bf16": (torch.bfloat16, pack), "packed fp32": (torch.float32, pack),
-           "plain": (torch.float32, lambda weight: weight)}  # fmt: skip
+FORMATS = {
+    "packed bf16": (torch.bfloat16, pack),
+    "packed fp32": (torch.float32, pack),
+    "plain": (torch.float32, lambda weight: weight),
+}
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "int8", "int4"])
@@ -343,7 +349,9 @@ def test_layers_have_the_same_bits_with_any_team_of_threads(dtype):
 
 
 ROUNDS = {
-    "greedy": {}, "sampled": {"temperature": 0.8, "seed": 2**33}, "trimmed": {"draft_vocab": 40},
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 2**33},
+    "trimmed": {"draft_vocab": 40},
     "proposed": {"proposed": (7, 199, 0, 12)},
     "sampled, trimmed": {"temperature": 1.1, "seed": 3, "draft_vocab": 41},
     "sampled, proposed": {"temperature": 0.5, "seed": 1, "proposed": (7, 3)},
@@ -390,28 +398,44 @@ def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
 
     assert len(play().chosen) == 3 and len(play(proposed=[4, 2, 0]).chosen) == 4
     for settings, message in (
-        ({"proposed": (1, 50)}, "proposed token must be in 0..49, got 50"), ({"proposed": (1,) * 4}, "positions"),
-        ({"proposed": (-1,)}, "got -1"), ({"draft_head": head._replace(n_vocab=51)}, "draft_vocab must be in 1..50"),
-        ({"temperature": -1.0}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
-        ({"temperature": 1.0, "seed": -1}, "seed must be 0 or more"), ({"exits": (2,)}, "exits must ascend in 1..1"),
-        ({"exits": ()}, "drafts need an exit"), ({"skip_mlp": (1,)}, "skips must be in 0..1, got 3"),
-    ):  # fmt: skip
+        ({"proposed": (1, 50)}, "proposed token must be in 0..49, got 50"),
+        ({"proposed": (1,) * 4}, "positions"),
+        ({"proposed": (-1,)}, "got -1"),
+        ({"draft_head": head._replace(n_vocab=51)}, "draft_vocab must be in 1..50"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": 1.0, "seed": -1}, "seed must be 0 or more"),
+        ({"exits": (2,)}, "exits must ascend in 1..1"),
+        ({"exits": ()}, "drafts need an exit"),
+        ({"skip_mlp": (1,)}, "skips must be in 0..1, got 3"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             play(**settings)
 
 
 def test_layers_that_do_not_fit_and_positions_that_do_not_exist_raise_a_clear_error():
     def layer(d=64, f=96, slots=32):
-        weights = [torch.ones(d), torch.randn(128, d), torch.randn(d, 64), torch.ones(d), torch.randn(2 * f, d),
-                   torch.randn(d, f)]  # fmt: skip
+        weights = [
+            torch.ones(d),
+            torch.randn(128, d),
+            torch.randn(d, 64),
+            torch.ones(d),
+            torch.randn(2 * f, d),
+            torch.randn(d, f),
+        ]
         return tuple(pack(w) if w.dim() == 2 else w for w in weights) + new_cache(2, slots, 16, torch.float32)
 
     cos = torch.ones(32, 1, 16)
     layers, hidden = PackedLayers([layer(), layer()], cos, cos, 4, 1e-5), torch.randn(3, 64)
     assert layers.run(hidden, 29, 0, 2).shape == (3, 64)
     assert torch.equal(layers.run(hidden, 0, 0, 2, skip_attention=(0, 1), skip_mlp=(0, 1)), hidden)
-    for wrong in ((hidden, 30, 0, 2), (hidden, -1, 0, 2), (hidden, 0, 0, 3), (hidden[:, :32].contiguous(), 0, 0, 2),
-                  (hidden.bfloat16(), 0, 0, 2)):  # fmt: skip
+    for wrong in (
+        (hidden, 30, 0, 2),
+        (hidden, -1, 0, 2),
+        (hidden, 0, 0, 3),
+        (hidden[:, :32].contiguous(), 0, 0, 2),
+        (hidden.bfloat16(), 0, 0, 2),
+    ):
         with pytest.raises(RuntimeError, match="layers: "):
             layers.run(*wrong)
     for other in (layer(d=32), layer(slots=64), layer()[:7] + (torch.zeros(2, 32, 8),)):
@@ -440,6 +464,7 @@ def block(x, norm, qkv, gate_up, k_cache, v_cache, positions):
 @DTYPES
 def test_compiled_equals_eager_bit_for_bit_and_the_caches_are_not_cloned(dtype):
     from torch._inductor.utils import run_and_get_code  # test only
+
     weights = [torch.rand(64).to(dtype)] + [pack(torch.randn(128, 64).to(dtype) / 8) for _ in range(2)]
     x, positions = torch.randn(3, 64).to(dtype), torch.tensor([4, 5, 6])
     caches = new_cache(2, 32, 16, dtype)
@@ -471,8 +496,14 @@ print(attention(y, y[:, :2], y[:, :2], cache, cache.clone(), torch.tensor([0, 1,
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
 
 
 def test_without_the_ops_load_says_why_and_everything_computes():
@@ -519,9 +550,10 @@ for dtype in (torch.bfloat16, torch.float32):
 
 
 OTHER_MACHINES = {
-    "avx2": ("avx2", "haswell"), "avx512": ("avx512bw", "skylake-avx512"),
+    "avx2": ("avx2", "haswell"),
+    "avx512": ("avx512bw", "skylake-avx512"),
     "without_amx": ("amx_bf16", "native -mno-amx-tile -mno-amx-bf16"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("needs, march", OTHER_MACHINES.values(), ids=OTHER_MACHINES)

@@ -28,7 +28,8 @@ def test_the_bytes_are_those_of_a_loaded_model(format):
 
 def test_a_model_of_8_billion_parameters_fits_with_its_cache_or_the_error_says_what_would():
     check = lambda free, length=8192, dtype=torch.bfloat16, format="none", **more: memory.check_fits(
-        EIGHT_B, dtype, Format.parse(format), length, int(free * 1e9), **more)  # fmt: skip
+        EIGHT_B, dtype, Format.parse(format), length, int(free * 1e9), **more
+    )
     check(24)
     check(10.5, 4096, format="int8")
     with pytest.raises(ValueError, match=r"16.1 GB of weights \(bfloat16\) and 1.07 GB of cache for 8192 t") as error:
@@ -66,14 +67,17 @@ def test_memory_that_runs_out_later_is_one_line_and_exit_code_2(capsys):
     assert exit.value.code == 2 and err.count("\n") == 1 and err.startswith("error: device cuda: CUDA out of memory")
 
 
-@pytest.mark.parametrize(("changes", "dtype", "words"), [
-    ({}, torch.bfloat16, None),
-    ({}, torch.float16, "bf16, not float16"),
-    ({"head_dim": 288}, torch.bfloat16, "heads of up to 256"),
-    ({"n_kv_head": 1}, torch.bfloat16, "16 query heads per key-value head"),
-    ({"head_dim": 36, "n_head": 1, "n_kv_head": 1}, torch.bfloat16, "heads' width.*36"),
-    ({"ffn_dim": 1000}, torch.bfloat16, "intermediate_size.*1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "dtype", "words"),
+    [
+        ({}, torch.bfloat16, None),
+        ({}, torch.float16, "bf16, not float16"),
+        ({"head_dim": 288}, torch.bfloat16, "heads of up to 256"),
+        ({"n_kv_head": 1}, torch.bfloat16, "16 query heads per key-value head"),
+        ({"head_dim": 36, "n_head": 1, "n_kv_head": 1}, torch.bfloat16, "heads' width.*36"),
+        ({"ffn_dim": 1000}, torch.bfloat16, "intermediate_size.*1000"),
+    ],
+)
 def test_what_the_kernels_do_not_cover_is_said(changes, dtype, words):
     reason = gpu.uncovered(dataclasses.replace(EIGHT_B, **changes), dtype)
     assert reason is None if words is None else re.search(words, reason)

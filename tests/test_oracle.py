@@ -12,8 +12,14 @@ from kernels.linear import is_packed
 from policies import make_policy
 from runner import Runner
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SHAPES = {
     "multi_head": {},
     "grouped_query": {"num_key_value_heads": 2},

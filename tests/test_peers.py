@@ -15,8 +15,14 @@ needs_llama_cpp = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in peers.NEEDS["llama.cpp"]),
     reason=peers.INSTALL["llama.cpp"] + " to run this test",
 )
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 10000.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
 
 
 @pytest.fixture
@@ -32,9 +38,11 @@ def session(make_hf, tmp_path):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("config", [
-    {}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"rope_parameters": LLAMA3},
-], ids=["plain", "gqa", "tied", "llama3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"rope_parameters": LLAMA3}],
+    ids=["plain", "gqa", "tied", "llama3"],
+)
 def test_llama_cpp_gets_the_same_model(session, config):
     opened = session(**config)
     runner, prompt = Runner(opened.model, 100, 1), [3, 77, 5, 9, 60, 61, 14] * 6

@@ -42,15 +42,18 @@ def example(text: str, skip_file: str, n_layer: int) -> DraftPolicy:
     return make_policy(text, n_layer, 64)
 
 
-@pytest.mark.parametrize(("text", "exit_layer", "num_draft_tokens"), [
-    ("static:3", 3, 3),
-    ("static:exit_layer=3", 3, 3),
-    ("static:3,num_draft_tokens=5", 3, 5),
-    ("static:exit_layer=3,num_draft_tokens=5", 3, 5),
-    ("static:num_draft_tokens=5,exit_layer=3", 3, 5),
-    ("static:1,num_draft_tokens=0", 1, 0),
-    ("static:8", 8, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "exit_layer", "num_draft_tokens"),
+    [
+        ("static:3", 3, 3),
+        ("static:exit_layer=3", 3, 3),
+        ("static:3,num_draft_tokens=5", 3, 5),
+        ("static:exit_layer=3,num_draft_tokens=5", 3, 5),
+        ("static:num_draft_tokens=5,exit_layer=3", 3, 5),
+        ("static:1,num_draft_tokens=0", 1, 0),
+        ("static:8", 8, 3),
+    ],
+)
 def test_a_policy_string_sets_the_keys_it_names(text, exit_layer, num_draft_tokens):
     policy = make_policy(text, n_layer=8)
     assert policy == Static(exit_layer, num_draft_tokens=num_draft_tokens)
@@ -69,9 +72,19 @@ def test_defaults_fill_what_the_string_leaves_out_and_nothing_else():
     assert [part.num_draft_tokens for part in both.parts] == [2, 5] and both.parts[1].threshold == 0.25
 
 
-@pytest.mark.parametrize("text", [*EXAMPLES.values(), "confidence", "auto:9", "static:2,stop=adaptive",
-                                  "static:2,adapter=ADAPTER", "learned:LEARNED,every=2",
-                                  "prompt_lookup+static:2", "skip_set:FILE+entropy:0.25,decay=4,stop=0.5"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *EXAMPLES.values(),
+        "confidence",
+        "auto:9",
+        "static:2,stop=adaptive",
+        "static:2,adapter=ADAPTER",
+        "learned:LEARNED,every=2",
+        "prompt_lookup+static:2",
+        "skip_set:FILE+entropy:0.25,decay=4,stop=0.5",
+    ],
+)
 def test_a_policy_is_written_as_the_string_that_makes_it(text, skip_file):
     policy = example(text, skip_file, 8)
     again = make_policy(str(policy), 8)
@@ -91,51 +104,54 @@ def test_the_policy_none_drafts_nothing():
     assert make_policy("none:steps=4", 8).start_round(CONTEXT) == DraftPlan((8,), 3), "nothing is left to verify"
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("fast:3", ["policy must be one of", *POLICIES, "'fast'"]),
-    ("", ["policy must be one of", "static", "''"]),
-    ("Static:3", ["policy must be one of", "'Static'"]),
-    ("static:exit=3", ["policy static has the keys", "exit_layer", "num_draft_tokens", "'exit=3'"]),
-    ("static:3,5", ["policy static has the keys", "'5'"]),
-    ("static:num_draft_tokens=5,3", ["policy static has the keys", "'3'"]),
-    ("static:plan=3", ["policy static has the keys", "'plan=3'"]),
-    ("static:3,exit_layer=4", ["exit_layer is given twice"]),
-    ("none:0", ["steps must be 1 or more", "got 0"]),
-    ("static:three", ["exit_layer must be of type int", "'three'"]),
-    ("static:2.5", ["exit_layer must be of type int", "'2.5'"]),
-    ("static:exit_layer=", ["exit_layer must be of type int", "''"]),
-    ("static:3,num_draft_tokens=many", ["num_draft_tokens must be of type int", "'many'"]),
-    ("static", ["policy static needs exit_layer", "for example static:exit_layer=2"]),
-    ("static:", ["policy static needs exit_layer"]),
-    ("static:num_draft_tokens=2", ["policy static needs exit_layer"]),
-    ("static:3,num_draft_tokens=-1", ["num_draft_tokens must be 0 or more", "-1"]),
-    ("static:0", ["exit_layer must be in 1..8", "got 0"]),
-    ("static:-1", ["exit_layer must be in 1..8", "got -1"]),
-    ("static:9", ["exit_layer must be in 1..8", "got 9"]),
-    ("static:3,stop=often", ["stop must be never, adaptive, svip or a number in 0..1", "'often'"]),
-    ("static:3,stop=1.5", ["stop must be in 0..1", "1.5"]),
-    ("confidence:1.01", ["policy confidence", "threshold must be in 0..1", "1.01"]),
-    ("confidence:nan", ["threshold must be in 0..1", "nan"]),
-    ("margin:-0.1", ["threshold must be in 0..1", "-0.1"]),
-    ("entropy:-1", ["threshold must be in 0..inf", "-1"]),
-    ("saturation:-1.5", ["threshold must be in -1..1", "-1.5"]),
-    ("confidence:decay=-1", ["decay must be in 0..inf", "-1"]),
-    ("confidence:candidates=3-9", ["candidates must be in 1..8", "got 9"]),
-    ("logits_future:candidates=0-3", ["candidates must be in 1..8", "got 0"]),
-    ("consistent_tokens:candidates=12", ["candidates must be in 1..8", "got 12"]),
-    ("auto:candidates=3-40", ["candidates must be in 1..8", "got 40"]),
-    ("confidence:candidates=3-x", ["policy confidence: candidates must be", "'3-x'"]),
-    ("consistent_tokens:1", ["checks must be 2 or more", "got 1"]),
-    ("logits_future:2", ["smoothing must be in 0..1", "got 2"]),
-    ("layer_skip_proportion:1.5", ["proportion must be in 0..1", "1.5"]),
-    ("prompt_lookup:min_ngram=0", ["min_ngram must be in 1..max_ngram (3)", "got 0"]),
-    ("prompt_lookup:min_ngram=5", ["min_ngram must be in 1..max_ngram (3)", "got 5"]),
-    ("auto:0", ["num_draft_tokens must be 1 or more", "got 0"]),
-    ("prompt_lookup+fast:3", ["policy must be one of", *POLICIES, "'fast'"]),
-    ("prompt_lookup+", ["policy must be one of", "''"]),
-    ("prompt_lookup+static:9", ["exit_layer must be in 1..8", "got 9"]),
-    ("skip_set", ["policy skip_set needs file"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("fast:3", ["policy must be one of", *POLICIES, "'fast'"]),
+        ("", ["policy must be one of", "static", "''"]),
+        ("Static:3", ["policy must be one of", "'Static'"]),
+        ("static:exit=3", ["policy static has the keys", "exit_layer", "num_draft_tokens", "'exit=3'"]),
+        ("static:3,5", ["policy static has the keys", "'5'"]),
+        ("static:num_draft_tokens=5,3", ["policy static has the keys", "'3'"]),
+        ("static:plan=3", ["policy static has the keys", "'plan=3'"]),
+        ("static:3,exit_layer=4", ["exit_layer is given twice"]),
+        ("none:0", ["steps must be 1 or more", "got 0"]),
+        ("static:three", ["exit_layer must be of type int", "'three'"]),
+        ("static:2.5", ["exit_layer must be of type int", "'2.5'"]),
+        ("static:exit_layer=", ["exit_layer must be of type int", "''"]),
+        ("static:3,num_draft_tokens=many", ["num_draft_tokens must be of type int", "'many'"]),
+        ("static", ["policy static needs exit_layer", "for example static:exit_layer=2"]),
+        ("static:", ["policy static needs exit_layer"]),
+        ("static:num_draft_tokens=2", ["policy static needs exit_layer"]),
+        ("static:3,num_draft_tokens=-1", ["num_draft_tokens must be 0 or more", "-1"]),
+        ("static:0", ["exit_layer must be in 1..8", "got 0"]),
+        ("static:-1", ["exit_layer must be in 1..8", "got -1"]),
+        ("static:9", ["exit_layer must be in 1..8", "got 9"]),
+        ("static:3,stop=often", ["stop must be never, adaptive, svip or a number in 0..1", "'often'"]),
+        ("static:3,stop=1.5", ["stop must be in 0..1", "1.5"]),
+        ("confidence:1.01", ["policy confidence", "threshold must be in 0..1", "1.01"]),
+        ("confidence:nan", ["threshold must be in 0..1", "nan"]),
+        ("margin:-0.1", ["threshold must be in 0..1", "-0.1"]),
+        ("entropy:-1", ["threshold must be in 0..inf", "-1"]),
+        ("saturation:-1.5", ["threshold must be in -1..1", "-1.5"]),
+        ("confidence:decay=-1", ["decay must be in 0..inf", "-1"]),
+        ("confidence:candidates=3-9", ["candidates must be in 1..8", "got 9"]),
+        ("logits_future:candidates=0-3", ["candidates must be in 1..8", "got 0"]),
+        ("consistent_tokens:candidates=12", ["candidates must be in 1..8", "got 12"]),
+        ("auto:candidates=3-40", ["candidates must be in 1..8", "got 40"]),
+        ("confidence:candidates=3-x", ["policy confidence: candidates must be", "'3-x'"]),
+        ("consistent_tokens:1", ["checks must be 2 or more", "got 1"]),
+        ("logits_future:2", ["smoothing must be in 0..1", "got 2"]),
+        ("layer_skip_proportion:1.5", ["proportion must be in 0..1", "1.5"]),
+        ("prompt_lookup:min_ngram=0", ["min_ngram must be in 1..max_ngram (3)", "got 0"]),
+        ("prompt_lookup:min_ngram=5", ["min_ngram must be in 1..max_ngram (3)", "got 5"]),
+        ("auto:0", ["num_draft_tokens must be 1 or more", "got 0"]),
+        ("prompt_lookup+fast:3", ["policy must be one of", *POLICIES, "'fast'"]),
+        ("prompt_lookup+", ["policy must be one of", "''"]),
+        ("prompt_lookup+static:9", ["exit_layer must be in 1..8", "got 9"]),
+        ("skip_set", ["policy skip_set needs file"]),
+    ],
+)
 def test_a_bad_policy_string_is_refused_in_one_line_with_the_way_out(text, parts):
     message = error_of(text)
     assert [part for part in parts if part not in message] == [], message
@@ -148,21 +164,24 @@ def error_of(text: str, n_layer: int = 8, dim: int | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "parts"), [
-    (None, ["cannot read", "No such file"]),
-    (b"{", ['"skip_attention": [layers], "skip_mlp": [layers]']),
-    (b"\xff\xfe", ['"skip_attention": [layers]']),
-    ([1, 2], ['"skip_attention": [layers]']),
-    ({"skip_attention": [1]}, ['"skip_mlp": [layers]']),
-    ({"skip_attention": [1], "skip_mlp": 3}, ['"skip_mlp": [layers]']),
-    ({"skip_attention": [1], "skip_mlp": [[3]]}, ['"skip_mlp": [layers]']),
-    ({"skip_attention": [8], "skip_mlp": []}, ["skip_attention must be in 0..7", "got 8"]),
-    ({"skip_attention": [], "skip_mlp": [2, -1]}, ["skip_mlp must be in 0..7", "got -1"]),
-    ({"skip_attention": [], "skip_mlp": ["2"]}, ["skip_mlp must be in 0..7", "got '2'"]),
-    ({"skip_attention": [True], "skip_mlp": []}, ["skip_attention must be in 0..7", "got True"]),
-    ({"skip_attention": [], "skip_mlp": [1], "n_layer": 9}, ["for a model of 9 layers, this one has 8"]),
-    ({"skip_attention": [], "skip_mlp": [1], "num_draft_tokens": "4"}, ["num_draft_tokens", "'4'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["cannot read", "No such file"]),
+        (b"{", ['"skip_attention": [layers], "skip_mlp": [layers]']),
+        (b"\xff\xfe", ['"skip_attention": [layers]']),
+        ([1, 2], ['"skip_attention": [layers]']),
+        ({"skip_attention": [1]}, ['"skip_mlp": [layers]']),
+        ({"skip_attention": [1], "skip_mlp": 3}, ['"skip_mlp": [layers]']),
+        ({"skip_attention": [1], "skip_mlp": [[3]]}, ['"skip_mlp": [layers]']),
+        ({"skip_attention": [8], "skip_mlp": []}, ["skip_attention must be in 0..7", "got 8"]),
+        ({"skip_attention": [], "skip_mlp": [2, -1]}, ["skip_mlp must be in 0..7", "got -1"]),
+        ({"skip_attention": [], "skip_mlp": ["2"]}, ["skip_mlp must be in 0..7", "got '2'"]),
+        ({"skip_attention": [True], "skip_mlp": []}, ["skip_attention must be in 0..7", "got True"]),
+        ({"skip_attention": [], "skip_mlp": [1], "n_layer": 9}, ["for a model of 9 layers, this one has 8"]),
+        ({"skip_attention": [], "skip_mlp": [1], "num_draft_tokens": "4"}, ["num_draft_tokens", "'4'"]),
+    ],
+)
 def test_a_bad_skip_set_file_is_named_with_what_it_must_hold(tmp_path, content, parts):
     file = tmp_path / "skips.json"
     if content is not None:
@@ -179,35 +198,47 @@ def test_a_skip_set_file_may_say_how_many_tokens_to_draft(tmp_path):
     assert make_policy(f"skip_set:{file}+static:3,num_draft_tokens=1", 8).num_draft_tokens == 6
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("learned:{0}/none.safetensors", ["cannot read", "No such file"]),
-    ("learned:{0}", ["is a folder"]),
-    ("learned:{0}/text.safetensors", ["cannot read"]),
-    ("learned:{0}/adapter8.safetensors", ["not of the format 'skipfast learned policy'"]),
-    ("learned:{0}/learned4.safetensors", ["for a model of 4 layers of width 64, this one has 8 of width 64"]),
-    ("learned:{0}/torn.safetensors", ["is broken", "b2"]),
-    ("learned:{0}/learned8.safetensors,every=0", ["every must be 1 or more"]),
-    ("static:2,adapter={0}/learned8.safetensors", ["not of the format 'skipfast exit adapter'"]),
-    ("static:2,adapter={0}/adapter4.safetensors", ["for a model of 4 layers"]),
-    ("static:8,adapter={0}/adapter8.safetensors", ["has adapters for exit 1, 2, 3, 4, 5, 6, 7, none for 8"]),
-    ("skip_set:{0}/skips.json,adapter={0}/adapter8.safetensors", ["none for 8"]),
-    ("confidence:candidates=3-4,adapter={0}/odd.safetensors", ["is broken: exit 3 needs down [r, 64]", "[64, 6]"]),
-    ("static:2,adapter={0}/none.safetensors", ["cannot read", "No such file"]),
-    ("static:2,adapter={0}", ["is a folder"]),
-    ("static:2,adapter={0}/bare.safetensors", ["is broken", "n_layer"]),
-    ("learned:{0}/flat.safetensors", ["is broken"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learned:{0}/none.safetensors", ["cannot read", "No such file"]),
+        ("learned:{0}", ["is a folder"]),
+        ("learned:{0}/text.safetensors", ["cannot read"]),
+        ("learned:{0}/adapter8.safetensors", ["not of the format 'skipfast learned policy'"]),
+        ("learned:{0}/learned4.safetensors", ["for a model of 4 layers of width 64, this one has 8 of width 64"]),
+        ("learned:{0}/torn.safetensors", ["is broken", "b2"]),
+        ("learned:{0}/learned8.safetensors,every=0", ["every must be 1 or more"]),
+        ("static:2,adapter={0}/learned8.safetensors", ["not of the format 'skipfast exit adapter'"]),
+        ("static:2,adapter={0}/adapter4.safetensors", ["for a model of 4 layers"]),
+        ("static:8,adapter={0}/adapter8.safetensors", ["has adapters for exit 1, 2, 3, 4, 5, 6, 7, none for 8"]),
+        ("skip_set:{0}/skips.json,adapter={0}/adapter8.safetensors", ["none for 8"]),
+        ("confidence:candidates=3-4,adapter={0}/odd.safetensors", ["is broken: exit 3 needs down [r, 64]", "[64, 6]"]),
+        ("static:2,adapter={0}/none.safetensors", ["cannot read", "No such file"]),
+        ("static:2,adapter={0}", ["is a folder"]),
+        ("static:2,adapter={0}/bare.safetensors", ["is broken", "n_layer"]),
+        ("learned:{0}/flat.safetensors", ["is broken"]),
+    ],
+)
 def test_a_learned_file_or_adapter_of_another_model_or_kind_is_named(text, parts, skip_file):
     folder = Path(skip_file).parent
     (folder / "text.safetensors").write_text("no tensors")
     shape = {"n_layer": "8", "dim": "64"}
-    save_file({"w1": torch.zeros(3, 64), "b1": torch.zeros(3), "w2": torch.zeros(16, 3)}, folder / "torn.safetensors",
-              {"format": "skipfast learned policy", **shape})  # fmt: skip
-    save_file({"exit.3.down": torch.zeros(4, 64), "exit.3.up": torch.zeros(64, 6)}, folder / "odd.safetensors",
-              {"format": "skipfast exit adapter", **shape})  # fmt: skip
+    save_file(
+        {"w1": torch.zeros(3, 64), "b1": torch.zeros(3), "w2": torch.zeros(16, 3)},
+        folder / "torn.safetensors",
+        {"format": "skipfast learned policy", **shape},
+    )
+    save_file(
+        {"exit.3.down": torch.zeros(4, 64), "exit.3.up": torch.zeros(64, 6)},
+        folder / "odd.safetensors",
+        {"format": "skipfast exit adapter", **shape},
+    )
     save_file({"exit.2.down": torch.zeros(2, 64)}, folder / "bare.safetensors", {"format": "skipfast exit adapter"})
-    save_file({name: torch.tensor(1.0) for name in ("w1", "b1", "w2", "b2")}, folder / "flat.safetensors",
-              {"format": "skipfast learned policy", **shape})  # fmt: skip
+    save_file(
+        {name: torch.tensor(1.0) for name in ("w1", "b1", "w2", "b2")},
+        folder / "flat.safetensors",
+        {"format": "skipfast learned policy", **shape},
+    )
     message = error_of(text.format(folder), dim=64)
     assert [part for part in parts if part not in message] == [] and "\n" not in message, message
     if "learned4" in text:
@@ -216,8 +247,12 @@ def test_a_learned_file_or_adapter_of_another_model_or_kind_is_named(text, parts
 
 def test_a_learned_policy_leaves_out_what_its_network_says_of_the_state_and_keeps_that_for_some_rounds(tmp_path):
     file, n_layer = tmp_path / "policy.safetensors", 2
-    network = {"w1": torch.eye(2, 4), "b1": torch.tensor([0.0, -0.5]),
-               "w2": torch.tensor([[0.0, 0], [-1, 0], [0, -1], [-1, 1]]), "b2": torch.tensor([1.0, 0.5, 0.5, 0.5])}
+    network = {
+        "w1": torch.eye(2, 4),
+        "b1": torch.tensor([0.0, -0.5]),
+        "w2": torch.tensor([[0.0, 0], [-1, 0], [0, -1], [-1, 1]]),
+        "b2": torch.tensor([1.0, 0.5, 0.5, 0.5]),
+    }
     save_file(network, file, {"format": "skipfast learned policy", "n_layer": "2", "dim": "4"})
     seen = lambda *state: RoundContext([1], 9, hidden=torch.tensor([state]))
     plan = lambda attention, mlp: DraftPlan((), 3, frozenset(attention), frozenset(mlp))
@@ -233,7 +268,10 @@ def test_a_learned_policy_leaves_out_what_its_network_says_of_the_state_and_keep
     for _ in range(2):
         slow.start_prompt([1])
         assert [slow.start_round(each) for each in (first, second, second)] == [
-            plan((), (0, 1)), plan((), (0, 1)), plan((1,), ())]  # fmt: skip
+            plan((), (0, 1)),
+            plan((), (0, 1)),
+            plan((1,), ()),
+        ]
 
 
 def test_there_is_an_example_of_every_policy():
@@ -339,7 +377,8 @@ def test_a_combination_leaves_by_its_last_exits_skips_all_sets_and_stops_by_its_
     policy = make_policy(parts, 8)
     policy.start_prompt([1])
     assert policy.start_round(CONTEXT) == DraftPlan(
-        (2, 4), 3, frozenset({2}), frozenset({1, 3}), leave_if=Rule("top1", 0.6), stop_unless=Rule("top1", 0.25))
+        (2, 4), 3, frozenset({2}), frozenset({1, 3}), leave_if=Rule("top1", 0.6), stop_unless=Rule("top1", 0.25)
+    )
     assert policy.num_draft_tokens == 6 and policy.skips_sublayers and not policy.verifiable_only
     assert make_policy("static:2+prompt_lookup", 8).verifiable_only
 
@@ -350,17 +389,26 @@ def test_a_combination_leaves_by_its_last_exits_skips_all_sets_and_stops_by_its_
 def test_equal_plans_are_one_key_and_different_plans_are_several():
     make = lambda **keys: DraftPlan(**{"exits": (2, 4), "num_draft_tokens": 3, "skip_attention": frozenset({1})} | keys)
     assert make() == make() and hash(make()) == hash(make())
-    different = [make(), make(exits=(2,)), make(num_draft_tokens=2), make(skip_attention=frozenset({2})),
-                 make(skip_mlp=frozenset({1})), make(proposed=(1,)), make(leave_if=Rule("top1", 0.5)),
-                 make(leave_if=Rule("margin", 0.5)), make(stop_unless=Rule("top1", 0.5)),
-                 make(ask_to_stop=True)]  # fmt: skip
+    different = [
+        make(),
+        make(exits=(2,)),
+        make(num_draft_tokens=2),
+        make(skip_attention=frozenset({2})),
+        make(skip_mlp=frozenset({1})),
+        make(proposed=(1,)),
+        make(leave_if=Rule("top1", 0.5)),
+        make(leave_if=Rule("margin", 0.5)),
+        make(stop_unless=Rule("top1", 0.5)),
+        make(ask_to_stop=True),
+    ]
     assert len(set(different)) == len(different)
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().exits = ()
 
 
-@pytest.mark.parametrize(("attention", "mlp", "first"), [
-    ((), (), None), ((3, 5), (), 3), ((), (2,), 2), ((3, 5), (4,), 3), ((6,), (1, 6), 1), ((0,), (), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attention", "mlp", "first"),
+    [((), (), None), ((3, 5), (), 3), ((), (2,), 2), ((3, 5), (4,), 3), ((6,), (1, 6), 1), ((0,), (), 0)],
+)
 def test_first_skip_is_the_lowest_layer_with_any_sublayer_left_out(attention, mlp, first):
     assert DraftPlan(skip_attention=frozenset(attention), skip_mlp=frozenset(mlp)).first_skip == first

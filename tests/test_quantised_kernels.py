@@ -15,8 +15,15 @@ from runner import Runner
 
 FORMATS = {"int8": quantise_int8, "int4": quantise_int4, "int4 g128": lambda weight: quantise_int4(weight, 128)}
 DTYPES = {"bf16": (torch.bfloat16, 5e-3), "fp32": (torch.float32, 1e-5)}
-SHAPES = [("int8", 1, 2), ("int8", 33, 38), ("int8", 300, 1100), ("int4", 5, 32), ("int4", 100, 96),
-          ("int4", 257, 1088), ("int4 g128", 70, 384)]  # fmt: skip
+SHAPES = [
+    ("int8", 1, 2),
+    ("int8", 33, 38),
+    ("int8", 300, 1100),
+    ("int4", 5, 32),
+    ("int4", 100, 96),
+    ("int4", 257, 1088),
+    ("int4 g128", 70, 384),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,8 +58,9 @@ def test_an_exit_over_a_quantised_head_says_what_its_logits_say_also_when_trimme
     draw = Draw(70, 5, 0.7)
     for n in (300, 150, 33, 2):
         small, logits = head.trimmed(n), head.logits(hidden)[:, :n]
-        assert torch.equal(small.logits(hidden), logits) and torch.equal(Exit(hidden, small, 16).token_ids(),
-                                                                         logits.argmax(-1))
+        assert torch.equal(small.logits(hidden), logits) and torch.equal(
+            Exit(hidden, small, 16).token_ids(), logits.argmax(-1)
+        )
         tokens, stats, samples = exit_head(hidden, small, True, draw)
         for first in range(16):
             for rows in (1, 2, 4, 5):
@@ -79,9 +87,15 @@ def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compile
     for sampling in SAMPLING.values():
         expected = tokens_of(runner, PROMPT, "none", sampling, new=64).tokens
         assert tokens_of(eager, PROMPT, "none", sampling, new=64).tokens == expected
-        texts = ("static:2,num_draft_tokens=5", "static:1,num_draft_tokens=1", "confidence:0.3,candidates=1-2-3",
-                 "skip_set:FILE", "prompt_lookup:min_ngram=1", "learned:LEARNED,every=1",
-                 "static:1,adapter=ADAPTER")  # fmt: skip
+        texts = (
+            "static:2,num_draft_tokens=5",
+            "static:1,num_draft_tokens=1",
+            "confidence:0.3,candidates=1-2-3",
+            "skip_set:FILE",
+            "prompt_lookup:min_ngram=1",
+            "learned:LEARNED,every=1",
+            "static:1,adapter=ADAPTER",
+        )
         for policy in (*(example(text, skip_file, 4) for text in texts), Chaos(1)):
             for each in (runner, eager):
                 found = tokens_of(each, PROMPT, policy, sampling, new=64)

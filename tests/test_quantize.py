@@ -53,7 +53,8 @@ def test_a_quantised_file_and_quantising_while_loading_are_one_model(make_hf, tm
     written = checkpoint.open_source(tmp_path / "low")
     assert written.format == wanted
     assert (tmp_path / "low" / "model.safetensors").stat().st_size < 8192 + weight_sizes(
-        written.args, wanted, torch.bfloat16)["after"]  # fmt: skip
+        written.args, wanted, torch.bfloat16
+    )["after"]
     in_memory = quantise(checkpoint.load(tmp_path / "hf", torch.bfloat16, pack=False).model, wanted)
     plain = checkpoint.load(tmp_path / "low", pack=False)
     assert plain.model.state_dict().keys() == in_memory.state_dict().keys()
@@ -145,8 +146,18 @@ def run(monkeypatch, capsys, program, *flags):
 
 def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("import os\nclass Reader:\n    def read(self):\n        return self.text\n" * 20)
-    flags = ["--checkpoint_path", original, "--mode", "int8", "--output_path", tmp_path / "low", "--text",
-             tmp_path / "text.txt", "--json", tmp_path / "report.json"]  # fmt: skip
+    flags = [
+        "--checkpoint_path",
+        original,
+        "--mode",
+        "int8",
+        "--output_path",
+        tmp_path / "low",
+        "--text",
+        tmp_path / "text.txt",
+        "--json",
+        tmp_path / "report.json",
+    ]
     for extra in ([], ["--force", "--calibrate", tmp_path / "text.txt"]):
         code, out, err = run(monkeypatch, capsys, quantize, *flags, *extra)
         assert code == 0, err
@@ -156,39 +167,61 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
         with safe_open(tmp_path / "low" / "model.safetensors", "pt") as file:
             assert file.metadata()["quantize"] == "int8"
     flags = ["--prompt", "def f", "--max_new_tokens", 8, "--policy", "static:1", "--compare"]
-    code, out, err = run(monkeypatch, capsys, generate, "--checkpoint_path", tmp_path / "low", *flags, "--json",
-                         tmp_path / "x.json")  # fmt: skip
+    code, out, err = run(
+        monkeypatch, capsys, generate, "--checkpoint_path", tmp_path / "low", *flags, "--json", tmp_path / "x.json"
+    )
     assert code == 0, err
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["comparison"]["identical"] and found["config"]["quantize"] == "int8"
 
 
-@pytest.mark.parametrize("flags", [
-    ["--quantize", "int4:lm_head=no"], ["--draft_quantize", "int8"], ["--draft_quantize", "int8:lm_head=no"],
-    ["--quantize", "int8", "--draft_quantize", "int4", "--temperature", "1"],
-    ["--quantize", "int8", "--draft_quantize", "int8", "--precision", "fp16"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quantize", "int4:lm_head=no"],
+        ["--draft_quantize", "int8"],
+        ["--draft_quantize", "int8:lm_head=no"],
+        ["--quantize", "int8", "--draft_quantize", "int4", "--temperature", "1"],
+        ["--quantize", "int8", "--draft_quantize", "int8", "--precision", "fp16"],
+    ],
+)
 def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, capsys, tmp_path):
     for policy in ("auto", "static:1", "prompt_lookup+static:1"):
-        code, out, err = run(monkeypatch, capsys, generate, "--checkpoint_path", original, "--prompt", "def read",
-                             "--max_new_tokens", 12, "--policy", policy, "--compare", *flags)  # fmt: skip
+        code, out, err = run(
+            monkeypatch,
+            capsys,
+            generate,
+            "--checkpoint_path",
+            original,
+            "--prompt",
+            "def read",
+            "--max_new_tokens",
+            12,
+            "--policy",
+            policy,
+            "--compare",
+            *flags,
+        )
         assert code == 0, err
         assert "identical tokens" in out and "NO" not in out
 
 
-@pytest.mark.parametrize("program, flags, message", [
-    (generate, ["--quantize", "int3"], "quantize must be one of none, int8, int4, got 'int3'"),
-    (generate, ["--quantize", "int8:group=32"], "quantize int8 has the keys lm_head, embedding, got 'group'"),
-    (generate, ["--quantize", "int4:group=48"], "group must be one of 32, 64, 128, got '48'"),
-    (generate, ["--draft_quantize", "int5"], "draft_quantize must be one of"),
-    (generate, ["--draft_quantize", "int8", "--no_verify"], "--no_verify does not go with --draft_quantize"),
-    (generate, ["--draft_quantize", "int8:embedding=yes"], "copies share the model's embedding"),
-    (quantize, ["--mode", "none"], "mode must be int8 or int4"),
-    (quantize, ["--mode", "int4:group=128"], "divide the 64 input features of hidden_size"),
-    (quantize, ["--mode", "int8", "--text", "nowhere.txt"], "cannot read nowhere.txt"),
-    (quantize, ["--mode", "int8", "--windows", "0"], "windows must be 1 or more"),
-    (quantize, ["--mode", "int8", "--output_path", "SOURCE"], "exists already"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        (generate, ["--quantize", "int3"], "quantize must be one of none, int8, int4, got 'int3'"),
+        (generate, ["--quantize", "int8:group=32"], "quantize int8 has the keys lm_head, embedding, got 'group'"),
+        (generate, ["--quantize", "int4:group=48"], "group must be one of 32, 64, 128, got '48'"),
+        (generate, ["--draft_quantize", "int5"], "draft_quantize must be one of"),
+        (generate, ["--draft_quantize", "int8", "--no_verify"], "--no_verify does not go with --draft_quantize"),
+        (generate, ["--draft_quantize", "int8:embedding=yes"], "copies share the model's embedding"),
+        (quantize, ["--mode", "none"], "mode must be int8 or int4"),
+        (quantize, ["--mode", "int4:group=128"], "divide the 64 input features of hidden_size"),
+        (quantize, ["--mode", "int8", "--text", "nowhere.txt"], "cannot read nowhere.txt"),
+        (quantize, ["--mode", "int8", "--windows", "0"], "windows must be 1 or more"),
+        (quantize, ["--mode", "int8", "--output_path", "SOURCE"], "exists already"),
+    ],
+)
 def test_mistakes_are_one_line_before_weights_are_read(original, program, flags, message, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     flags = [str(original) if flag == "SOURCE" else flag for flag in flags]
@@ -199,8 +232,11 @@ def test_mistakes_are_one_line_before_weights_are_read(original, program, flags,
 def test_what_is_quantised_is_not_quantised_again(original, tmp_path, monkeypatch, capsys):
     convert_hf_checkpoint.convert(str(original), tmp_path / "low", None, False, Format.parse("int8"))
     low = ["--checkpoint_path", tmp_path / "low"]
-    for program, flags in ((generate, ["--quantize", "int4"]), (generate, ["--draft_quantize", "int4"]),
-                           (quantize, ["--mode", "int8", "--output_path", tmp_path / "x"])):  # fmt: skip
+    for program, flags in (
+        (generate, ["--quantize", "int4"]),
+        (generate, ["--draft_quantize", "int4"]),
+        (quantize, ["--mode", "int8", "--output_path", tmp_path / "x"]),
+    ):
         code, _, err = run(monkeypatch, capsys, program, *low, *flags)
         assert code == 2 and "is quantised already (int8)" in err
     file = tmp_path / "low" / "model.safetensors"

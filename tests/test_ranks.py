@@ -27,16 +27,36 @@ def start(program, folder, output, size):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", f"scripts.{program}", "--checkpoint_path", folder, "--output_dir", output,
-               *PROGRAMS[program]]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        f"scripts.{program}",
+        "--checkpoint_path",
+        folder,
+        "--output_dir",
+        output,
+        *PROGRAMS[program],
+    ]
     return [
         subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                              "TORCH_CPP_LOG_LEVEL": "ERROR"})  # torch's own words when the store has gone
+            list(map(str, command)),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+            },
+        )  # torch's own words when the store has gone
         for rank in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def result_of(program, folder, tmp_path, size):
@@ -50,8 +70,22 @@ def result_of(program, folder, tmp_path, size):
     return json.loads((output / f"{program}.json").read_text()), journal and journal.read_text().splitlines()
 
 
-COUNTS = ("policy", "tokens", "drafted", "accepted", "rounds", "errors", "acceptance_rate", "tokens_per_round",
-          "layer_visits_per_token", "mean_exit_layer", "identical", "quality", "ideal_speedup", "samples")  # fmt: skip
+COUNTS = (
+    "policy",
+    "tokens",
+    "drafted",
+    "accepted",
+    "rounds",
+    "errors",
+    "acceptance_rate",
+    "tokens_per_round",
+    "layer_visits_per_token",
+    "mean_exit_layer",
+    "identical",
+    "quality",
+    "ideal_speedup",
+    "samples",
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

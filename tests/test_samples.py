@@ -11,30 +11,63 @@ from scripts import samples
 
 ARTICLE = " ".join(f"word{i}" for i in range(150))
 ROWS = {  # a row of each dataset as the hub has it -> the prompt, the responses
-    "cnn_dm_summarization": ({"article": "A ship sank.", "highlights": "Ship sinks ."},
-                             "Article: A ship sank.\nSummary:", (" Ship sinks .",)),
-    "cnn_dm_lm": ({"article": ARTICLE, "highlights": ""}, " ".join(ARTICLE.split()[:100]),
-                  (" " + " ".join(ARTICLE.split()[100:]),)),
-    "xsum_summarization": ({"document": "A ship sank.", "summary": "Ship sinks."},
-                           "Article: A ship sank.\nSummary:", (" Ship sinks.",)),
-    "human_eval": ({"prompt": "def f():\n", "canonical_solution": "    return {1}\n"},
-                   "def f():\n", ("    return {1}\n",)),
-    "mbpp": ({"text": "Write one.", "code": "def one():\n    return 1", "test_list": ["assert one() == 1"]},
-             '"""\nWrite one.\nassert one() == 1\n"""', ("\ndef one():\n    return 1",)),
-    "top_v2": ({"utterance": "Call Ann", "semantic_parse": "[IN:CREATE_CALL ]"},
-               "Utterance: Call Ann\nParse:", (" [IN:CREATE_CALL ]",)),
+    "cnn_dm_summarization": (
+        {"article": "A ship sank.", "highlights": "Ship sinks ."},
+        "Article: A ship sank.\nSummary:",
+        (" Ship sinks .",),
+    ),
+    "cnn_dm_lm": (
+        {"article": ARTICLE, "highlights": ""},
+        " ".join(ARTICLE.split()[:100]),
+        (" " + " ".join(ARTICLE.split()[100:]),),
+    ),
+    "xsum_summarization": (
+        {"document": "A ship sank.", "summary": "Ship sinks."},
+        "Article: A ship sank.\nSummary:",
+        (" Ship sinks.",),
+    ),
+    "human_eval": (
+        {"prompt": "def f():\n", "canonical_solution": "    return {1}\n"},
+        "def f():\n",
+        ("    return {1}\n",),
+    ),
+    "mbpp": (
+        {"text": "Write one.", "code": "def one():\n    return 1", "test_list": ["assert one() == 1"]},
+        '"""\nWrite one.\nassert one() == 1\n"""',
+        ("\ndef one():\n    return 1",),
+    ),
+    "top_v2": (
+        {"utterance": "Call Ann", "semantic_parse": "[IN:CREATE_CALL ]"},
+        "Utterance: Call Ann\nParse:",
+        (" [IN:CREATE_CALL ]",),
+    ),
     "gsm8k": ({"question": "1 + 1?", "answer": "It is #### 2"}, "Question: 1 + 1?\nAnswer:", (" It is #### 2",)),
-    "mmlu": ({"question": "Which?", "choices": ["a", "b"], "answer": 1},
-             "Question: Which?\nA. a\nB. b\nAnswer:", (" B",)),
-    "boolq": ({"passage": "Ice is cold.", "question": "is ice cold", "answer": True},
-              "Passage: Ice is cold.\nQuestion: is ice cold?\nAnswer:", (" yes",)),
-    "nq_open": ({"question": "who was first", "answer": ["Ann", "Bob"]},
-                "Question: who was first?\nAnswer:", (" Ann", " Bob")),
-    "race": ({"article": "Ice is cold.", "question": "Ice is _ .", "options": ["hot", "cold"], "answer": "B"},
-             "Article: Ice is cold.\nQuestion: Ice is _ .\nA. hot\nB. cold\nAnswer:", (" B",)),
-    "arc_challenge": ({"question": "Which?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
-                      "Question: Which?\nA. x\nB. y\nAnswer:", (" B",)),
-}  # fmt: skip
+    "mmlu": (
+        {"question": "Which?", "choices": ["a", "b"], "answer": 1},
+        "Question: Which?\nA. a\nB. b\nAnswer:",
+        (" B",),
+    ),
+    "boolq": (
+        {"passage": "Ice is cold.", "question": "is ice cold", "answer": True},
+        "Passage: Ice is cold.\nQuestion: is ice cold?\nAnswer:",
+        (" yes",),
+    ),
+    "nq_open": (
+        {"question": "who was first", "answer": ["Ann", "Bob"]},
+        "Question: who was first?\nAnswer:",
+        (" Ann", " Bob"),
+    ),
+    "race": (
+        {"article": "Ice is cold.", "question": "Ice is _ .", "options": ["hot", "cold"], "answer": "B"},
+        "Article: Ice is cold.\nQuestion: Ice is _ .\nA. hot\nB. cold\nAnswer:",
+        (" B",),
+    ),
+    "arc_challenge": (
+        {"question": "Which?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Question: Which?\nA. x\nB. y\nAnswer:",
+        (" B",),
+    ),
+}
 
 
 def flags_of(*words, dataset="code"):
@@ -125,21 +158,24 @@ def test_without_network_or_package_one_line_says_what_to_do(monkeypatch, capsys
 GOOD = '{"prompt": "a", "response": "b"}\n'
 
 
-@pytest.mark.parametrize(("content", "words", "message"), [
-    (GOOD + "{", (), "line 2: not JSON"),
-    (GOOD + "\n[1]\n", (), "line 3: not a JSON object, but list"),
-    (GOOD + '{"text": "a"}', (), "line 2: no field 'prompt' .it has 'text'"),
-    (GOOD, ("--prompt_field", "q"), "line 1: no field 'q'"),
-    (GOOD, ("--response_field", "r"), "line 1: no field 'r'"),
-    ('{"prompt": 5}', (), "line 1: field 'prompt' must be a text, got int"),
-    ('{"prompt": "a", "response": [1]}', (), "line 1: field 'response' must be a text, got int"),
-    ("\n\n", (), "holds no samples"),
-    (GOOD, ("--num_shots", 1), "num_shots must be below the 1 rows"),
-    (GOOD, ("--num_shots", -1), "num_shots must be 0 or more, got -1"),
-    (GOOD, ("--num_samples", 0), "num_samples must be 1 or more, got 0"),
-    (GOOD, ("--template", "{x}"), "line 1: no field 'x' for --template"),
-    ('{"prompt": "a"}\n' * 2, ("--num_shots", 1), "has no response to show"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (GOOD + "{", (), "line 2: not JSON"),
+        (GOOD + "\n[1]\n", (), "line 3: not a JSON object, but list"),
+        (GOOD + '{"text": "a"}', (), "line 2: no field 'prompt' .it has 'text'"),
+        (GOOD, ("--prompt_field", "q"), "line 1: no field 'q'"),
+        (GOOD, ("--response_field", "r"), "line 1: no field 'r'"),
+        ('{"prompt": 5}', (), "line 1: field 'prompt' must be a text, got int"),
+        ('{"prompt": "a", "response": [1]}', (), "line 1: field 'response' must be a text, got int"),
+        ("\n\n", (), "holds no samples"),
+        (GOOD, ("--num_shots", 1), "num_shots must be below the 1 rows"),
+        (GOOD, ("--num_shots", -1), "num_shots must be 0 or more, got -1"),
+        (GOOD, ("--num_samples", 0), "num_samples must be 1 or more, got 0"),
+        (GOOD, ("--template", "{x}"), "line 1: no field 'x' for --template"),
+        ('{"prompt": "a"}\n' * 2, ("--num_shots", 1), "has no response to show"),
+    ],
+)
 def test_a_broken_file_is_one_line_that_names_the_place(tmp_path, content, words, message):
     file = tmp_path / "x.jsonl"
     file.write_text(content)

@@ -16,15 +16,7 @@ from kernels.noise import gumbel_noise
 from model import ModelArgs, Transformer
 from policies import Autoregressive, DraftPlan, DraftPolicy, make_policy
 from runner import Runner
-from sampling import (
-    CoupledSampler,
-    RejectionSampler,
-    SamplingConfig,
-    candidates,
-    choose,
-    make_sampler,
-    probabilities,
-)
+from sampling import CoupledSampler, RejectionSampler, SamplingConfig, candidates, choose, make_sampler, probabilities
 
 PROMPT = [1, 4, 2]
 VOCAB = 5
@@ -36,8 +28,18 @@ DRAFTS = "static:1,num_draft_tokens=2"
 @pytest.fixture(scope="module")
 def runner():
     """A Llama over five words whose first layer guesses the second one's words about half of the time."""
-    args = ModelArgs(dim=16, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, ffn_dim=16, vocab_size=VOCAB,
-                     max_seq_len=32, norm_eps=1e-5, rope_base=1e4)  # fmt: skip
+    args = ModelArgs(
+        dim=16,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        head_dim=8,
+        ffn_dim=16,
+        vocab_size=VOCAB,
+        max_seq_len=32,
+        norm_eps=1e-5,
+        rope_base=1e4,
+    )
     generator = torch.Generator().manual_seed(3)
     model = Transformer(args).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -253,8 +255,9 @@ def test_greedy_is_argmax_under_either_rule_of_verification():
     assert one_hot.argmax() == best[0] and one_hot.sum() == 1 and one_hot.max() == 1
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1.5, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-6},
-                                      {"temperature": 1e-5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1.5, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-6}, {"temperature": 1e-5}]
+)
 def test_keeping_one_token_or_hardly_any_temperature_equals_greedy(settings):
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(3))
     for seed in range(5):
@@ -375,10 +378,22 @@ def test_noise_of_an_id_does_not_depend_on_the_shape_or_order_of_the_ids():
 # ---- settings ----
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", 0), ("top_k", -1),
-    ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")), ("seed", -1), ("seed", 2**63), ("verification", "hope"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("verification", "hope"),
+    ],
+)
 def test_a_bad_setting_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be .*{value}"):
         SamplingConfig(**{name: value})

@@ -92,8 +92,19 @@ def test_the_search_leaves_out_what_writes_nothing_and_its_file_is_a_policy(play
     policy = f"skip_set:{tmp_path / 'out' / 'skips.json'},num_draft_tokens={skips['num_draft_tokens']}"
     plan = make_policy(policy, 5).only_plan
     assert [sorted(plan.skip_attention), sorted(plan.skip_mlp)] == [skips["skip_attention"], skips["skip_mlp"]]
-    play(correctness, "--checkpoint_path", tmp_path / "planted", "--num_samples", 1, "--max_new_tokens", 24,
-         "--output_dir", tmp_path / "correct", "--policy", policy)  # fmt: skip
+    play(
+        correctness,
+        "--checkpoint_path",
+        tmp_path / "planted",
+        "--num_samples",
+        1,
+        "--max_new_tokens",
+        24,
+        "--output_dir",
+        tmp_path / "correct",
+        "--policy",
+        policy,
+    )
     flags = generate.parse_flags(shlex.split(search["command"])[2:])
     assert generate.policy_text(flags, 5) == skips["recommended"]
 
@@ -110,10 +121,23 @@ def test_the_parallel_pass_promises_what_decoding_keeps_where_each_round_is_one_
 def test_a_search_killed_within_a_trial_goes_on_to_the_history_of_one_that_was_not(play, folder, tmp_path, sampler):
     flags = (*SMALL, "--trials", 20, "--sampler", sampler)
     play(search_skips, *flags, "--output_dir", tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, "--checkpoint_path", folder, "--no-compile", *flags,
-               "--output_dir", tmp_path / "out"]  # fmt: skip
-    child = subprocess.run(list(map(str, command)), cwd=ROOT / "tests", capture_output=True,
-                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "--checkpoint_path",
+        folder,
+        "--no-compile",
+        *flags,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    child = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT / "tests",
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     _, err = play(search_skips, *flags)
     assert "14 of 21 trials were finished before" in err
@@ -131,14 +155,29 @@ def test_a_finished_search_says_the_same_again_without_the_weights_and_takes_mor
 
 
 def row(policy, rates, identical=True):
-    return {"policy": policy, "rates": rates, "tokens_per_s": rates[0], "identical": identical, "acceptance_rate": 0.5,
-            "speedup": rates[0] / 100, "modelled_speedup": 2.0, "tokens_per_round": 2.0}  # fmt: skip
+    return {
+        "policy": policy,
+        "rates": rates,
+        "tokens_per_s": rates[0],
+        "identical": identical,
+        "acceptance_rate": 0.5,
+        "speedup": rates[0] / 100,
+        "modelled_speedup": 2.0,
+        "tokens_per_round": 2.0,
+    }
 
 
 def test_where_nothing_pays_nothing_is_recommended(play, tmp_path, monkeypatch):
     """However good the model of the costs thinks a set is: the clock decides."""
-    monkeypatch.setattr(search_skips, "timed", lambda run, sets, static: [
-        row("none", [100.0]), row("static:1", [90.0]), *(row(f"set {i + 1}", [99.0 - i]) for i in range(len(sets)))])
+    monkeypatch.setattr(
+        search_skips,
+        "timed",
+        lambda run, sets, static: [
+            row("none", [100.0]),
+            row("static:1", [90.0]),
+            *(row(f"set {i + 1}", [99.0 - i]) for i in range(len(sets))),
+        ],
+    )
     out, _ = play(search_skips, *SMALL, "--trials", 2)
     search, skips = result(tmp_path / "out")
     assert skips["improvement"] is False and skips["recommended"] == "none" and skips["speedup"] == 0.99
@@ -147,13 +186,24 @@ def test_where_nothing_pays_nothing_is_recommended(play, tmp_path, monkeypatch):
     assert "nothing that was tried is faster than plain decoding: use --policy none" in out
 
 
-@pytest.mark.parametrize(("rows", "winner", "said"), [
-    ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [130, 110])], 2, "a tie: the set was faster"),
-    ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [150, 150])], 2, "1.25 times as fast as"),
-    ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [110, 110])], 1, "0.92 times as fast as"),
-    ([row("none", [100, 100]), row("static:1", [90, 90]), row("set 1", [100, 100])], 0, "use --policy none"),
-    ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [150, 150], False)], 1, "ITS TEXT DIFFERS"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "winner", "said"),
+    [
+        (
+            [row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [130, 110])],
+            2,
+            "a tie: the set was faster",
+        ),
+        ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [150, 150])], 2, "1.25 times as fast as"),
+        ([row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [110, 110])], 1, "0.92 times as fast as"),
+        ([row("none", [100, 100]), row("static:1", [90, 90]), row("set 1", [100, 100])], 0, "use --policy none"),
+        (
+            [row("none", [100, 100]), row("static:1", [120, 120]), row("set 1", [150, 150], False)],
+            1,
+            "ITS TEXT DIFFERS",
+        ),
+    ],
+)
 def test_the_conclusion_follows_the_clock(rows, winner, said):
     sets, static = [Trial((True, False), 2, 0.5, 1.5, 1.5)], Trial((False, True), 2, 0.5, 1.5, 1.5, 1)
     best, found, notes = search_skips.conclusion(rows, sets, static)
@@ -187,19 +237,22 @@ def test_costs_are_never_negative_and_a_slow_second_does_not_bend_them():
     assert fitted == pytest.approx([2.0, 0.0, 0.3], abs=0.02) and min(fitted) >= 0 and error < 0.01
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--trials", 0), "trials must be 1 or more, got 0"),
-    (("--most_drafts", 0), "most_drafts must be 1 or more, got 0"),
-    (("--most_drafts", 16), "num_draft_tokens must be in 0..15, got 16"),
-    (("--screen", 1.5), "screen must be in 0..1, got 1.5"),
-    (("--max_new_tokens", 1), "max_new_tokens must be 2 or more to draft, got 1"),
-    (("--num_draft_tokens", 3), "give --most_drafts instead"),
-    (("--draft_quantize", "int8"), "draft_quantize: the search drafts with the model's own weights only"),
-    (("--verification", "rejection", "--temperature", 1), "verification rejection: the search counts drafts"),
-    (("--output_dir", "/tmp/a,b"), "output_dir must be without ','"),
-    (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
-    (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--trials", 0), "trials must be 1 or more, got 0"),
+        (("--most_drafts", 0), "most_drafts must be 1 or more, got 0"),
+        (("--most_drafts", 16), "num_draft_tokens must be in 0..15, got 16"),
+        (("--screen", 1.5), "screen must be in 0..1, got 1.5"),
+        (("--max_new_tokens", 1), "max_new_tokens must be 2 or more to draft, got 1"),
+        (("--num_draft_tokens", 3), "give --most_drafts instead"),
+        (("--draft_quantize", "int8"), "draft_quantize: the search drafts with the model's own weights only"),
+        (("--verification", "rejection", "--temperature", 1), "verification rejection: the search counts drafts"),
+        (("--output_dir", "/tmp/a,b"), "output_dir must be without ','"),
+        (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
+        (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
+    ],
+)
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, *flags, code=2)

@@ -11,8 +11,19 @@ import generate
 from policies import make_policy
 from scripts import sweep
 
-SMALL = ("--num_samples", 2, "--max_new_tokens", 8, "--repeats", 1, "--ignore_eos", "--y", "exit_layer=1-2",
-         "--x", "num_draft_tokens=1,3")  # fmt: skip
+SMALL = (
+    "--num_samples",
+    2,
+    "--max_new_tokens",
+    8,
+    "--repeats",
+    1,
+    "--ignore_eos",
+    "--y",
+    "exit_layer=1-2",
+    "--x",
+    "num_draft_tokens=1,3",
+)
 CELLS = [f"static:exit_layer={e},num_draft_tokens={k}" for e in (1, 2) for k in (1, 3)]
 
 
@@ -81,36 +92,58 @@ def test_other_keys_of_other_policies_span_the_grid_too(play, tmp_path):
     play(sweep, *SMALL, "--policy", "confidence:candidates=1-2", "--y", "threshold=0.1,0.9", "--x", "stop=never,0.2")
     rows = table(tmp_path / "out")
     assert [row["policy"] for row in rows][:2] == [
-        "confidence:candidates=1-2,threshold=0.1,stop=never", "confidence:candidates=1-2,threshold=0.1,stop=0.2"]
+        "confidence:candidates=1-2,threshold=0.1,stop=never",
+        "confidence:candidates=1-2,threshold=0.1,stop=0.2",
+    ]
     assert all(row["identical"] == "True" and row["bound"] == "" for row in rows), "no fixed cost of a round"
 
 
 def test_the_best_cells_and_their_distance():
     axes = [sweep.Axis("exit_layer=1-3"), sweep.Axis("num_draft_tokens=2,4")]
     assert axes[1].values == ["2", "4"] and sweep.Axis("candidates=1-2-3,2-3").values == ["1-2-3", "2-3"]
-    speeds = {("1", "2"): (1.0, 1.1), ("1", "4"): (1.2, 1.3), ("2", "2"): (1.5, 1.4), ("2", "4"): (1.4, 1.45),
-              ("3", "2"): (1.1, 1.2), ("3", "4"): (1.0, 1.0)}  # fmt: skip
-    rows = [{"exit_layer": e, "num_draft_tokens": k, "policy": f"{e}/{k}", "speedup": measured, "ideal_speedup": ideal,
-             "bound": None} for (e, k), (measured, ideal) in speeds.items()]  # fmt: skip
+    speeds = {
+        ("1", "2"): (1.0, 1.1),
+        ("1", "4"): (1.2, 1.3),
+        ("2", "2"): (1.5, 1.4),
+        ("2", "4"): (1.4, 1.45),
+        ("3", "2"): (1.1, 1.2),
+        ("3", "4"): (1.0, 1.0),
+    }
+    rows = [
+        {
+            "exit_layer": e,
+            "num_draft_tokens": k,
+            "policy": f"{e}/{k}",
+            "speedup": measured,
+            "ideal_speedup": ideal,
+            "bound": None,
+        }
+        for (e, k), (measured, ideal) in speeds.items()
+    ]
     best = sweep.best_cells(rows)
     assert best == {"measured": "2/2", "ideal_bound": "2/4", "cost_bound": None}
     assert sweep.distance(rows, axes, "2/2", "2/4") == [0, 1] and sweep.distance(rows, axes, "2/2", None) is None
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--y", "exit_layer=1-9"), "exit_layer must be in 1..3 for this model, got 4"),
-    (("--y", "exit_layer"), "an axis must be KEY=v1,v2,… or KEY=first-last, got 'exit_layer'"),
-    (("--y", "depth=1"), "got 'depth=1'"),
-    (("--x", "exit_layer=1"), "must name different keys, got exit_layer twice"),
-    (("--x", "num_draft_tokens=1,1"), "each value once"),
-    (("--y", "exit_layer=2,02"), "static:exit_layer=2,num_draft_tokens=1 and static:exit_layer=02,num_draft_tokens=1 "
-                                 "are the same"),
-    (("--x", "num_draft_tokens=20"), "num_draft_tokens must be in 0..15, got 20"),
-    (("--repeats", 0), "repeats must be 1 or more, got 0"),
-    (("--max_new_tokens", 1), "max_new_tokens must be 2 or more to time decoding, got 1"),
-    (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
-    (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--y", "exit_layer=1-9"), "exit_layer must be in 1..3 for this model, got 4"),
+        (("--y", "exit_layer"), "an axis must be KEY=v1,v2,… or KEY=first-last, got 'exit_layer'"),
+        (("--y", "depth=1"), "got 'depth=1'"),
+        (("--x", "exit_layer=1"), "must name different keys, got exit_layer twice"),
+        (("--x", "num_draft_tokens=1,1"), "each value once"),
+        (
+            ("--y", "exit_layer=2,02"),
+            "static:exit_layer=2,num_draft_tokens=1 and static:exit_layer=02,num_draft_tokens=1 are the same",
+        ),
+        (("--x", "num_draft_tokens=20"), "num_draft_tokens must be in 0..15, got 20"),
+        (("--repeats", 0), "repeats must be 1 or more, got 0"),
+        (("--max_new_tokens", 1), "max_new_tokens must be 2 or more to time decoding, got 1"),
+        (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
+        (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
+    ],
+)
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(sweep, *SMALL, *flags, code=2)

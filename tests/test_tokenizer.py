@@ -68,10 +68,17 @@ def corpus():
 def sentencepiece_bytes(corpus):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        sentence_iterator=iter(corpus),
+        model_writer=model,
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
         num_threads=1,
-    )  # fmt: skip
+    )
     return model.getvalue()
 
 
@@ -89,10 +96,12 @@ def json_texts(corpus):
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     llama3 = tokenizers.Tokenizer(models.BPE())
-    llama3.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    llama3.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     llama3.decoder = decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -112,9 +121,7 @@ def json_texts(corpus):
     state["added_tokens"] = state["added_tokens"][:3]  # the bytes are ordinary pieces, as in a real file
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    state["decoder"] = {
-        "type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
-    }  # fmt: skip
+    state["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
     return {"json_byte_level": llama3.to_str(), "json_llama2": json.dumps(state)}
 
 
@@ -241,16 +248,25 @@ def test_tiktoken_has_llama_3s_special_tokens_in_their_places(make):
     tokenizer = make("tiktoken")
     first = tokenizer.vocab_size - 256
     places = {
-        "<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|reserved_special_token_0|>": 2, "<|finetune_right_pad_id|>": 4,
-        "<|reserved_special_token_2|>": 5, "<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eom_id|>": 8,
-        "<|eot_id|>": 9, "<|python_tag|>": 10, "<|reserved_special_token_3|>": 11,
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|reserved_special_token_0|>": 2,
+        "<|finetune_right_pad_id|>": 4,
+        "<|reserved_special_token_2|>": 5,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+        "<|reserved_special_token_3|>": 11,
         "<|reserved_special_token_247|>": 255,
-    }  # fmt: skip
+    }
     assert {name: tokenizer.special_tokens[name] - first for name in places} == places
     assert len(tokenizer.special_tokens) == 256 and tokenizer.bos_id == first
-    renamed = make("tiktoken", tokenizer_config={
-        "added_tokens_decoder": {str(first + 4): {"content": "<|mine|>", "special": True}}
-    })  # fmt: skip
+    renamed = make(
+        "tiktoken",
+        tokenizer_config={"added_tokens_decoder": {str(first + 4): {"content": "<|mine|>", "special": True}}},
+    )
     assert renamed.special_tokens["<|mine|>"] == first + 4
     assert "<|finetune_right_pad_id|>" not in renamed.special_tokens
 
@@ -358,16 +374,19 @@ def test_a_folder_without_a_tokenizer_is_named_with_what_was_looked_for(tmp_path
     assert str(tmp_path) in str(error.value) and "tokenizer.model, tokenizer.json" in str(error.value)
 
 
-@pytest.mark.parametrize("name, content", (
-    ("tokenizer.model", b""),
-    ("tokenizer.model", b"\x0a\xff\xff garbage"),
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"),
-    ("tokenizer.model", b"IQ== 0\nnot a rank line\n"),
-    ("tokenizer.json", b"{ half"),
-    ("tokenizer.json", b"[]"),
-    ("tokenizer.json", b'{"decoder": {"type": "ByteLevel"}}'),
-    ("tokenizer.json", b'{"decoder": null}'),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    (
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"\x0a\xff\xff garbage"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"),
+        ("tokenizer.model", b"IQ== 0\nnot a rank line\n"),
+        ("tokenizer.json", b"{ half"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"decoder": {"type": "ByteLevel"}}'),
+        ("tokenizer.json", b'{"decoder": null}'),
+    ),
+)
 def test_a_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as error:

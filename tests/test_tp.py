@@ -38,8 +38,14 @@ GREEDY = SamplingConfig()
 SAMPLING = {"greedy": GREEDY, "coupled": SamplingConfig(temperature=0.8, seed=7)}
 ALL_SAMPLING = SAMPLING | {"top_k": SamplingConfig(temperature=1.2, top_k=40, top_p=0.9, seed=3)}
 REJECTION = SamplingConfig(temperature=0.8, seed=7, verification="rejection")
-POLICIES = ("static:2", "confidence:0.5,candidates=1-2-3", "skip_set:FILE", "prompt_lookup:min_ngram=1",
-            "learned:LEARNED,every=1", "static:1,adapter=ADAPTER")  # fmt: skip
+POLICIES = (
+    "static:2",
+    "confidence:0.5,candidates=1-2-3",
+    "skip_set:FILE",
+    "prompt_lookup:min_ngram=1",
+    "learned:LEARNED,every=1",
+    "static:1,adapter=ADAPTER",
+)
 MORE_POLICIES = ("saturation:0.9,candidates=1-2-3", "static:2,stop=0.5", "logits_future", "prompt_lookup+static:1")
 SAME_AS_ONE_RANK = ("random", "demo", "int8", "int4")  # int8 and int4: files; all computed in fp32
 LOW = Format("int8")
@@ -122,18 +128,31 @@ def run_ranks(size: int, command: list[str], **keywords) -> tuple[list[int], str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
-                           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     start = time.perf_counter()
     ranks = [
-        subprocess.Popen([sys.executable, *command], cwd=ROOT, env=shared | {"RANK": str(rank)},
-                         stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=shared | {"RANK": str(rank)},
+            stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(size)
-    ]  # fmt: skip
+    ]
     try:
-        outputs = [rank.communicate(keywords.get("input") if not number else None, timeout=SECONDS)
-                   for number, rank in enumerate(ranks)]  # fmt: skip
+        outputs = [
+            rank.communicate(keywords.get("input") if not number else None, timeout=SECONDS)
+            for number, rank in enumerate(ranks)
+        ]
     finally:
         for rank in ranks:
             rank.kill()
@@ -215,8 +234,14 @@ def test_torchrun_writes_the_demo_text_of_one_process_and_only_rank_0_speaks(tmp
     command = ["generate.py", "--prompt", "def copy_file(source", "--precision", "fp32", "--max_new_tokens", "24"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *torchrun, *command, "--json", str(tmp_path / "two.json")], cwd=ROOT,
-                         env=environment, capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, *torchrun, *command, "--json", str(tmp_path / "two.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "two.json").read_text())
     runner = Runner(checkpoint.load(DEMO, torch.float32).model, 80, max_rows=1)
@@ -227,17 +252,30 @@ def test_torchrun_writes_the_demo_text_of_one_process_and_only_rank_0_speaks(tmp
 
 
 def test_a_conversation_is_typed_at_rank_0_alone(tmp_path):
-    command = ["generate.py", "--interactive", "--policy", "static:3", "--precision", "fp32", "--max_new_tokens", "8",
-               "--json", str(tmp_path / "turns.json")]  # fmt: skip
+    command = [
+        "generate.py",
+        "--interactive",
+        "--policy",
+        "static:3",
+        "--precision",
+        "fp32",
+        "--max_new_tokens",
+        "8",
+        "--json",
+        str(tmp_path / "turns.json"),
+    ]
     codes, out, err, _ = run_ranks(2, command, input="import os\ndef main\n")
     assert codes == [0, 0], err
     assert len(json.loads((tmp_path / "turns.json").read_text())["turns"]) == 2 and out.count("> ") == 3
 
 
-@pytest.mark.parametrize(("size", "flags", "line"), [
-    (3, [], "error: 3 ranks do not divide num_attention_heads 4 of this model: start a number that does"),
-    (2, ["--max_new_tokens", "0"], "error: max_new_tokens must be 1 or more, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "flags", "line"),
+    [
+        (3, [], "error: 3 ranks do not divide num_attention_heads 4 of this model: start a number that does"),
+        (2, ["--max_new_tokens", "0"], "error: max_new_tokens must be 1 or more, got 0"),
+    ],
+)
 def test_a_mistake_is_one_line_from_all_ranks_together_and_exit_code_2(size, flags, line):
     codes, out, err, _ = run_ranks(size, ["generate.py", "--prompt", "x", *flags])
     assert codes == [2] * size
@@ -251,12 +289,15 @@ def test_a_rank_that_fails_ends_all_with_its_error(model_files):
     assert err.count("Traceback") == 1
 
 
-@pytest.mark.parametrize(("change", "size", "message"), [
-    ({"dim": 70}, 4, "4 ranks do not divide hidden_size 70"),
-    ({"ffn_dim": 97}, 2, "2 ranks do not divide intermediate_size 97"),
-    ({"n_head": 12, "n_kv_head": 6}, 4, "4 ranks neither divide num_key_value_heads 6"),
-    ({"vocab_size": 7}, 4, "4 ranks are too many for vocab_size 7: start 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "size", "message"),
+    [
+        ({"dim": 70}, 4, "4 ranks do not divide hidden_size 70"),
+        ({"ffn_dim": 97}, 2, "2 ranks do not divide intermediate_size 97"),
+        ({"n_head": 12, "n_kv_head": 6}, 4, "4 ranks neither divide num_key_value_heads 6"),
+        ({"vocab_size": 7}, 4, "4 ranks are too many for vocab_size 7: start 3"),
+    ],
+)
 def test_a_model_that_cannot_be_cut_is_refused(change, size, message):
     args = checkpoint.open_source(DEMO).args
     tp.check(args, size)

@@ -64,8 +64,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, texts, tmp_path):
     out = tmp_path / "killed"
     child = subprocess.Popen(
         [sys.executable, "-m", "scripts.train", "--data", str(texts), *TINY, *flags, "--output_dir", str(out)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
     log = out / "log.jsonl"
     while child.poll() is None and not ((out / "state.pt").exists() and log.read_text().count("\n") > 12):
         time.sleep(0.005)
@@ -77,8 +79,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, texts, tmp_path):
     assert resumed["step"] == whole["step"] == 120
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][name]), name
-    losses = [[json.loads(row)["loss_by_exit"] for row in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-              for name in ("whole", "killed")]  # fmt: skip
+    losses = [
+        [json.loads(row)["loss_by_exit"] for row in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
     assert losses[0] == losses[1], "the log of a resumed run has every step once"
 
 
@@ -113,7 +117,9 @@ def test_training_goes_on_from_a_hugging_face_folder(run, tmp_path, capsys):
     continual = ["--checkpoint_path", str(tmp_path / "first"), "--json", str(result)]
     second = run(tmp_path / "second", *continual, "--max_steps", "3", "--learning_rate", "0.0")
     assert second["step"] == 3 and (second["config"]["optimizer"], second["config"]["dropout_schedule"]) == (
-        "adamw", "constant")  # fmt: skip
+        "adamw",
+        "constant",
+    )
     said = capsys.readouterr()
     assert "before" in said.out and said.err.count("dropout_schedule constant") == 1, "the choice is told once"
     results = json.loads(result.read_text())["results"]
@@ -125,8 +131,19 @@ def test_training_goes_on_from_a_hugging_face_folder(run, tmp_path, capsys):
 def test_threads_that_share_a_batch_drop_the_layers_that_one_thread_drops(run, tmp_path):
     rows = []
     for workers in ("1", "2"):
-        run(tmp_path / workers, "--max_steps", "6", "--p_max", "0.5", "--dropout_schedule", "constant", "--optimizer",
-            "adamw", "--workers", workers)  # fmt: skip
+        run(
+            tmp_path / workers,
+            "--max_steps",
+            "6",
+            "--p_max",
+            "0.5",
+            "--dropout_schedule",
+            "constant",
+            "--optimizer",
+            "adamw",
+            "--workers",
+            workers,
+        )
         log = (tmp_path / workers / "log.jsonl").read_text().splitlines()
         rows.append([{"norm": row["grad_norm"], **row["loss_by_exit"]} for row in map(json.loads, log)])
     for one, two in zip(*rows, strict=True):
@@ -156,8 +173,18 @@ def test_layers_are_dropped_as_in_the_paper():
 
 
 def test_a_dropped_layer_leaves_its_samples_untouched():
-    args = ModelArgs(dim=32, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, ffn_dim=32, vocab_size=50, max_seq_len=16,
-                     norm_eps=1e-5, rope_base=10000.0)  # fmt: skip
+    args = ModelArgs(
+        dim=32,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        head_dim=16,
+        ffn_dim=32,
+        vocab_size=50,
+        max_seq_len=16,
+        norm_eps=1e-5,
+        rope_base=10000.0,
+    )
     model = Transformer(args)
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.1)
@@ -239,7 +266,9 @@ def test_what_else_is_in_the_folder_is_refused_and_other_settings_are_told(run, 
     run(out, "--max_steps", "2", "--seed", "7", "--focus_exits", "2:0.5")
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("goes on with")] == [
-        "goes on with another seed: 7, 0 before", "goes on with another focus_exits: '2:0.5', '' before"]  # fmt: skip
+        "goes on with another seed: 7, 0 before",
+        "goes on with another focus_exits: '2:0.5', '' before",
+    ]
     with journal.claimed(out), pytest.raises(ValueError, match="another run writes into"):
         run(out, "--max_steps", "2")
     weights = (out / "model.safetensors").read_bytes()

@@ -21,9 +21,14 @@ from scripts.train_config import TrainConfig
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TEXT = TrainConfig(
-    data=[str(STDLIB / name) for name in ("textwrap.py", "heapq.py", "bisect.py", "contextlib.py")], context=64,
-    batch_size=8, precision="fp32", heldout=0.2, save_every=20, eval_every=20,
-)  # fmt: skip
+    data=[str(STDLIB / name) for name in ("textwrap.py", "heapq.py", "bisect.py", "contextlib.py")],
+    context=64,
+    batch_size=8,
+    precision="fp32",
+    heldout=0.2,
+    save_every=20,
+    eval_every=20,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,8 +44,18 @@ def short_report():
 def base(tmp_path_factory):
     """A model whose loss was taken after the last layer only."""
     folder = tmp_path_factory.mktemp("base")
-    config = replace(TEXT, n_layer=4, dim=48, ffn_dim=96, vocab_size=512, max_steps=80, p_max=0.0, e_scale=0.0,
-                     learning_rate=0.02, output_dir=str(folder))  # fmt: skip
+    config = replace(
+        TEXT,
+        n_layer=4,
+        dim=48,
+        ffn_dim=96,
+        vocab_size=512,
+        max_steps=80,
+        p_max=0.0,
+        e_scale=0.0,
+        learning_rate=0.02,
+        output_dir=str(folder),
+    )
     train.run(config, Ranks(None))
     return folder
 
@@ -51,10 +66,20 @@ def adapted(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("adapted")
     before = digest(base)
     config = TrainConfig(
-        data=TEXT.data, context=64, batch_size=8, precision="fp32", heldout=0.2, save_every=20, eval_every=20,
-        checkpoint_path=str(base), adapter_exits="1,2", adapter_rank=16, max_steps=60, output_dir=str(out),
+        data=TEXT.data,
+        context=64,
+        batch_size=8,
+        precision="fp32",
+        heldout=0.2,
+        save_every=20,
+        eval_every=20,
+        checkpoint_path=str(base),
+        adapter_exits="1,2",
+        adapter_rank=16,
+        max_steps=60,
+        output_dir=str(out),
         json=str(out / "result.json"),
-    )  # fmt: skip
+    )
     train.run(config, Ranks(None))
     return config, json.loads((out / "result.json").read_text())["results"], before
 
@@ -66,7 +91,11 @@ def digest(folder):
 def test_divergence_falls_and_agreement_rises_at_every_adapted_exit(adapted):
     config, results, _ = adapted
     assert [(row["exit_layer"], row["adapter"]) for row in results["exits"]] == [
-        (1, False), (1, True), (2, False), (2, True)]  # fmt: skip
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
     for plain, with_adapter in zip(results["exits"][::2], results["exits"][1::2], strict=True):
         assert with_adapter["kl"] < 0.7 * plain["kl"] and with_adapter["loss"] < plain["loss"]
         assert with_adapter["agreement"] > plain["agreement"] + 0.05

@@ -25,8 +25,28 @@ from scripts.skip_rewards import SkipReward, SpeedReward, Window, layers_skipped
 from scripts.train_policy import Run, Trainer
 
 COSTS = RoundCosts(1.0, [0.5, 0.1, 0.05, 0.05, 0.0, 0.0], 0.0)
-SMALL = ("--steps", 6, "--save_every", 2, "--context", 24, "--windows", 1, "--samples", 2, "--hidden", 8,
-         "--eval_windows", 3, "--num_prompts", 2, "--max_new_tokens", 8, "--repeats", 1)  # fmt: skip
+SMALL = (
+    "--steps",
+    6,
+    "--save_every",
+    2,
+    "--context",
+    24,
+    "--windows",
+    1,
+    "--samples",
+    2,
+    "--hidden",
+    8,
+    "--eval_windows",
+    3,
+    "--num_prompts",
+    2,
+    "--max_new_tokens",
+    8,
+    "--repeats",
+    1,
+)
 
 
 @pytest.fixture
@@ -72,8 +92,9 @@ def standard_errors_off(loss, samples: int, batches: int = 600) -> float:
         logits = network(states[rows])
         actions = draw(logits, samples, generator)
         rewards = worth[rows, (actions * place).sum(-1)]
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(
-            loss(logits, actions, rewards), network.parameters())]))  # fmt: skip
+        found.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss(logits, actions, rewards), network.parameters())])
+        )
     found, exact = torch.stack(found), torch.cat([g.flatten() for g in exact])
     error = found.std(0) / batches**0.5
     assert (error > 0).sum() > 20, "most components must be alive"
@@ -155,8 +176,24 @@ def model_with_idle_layers(seed: int):
 
 
 def learned_policies(model, seed: int, alphas: str, folder: Path) -> tuple[dict, list[dict]]:
-    flags = train_policy.parse_flags(["--alpha", alphas, "--steps", "60", "--context", "32", "--learning_rate", "0.02",
-                                      "--seed", str(seed), "--eval_windows", "12", "--hidden", "16"])  # fmt: skip
+    flags = train_policy.parse_flags(
+        [
+            "--alpha",
+            alphas,
+            "--steps",
+            "60",
+            "--context",
+            "32",
+            "--learning_rate",
+            "0.02",
+            "--seed",
+            str(seed),
+            "--eval_windows",
+            "12",
+            "--hidden",
+            "16",
+        ]
+    )
     text = torch.randint(130, (2000,), generator=torch.Generator().manual_seed(seed))
     rewards = train_policy.make_rewards(flags, model, COSTS)
     trainer, run = Trainer(model, text[:1400], flags), Run(folder / "state.pt", {})
@@ -196,8 +233,17 @@ def test_all_policies_see_the_same_windows_and_draws_and_every_step_others():
 def test_a_policy_that_sees_the_state_beats_one_set_for_all_where_states_differ(tmp_path):
     """Rewarded for layer 0 after some tokens and for layer 3 after others."""
     model = random_model(torch.float32, pack=False)
-    flags = argparse.Namespace(context=32, windows=2, samples=4, hidden=32, actions="layer", steps=80, seed=0,
-                               learning_rate=0.03, save_every=100)  # fmt: skip
+    flags = argparse.Namespace(
+        context=32,
+        windows=2,
+        samples=4,
+        hidden=32,
+        actions="layer",
+        steps=80,
+        seed=0,
+        learning_rate=0.03,
+        save_every=100,
+    )
     text = torch.randint(130, (2000,), generator=torch.Generator().manual_seed(0))
 
     def reward(outcome, keep):
@@ -215,7 +261,8 @@ def test_a_policy_that_sees_the_state_beats_one_set_for_all_where_states_differ(
             patch.setattr(module, "Window", Judged)
         network = Trainer(model, text, flags).train("x", reward, Run(tmp_path / "state.pt", {}))
         [row] = policy_report.evaluate(
-            model, [text[i : i + 33].tolist() for i in (0, 500, 900)], {"x": network}, {"x": reward}, 0)  # fmt: skip
+            model, [text[i : i + 33].tolist() for i in (0, 500, 900)], {"x": network}, {"x": reward}, 0
+        )
     assert row["learned"]["reward"] > 0.6 and row["over_one_set"]["reward"][0] > 0.4
     assert row["distinct_sets"] > 1
 
@@ -226,10 +273,15 @@ def test_the_number_of_drafts_follows_costs_and_agreement(monkeypatch):
     text = torch.randint(130, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     choose = lambda kept, tenths, costs, given=None: (
         monkeypatch.setattr(SkipNetwork, "choose", lambda _, states: torch.full((len(states), 8), kept)),
-        monkeypatch.setattr(Window, "judge", lambda self, keep: argparse.Namespace(
-            agrees=(torch.arange(len(keep)) % 10 < tenths) & (torch.arange(len(keep)) >= 63))),  # never in the prompt
+        monkeypatch.setattr(
+            Window,
+            "judge",
+            lambda self, keep: argparse.Namespace(
+                agrees=(torch.arange(len(keep)) % 10 < tenths) & (torch.arange(len(keep)) >= 63)
+            ),
+        ),  # never in the prompt
         policy_report.choose_drafts(model, [text], network, costs, given),
-    )[-1]  # fmt: skip
+    )[-1]
     cheap, dear = RoundCosts(1.0, [1.0, 0.01, 0, 0, 0, 0], 0.0), RoundCosts(1.0, [1.0, 0.9, 0, 0, 0, 0], 0.0)
     assert choose(False, 10, cheap)["num_draft_tokens"] == 7
     assert choose(False, 10, cheap)["expected_speedup"] == pytest.approx(8 / 1.07)
@@ -258,9 +310,13 @@ def test_a_run_leaves_files_that_generate_reads_a_table_an_object_and_a_picture(
     assert list(files) == ["learned_0.1.safetensors", "learned_3.safetensors"]
     for row, (metadata, tensors) in zip(result["policies"], files.values(), strict=True):
         assert metadata == {
-            "format": "skipfast learned policy", "n_layer": "3", "dim": "64", "alpha": row["alpha"],
-            "num_draft_tokens": str(row["num_draft_tokens"]), "skipped_layers": f"{row['learned']['skipped']:.3f}",
-        }  # fmt: skip
+            "format": "skipfast learned policy",
+            "n_layer": "3",
+            "dim": "64",
+            "alpha": row["alpha"],
+            "num_draft_tokens": str(row["num_draft_tokens"]),
+            "skipped_layers": f"{row['learned']['skipped']:.3f}",
+        }
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         assert shapes == {"w1": [8, 64], "b1": [8], "w2": [6, 8], "b2": [6]}
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -274,9 +330,24 @@ def test_a_run_leaves_files_that_generate_reads_a_table_an_object_and_a_picture(
     row = result["policies"][0]
     for speed in (1.5, 0.9):  # going on with a finished run
         rows = [row | {"speedup": speed}, row | {"speedup": 0.8}]
-        monkeypatch.setattr(policy_report.Engine, "compare", lambda *_, rows=rows: [
-            {key: one[key] for key in ("drafted", "acceptance_rate", "tokens_per_round", "tokens_per_s", "speedup",
-                                       "identical")} for one in rows])  # fmt: skip
+        monkeypatch.setattr(
+            policy_report.Engine,
+            "compare",
+            lambda *_, rows=rows: [
+                {
+                    key: one[key]
+                    for key in (
+                        "drafted",
+                        "acceptance_rate",
+                        "tokens_per_round",
+                        "tokens_per_s",
+                        "speedup",
+                        "identical",
+                    )
+                }
+                for one in rows
+            ],
+        )
         out, _ = learn("--alpha", "0.1,3")
         command = json.loads((folder / "policy.json").read_text())["command"]
         if speed > 1:
@@ -336,9 +407,11 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     whole, found = state.read_bytes(), torch.load(state, weights_only=True)
     old = [{"plain": 1.0, "table": [1.0]}, asdict(COSTS) | {"fitted": [1.0, 2.0]}]
     for content, message in (
-        (b"mine", "is not what"), (whole[: len(whole) // 2], "is not what"), ({"settings": 3}, "is not what"),
+        (b"mine", "is not what"),
+        (whole[: len(whole) // 2], "is not what"),
+        ({"settings": 3}, "is not what"),
         *((found | {"costs": costs}, "has costs of rounds that this version does not understand") for costs in old),
-    ):  # fmt: skip
+    ):
         state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
         _, error = learn("--alpha", "0.1", code=2)
         assert f"state.pt {message}" in error.splitlines()[-1] and "give another --output_dir" in error
@@ -349,25 +422,28 @@ def test_a_policy_that_diverges_is_named_and_not_kept(learn, tmp_path):
     assert "the policy diverged in step" in error and not list((tmp_path / "out").glob("learned_*"))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--alpha", "much"), "alpha must be numbers with commas, such as 0.02,0.03,0.1,0.5, got 'much'"),
-    (("--alpha", "0.1,-1"), "alpha must be 0 or more"),
-    (("--alpha", "nan"), "alpha must be 0 or more"),
-    (("--alpha", "0.1", "--reward", "speed"), "--alpha does not go with --reward speed"),
-    (("--steps", 0), "steps must be 1 or more, got 0"),
-    (("--samples", 1), "samples must be 2 or more, got 1"),
-    (("--learning_rate", 0), "learning_rate must be above 0, got 0"),
-    (("--num_draft_tokens", 8), "num_draft_tokens must be in 1..7, got 8"),
-    (("--context", 999), "context must be at most 256, as this model's, got 999"),
-    (("--max_new_tokens", 250), "max_new_tokens must be at most 192 for this model, got 250"),
-    (("--data", "no_such"), "no_such does not exist"),
-    (("--glob", "*.nothing"), "no file matches '*.nothing'"),
-    (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
-    (("--output_dir", "a,b"), "output_dir must be without , + and ="),
-    (("--output_dir", "a=b"), "output_dir must be without , + and ="),
-    (("--seed", 2**62), "seed must be in 0..4294967295, got 4611686018427387904"),
-    (("--json", "/no/such/file"), "cannot write /no/such/file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alpha", "much"), "alpha must be numbers with commas, such as 0.02,0.03,0.1,0.5, got 'much'"),
+        (("--alpha", "0.1,-1"), "alpha must be 0 or more"),
+        (("--alpha", "nan"), "alpha must be 0 or more"),
+        (("--alpha", "0.1", "--reward", "speed"), "--alpha does not go with --reward speed"),
+        (("--steps", 0), "steps must be 1 or more, got 0"),
+        (("--samples", 1), "samples must be 2 or more, got 1"),
+        (("--learning_rate", 0), "learning_rate must be above 0, got 0"),
+        (("--num_draft_tokens", 8), "num_draft_tokens must be in 1..7, got 8"),
+        (("--context", 999), "context must be at most 256, as this model's, got 999"),
+        (("--max_new_tokens", 250), "max_new_tokens must be at most 192 for this model, got 250"),
+        (("--data", "no_such"), "no_such does not exist"),
+        (("--glob", "*.nothing"), "no file matches '*.nothing'"),
+        (("--output_dir", "/proc/no"), "cannot make the folder /proc/no"),
+        (("--output_dir", "a,b"), "output_dir must be without , + and ="),
+        (("--output_dir", "a=b"), "output_dir must be without , + and ="),
+        (("--seed", 2**62), "seed must be in 0..4294967295, got 4611686018427387904"),
+        (("--json", "/no/such/file"), "cannot write /no/such/file"),
+    ],
+)
 def test_a_mistake_is_one_line_before_the_weights_are_read(learn, monkeypatch, flags, message):
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn(*flags, code=2)

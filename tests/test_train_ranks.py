@@ -23,10 +23,21 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 120
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TINY = TrainConfig(
-    data=[str(STDLIB / name) for name in ("textwrap.py", "heapq.py", "bisect.py")], n_layer=4, dim=32, ffn_dim=48,
-    vocab_size=512, context=64, short_context=32, batch_size=4, precision="fp32", heldout=0.2, max_steps=20,
-    save_every=10, eval_every=10, tie_embeddings=True,
-)  # fmt: skip
+    data=[str(STDLIB / name) for name in ("textwrap.py", "heapq.py", "bisect.py")],
+    n_layer=4,
+    dim=32,
+    ffn_dim=48,
+    vocab_size=512,
+    context=64,
+    short_context=32,
+    batch_size=4,
+    precision="fp32",
+    heldout=0.2,
+    max_steps=20,
+    save_every=10,
+    eval_every=10,
+    tie_embeddings=True,
+)
 # Every job in one pair of processes: most of a short run is the start of Python.
 PROGRAM = """
 import json, sys
@@ -53,8 +64,15 @@ def continual(tmp_path_factory, short_report):
     """The settings of a run that goes on from a checkpoint, in bf16 as most are, and drops many layers."""
     base = tmp_path_factory.mktemp("base")
     train.run(replace(TINY, max_steps=5, precision="bf16", output_dir=str(base)), Ranks(None))
-    return replace(TINY, checkpoint_path=str(base), optimizer="adamw", learning_rate=0.01, p_max=0.4,
-                   curriculum="rotational:2", distill=0.3)  # fmt: skip
+    return replace(
+        TINY,
+        checkpoint_path=str(base),
+        optimizer="adamw",
+        learning_rate=0.01,
+        p_max=0.4,
+        curriculum="rotational:2",
+        distill=0.3,
+    )
 
 
 def start_two(*command):
@@ -62,10 +80,18 @@ def start_two(*command):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                      "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        os.environ
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([sys.executable, *command], env=env, **pipes) for env in ranks]
 
@@ -117,8 +143,10 @@ def test_two_processes_train_as_one_does_and_fsdp_goes_on_from_the_state_of_one(
     ]
     said = said_by(start_two("-c", PROGRAM, json.dumps(jobs)))
     assert said.count("from step 10") == 1 and said.count("from step 0") == 2
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["results"]
-               for name in ("one", "ddp", "fsdp", "resumed")}  # fmt: skip
+    results = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["results"]
+        for name in ("one", "ddp", "fsdp", "resumed")
+    }
     for name in ("ddp", "fsdp", "resumed"):
         assert_same_run(tmp_path / "one", tmp_path / name, 20)
         for key in ("heldout_before", "heldout_loss_by_exit"):

@@ -29,15 +29,18 @@ def test_each_text_is_a_line_and_each_row_has_the_quality_and_speeds_of_its_line
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
     _, records = lines(tmp_path / "out")
     assert sorted((r["row"], r["sample"], r["repeat"]) for r in records) == [
-        (row, sample, repeat) for row in range(len(rows)) for sample in (0, 1) for repeat in (1, 2)]
+        (row, sample, repeat) for row in range(len(rows)) for sample in (0, 1) for repeat in (1, 2)
+    ]
     for number, row in enumerate(rows):
         own = [r for r in records if r["row"] == number]
         assert all(len(r["tokens"]) == 6 and r["decode_s"] > 0 and r["prefill_s"] > 0 for r in own)
         last = [r for r in own if r["repeat"] == 2]
         for name in ("rouge1", "exact_match", "edit_distance", "edit_distance_normalised"):
             assert row["quality"][name] == pytest.approx(sum(r[name] for r in last) / 2)
-        totals = [sum(5 for r in own if r["repeat"] == t) / sum(r["decode_s"] for r in own if r["repeat"] == t)
-                  for t in (1, 2)]  # fmt: skip
+        totals = [
+            sum(5 for r in own if r["repeat"] == t) / sum(r["decode_s"] for r in own if r["repeat"] == t)
+            for t in (1, 2)
+        ]
         assert row["tokens_per_s_rounds"] == pytest.approx(totals)
         each = [sum(5 / r["decode_s"] for r in own if r["sample"] == s) / 2 for s in (0, 1)]  # of two, the median
         assert row["mean_sample_tokens_per_s"] == pytest.approx(sum(each) / 2)
@@ -90,11 +93,14 @@ def test_a_dataset_without_responses_is_timed_without_quality(play, tmp_path):
     assert "quality" not in out
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--prompts", "code"), "--dataset and --prompts both say what to continue"),
-    (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
-    (("--prompt_field", "x", "--dataset", "{file}"), "line 1: no field 'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompts", "code"), "--dataset and --prompts both say what to continue"),
+        (("--dataset", "no_such"), "dataset must be a JSON-lines file or one of"),
+        (("--prompt_field", "x", "--dataset", "{file}"), "line 1: no field 'x'"),
+    ],
+)
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, tmp_path, monkeypatch, flags, message):
     (tmp_path / "x.jsonl").write_text('{"prompt": "import os"}\n')
     monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))

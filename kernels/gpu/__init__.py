@@ -3,6 +3,7 @@
 `tiles.py` holds what they share: one table of tile constants, and how kernels are compiled without a GPU. The kernel
 files need Triton, which is optional: they are imported by `load()`, when a model goes to a GPU, or by their tests.
 """
+
 import importlib
 import subprocess
 
@@ -42,8 +43,10 @@ def uncovered(args, dtype: torch.dtype) -> str | None:
     if dtype is not torch.bfloat16:
         return f"the GPU kernels take bf16, not {str(dtype)[6:]}"
     if args.head_dim > HEAD_DIM or args.n_head > ROWS * args.n_kv_head:
-        return (f"the GPU attention kernel takes heads of up to {HEAD_DIM} and {ROWS} query heads per key-value head, "
-                f"not {args.head_dim} and {args.n_head // args.n_kv_head}")
+        return (
+            f"the GPU attention kernel takes heads of up to {HEAD_DIM} and {ROWS} query heads per key-value head, "
+            f"not {args.head_dim} and {args.n_head // args.n_kv_head}"
+        )
     inputs = {"hidden_size": args.dim, "intermediate_size": args.ffn_dim, "heads' width": args.n_head * args.head_dim}
     for name, features in inputs.items():
         if features % FEATURES:

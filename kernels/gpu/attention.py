@@ -9,6 +9,7 @@ sized by the positions, which it reads on the device.
 A row's bits depend neither on the other rows and their positions nor on the length of the cache: cuts and tiles are
 absolute, and a tile of which a row sees nothing multiplies its state by exactly 1 and adds exactly 0.
 """
+
 import math
 
 import torch
@@ -51,9 +52,29 @@ def product(a, b, sums, UPCAST: tl.constexpr):
 
 # One binary for all row counts, cache lengths and slices of the positions: nothing of them is specialised on.
 @triton.jit(do_not_specialize=["positions", "rows", "slots"])
-def attend_segments(q, k, v, k_cache, v_cache, positions, outs, stats, rows, slots, q_stride, k_stride, v_stride,
-                    SCALE: tl.constexpr, RATIO: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, N: tl.constexpr,
-                    SEGMENT: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr):
+def attend_segments(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    positions,
+    outs,
+    stats,
+    rows,
+    slots,
+    q_stride,
+    k_stride,
+    v_stride,
+    SCALE: tl.constexpr,
+    RATIO: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    N: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Grid (blocks of ROWS rows x heads, kv heads, programs). outs: [T, H, segments, E]. stats: [2, T, H, segments]."""
     group = tl.program_id(1)
     features = tl.arange(0, BLOCK_E)
@@ -64,8 +85,11 @@ def attend_segments(q, k, v, k_cache, v_cache, positions, outs, stats, rows, slo
     position = load_positions(positions, row // RATIO, live)
     last = tl.max(position, axis=0)
     head = group * RATIO + row % RATIO
-    query = tl.load(q + (row // RATIO)[:, None] * q_stride + head[:, None] * E + features[None, :],
-                    mask=live[:, None] & (features < E)[None, :], other=0.0)
+    query = tl.load(
+        q + (row // RATIO)[:, None] * q_stride + head[:, None] * E + features[None, :],
+        mask=live[:, None] & (features < E)[None, :],
+        other=0.0,
+    )
     k_head = k_cache + group.to(tl.int64) * slots * E
     v_head = v_cache + group.to(tl.int64) * slots * E
     segments = tl.cdiv(slots, SEGMENT)
@@ -103,13 +127,28 @@ def attend_segments(q, k, v, k_cache, v_cache, positions, outs, stats, rows, slo
         place = ((row // RATIO) * heads + head) * segments + segment
         tl.store(stats + place, top, mask=used)
         tl.store(stats + rows * heads * segments + place, total, mask=used)
-        tl.store(outs + place.to(tl.int64)[:, None] * E + features[None, :], values,
-                 mask=used[:, None] & (features < E)[None, :])
+        tl.store(
+            outs + place.to(tl.int64)[:, None] * E + features[None, :],
+            values,
+            mask=used[:, None] & (features < E)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["positions", "rows", "slots"])
-def merge_segments(outs, stats, positions, out, rows, slots, HEADS: tl.constexpr, E: tl.constexpr,
-                   SEGMENT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, UPCAST: tl.constexpr):
+def merge_segments(
+    outs,
+    stats,
+    positions,
+    out,
+    rows,
+    slots,
+    HEADS: tl.constexpr,
+    E: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Grid (T x H, parts of K features): reduce the segments that the row sees, N at a time; none gives zeros."""
     row = tl.program_id(0)
     features = tl.program_id(1) * K + tl.arange(0, K)
@@ -125,8 +164,11 @@ def merge_segments(outs, stats, positions, out, rows, slots, HEADS: tl.constexpr
         place = row * segments + segment
         tops = tl.load(stats + place, mask=live, other=LOWEST)
         totals = tl.load(stats + rows * HEADS * segments + place, mask=live, other=0.0)
-        parts = tl.load(outs + place.to(tl.int64)[:, None] * E + features[None, :],
-                        mask=live[:, None] & (features < E)[None, :], other=0.0)
+        parts = tl.load(
+            outs + place.to(tl.int64)[:, None] * E + features[None, :],
+            mask=live[:, None] & (features < E)[None, :],
+            other=0.0,
+        )
         higher = tl.maximum(top, tl.max(tops, axis=0))
         weights = tl.exp2(tops - higher)
         decay = tl.exp2(top - higher)
@@ -143,8 +185,16 @@ def attend_constants(ratio: int, head_dim: int) -> dict[str, object]:
     """The constants of `attend_segments`. A tile holds equally many elements for every head dim."""
     tile = TILES["attention"]
     block = max(16, triton.next_power_of_2(head_dim))
-    return {"SCALE": math.log2(math.e) / math.sqrt(head_dim), "RATIO": ratio, "E": head_dim, "BLOCK_E": block,
-            "N": min(SEGMENT, tile.n * tile.k // block), "SEGMENT": SEGMENT, "ROWS": ROWS, "UPCAST": INTERPRETED}
+    return {
+        "SCALE": math.log2(math.e) / math.sqrt(head_dim),
+        "RATIO": ratio,
+        "E": head_dim,
+        "BLOCK_E": block,
+        "N": min(SEGMENT, tile.n * tile.k // block),
+        "SEGMENT": SEGMENT,
+        "ROWS": ROWS,
+        "UPCAST": INTERPRETED,
+    }
 
 
 def merge_constants(heads: int, head_dim: int) -> dict[str, object]:
@@ -156,17 +206,30 @@ def check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, pos
     rows, heads, head_dim = q.shape
     groups, slots = k_cache.shape[:2]
     if not 1 <= rows <= ROWS or not 1 <= head_dim <= HEAD_DIM or heads % groups or heads > ROWS * groups:
-        raise ValueError(f"decode attention takes 1 to {ROWS} rows, heads of up to {HEAD_DIM} and 1 to {ROWS} query "
-                         f"heads per kv head, not q {list(q.shape)} with {groups} kv heads")
-    if k.shape != (rows, groups, head_dim) or v.shape != k.shape or positions.shape != (rows,) \
-            or k_cache.shape != (groups, slots, head_dim) or v_cache.shape != k_cache.shape:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, positions {list(positions.shape)} "
-                         f"and caches {list(k_cache.shape)}, {list(v_cache.shape)} do not fit together")
+        raise ValueError(
+            f"decode attention takes 1 to {ROWS} rows, heads of up to {HEAD_DIM} and 1 to {ROWS} query "
+            f"heads per kv head, not q {list(q.shape)} with {groups} kv heads"
+        )
+    if (
+        k.shape != (rows, groups, head_dim)
+        or v.shape != k.shape
+        or positions.shape != (rows,)
+        or k_cache.shape != (groups, slots, head_dim)
+        or v_cache.shape != k_cache.shape
+    ):
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, positions {list(positions.shape)} "
+            f"and caches {list(k_cache.shape)}, {list(v_cache.shape)} do not fit together"
+        )
     tensors = (q, k, v, k_cache, v_cache)
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors) or positions.dtype != torch.int64:
         raise ValueError("decode attention takes bf16 tensors and int64 positions")
-    if not all(tensor[0].is_contiguous() for tensor in tensors[:3]) or not positions.is_contiguous() \
-            or not k_cache.is_contiguous() or not v_cache.is_contiguous():
+    if (
+        not all(tensor[0].is_contiguous() for tensor in tensors[:3])
+        or not positions.is_contiguous()
+        or not k_cache.is_contiguous()
+        or not v_cache.is_contiguous()
+    ):
         raise ValueError("decode attention takes contiguous caches and positions, and q, k, v contiguous in each row")
 
 
@@ -183,10 +246,25 @@ def launch(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     programs = min(segments, max(1, PROGRAMS // (blocks * groups)))
     tile = TILES["attention"]
     attend_segments[(blocks, groups, programs)](
-        q, k, v, k_cache, v_cache, positions, outs, stats, rows, slots, q.stride(0), k.stride(0), v.stride(0),
-        **attend_constants(ratio, head_dim), **tile.options)
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        positions,
+        outs,
+        stats,
+        rows,
+        slots,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        **attend_constants(ratio, head_dim),
+        **tile.options,
+    )
     merge_segments[(rows * heads, triton.cdiv(head_dim, MERGE.k))](
-        outs, stats, positions, out, rows, slots, **merge_constants(heads, head_dim), **MERGE.options)
+        outs, stats, positions, out, rows, slots, **merge_constants(heads, head_dim), **MERGE.options
+    )
     return out
 
 
@@ -205,8 +283,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: 
 
 
 @decode_attention.register_kernel("cpu")
-def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
-                               ) -> Tensor:
+def decode_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
+) -> Tensor:
     """What `decode_attention` does, in pure torch: any dtype, any number of rows, any strides."""
     live = positions >= 0
     k_cache.index_copy_(1, positions[live], k[live].transpose(0, 1))
@@ -239,15 +318,23 @@ def attend_case(ratio: int, head_dim: int) -> CompileCase:
     tensors = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), "*bf16")
     integers = dict.fromkeys(("rows", "slots", "q_stride", "k_stride", "v_stride"), "i32")
     return CompileCase(
-        name=f"attend_segments head_dim={head_dim} ratio={ratio}", kernel=attend_segments,
+        name=f"attend_segments head_dim={head_dim} ratio={ratio}",
+        kernel=attend_segments,
         types=tensors | {"positions": "*i64", "outs": "*fp32", "stats": "*fp32"} | integers,
         constants=attend_constants(ratio, head_dim) | {"UPCAST": False},
-        aligned=(*tensors, "outs", "stats", "q_stride", "k_stride", "v_stride"), tile=TILES["attention"])
+        aligned=(*tensors, "outs", "stats", "q_stride", "k_stride", "v_stride"),
+        tile=TILES["attention"],
+    )
 
 
 def merge_case(heads: int, head_dim: int) -> CompileCase:
     return CompileCase(
-        name=f"merge_segments head_dim={head_dim}", kernel=merge_segments,
+        name=f"merge_segments head_dim={head_dim}",
+        kernel=merge_segments,
         types={"outs": "*fp32", "stats": "*fp32", "positions": "*i64", "out": "*bf16", "rows": "i32", "slots": "i32"},
-        constants=merge_constants(heads, head_dim) | {"UPCAST": False}, aligned=("outs", "stats", "out"), tile=MERGE,
-        mma=None, wide_copies=False)
+        constants=merge_constants(heads, head_dim) | {"UPCAST": False},
+        aligned=("outs", "stats", "out"),
+        tile=MERGE,
+        mma=None,
+        wide_copies=False,
+    )

@@ -12,6 +12,7 @@ the token is the argmax of the plain head's logits, ties to the lowest id.
 
 The public functions are `exit_head_rows` and, for tensor parallelism, `exit_head_partials` and `merge`.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -110,8 +111,18 @@ def store_noisy(values, ids, slot, plane, live, noisy, drawn):
 
 
 @triton.jit
-def tile_logits(x, weight, scale, columns, m, D: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                UPCAST: tl.constexpr):
+def tile_logits(
+    x,
+    weight,
+    scale,
+    columns,
+    m,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Logits [ROWS, N] of the weight rows `columns` [N], fp32 values that are bf16 numbers."""
     rows, features = tl.arange(0, ROWS)[:, None], tl.arange(0, K)[None, :]
     x_rows = x + rows * D
@@ -137,8 +148,9 @@ def tile_logits(x, weight, scale, columns, m, D: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def finish(values, ids, tokens, stats, samples, m, programs, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-           SAMPLE: tl.constexpr):
+def finish(
+    values, ids, tokens, stats, samples, m, programs, ROWS: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr
+):
     """Reduce the slots of all programs, store the result in the slot behind them, and the answer."""
     rows = tl.arange(0, ROWS)
     live = rows < m
@@ -158,7 +170,8 @@ def finish(values, ids, tokens, stats, samples, m, programs, ROWS: tl.constexpr,
         weighted_b = tl.load(values + 3 * plane + at, mask=there, other=0.0, cache_modifier=".cg")
         ids_b = tl.load(ids + at, mask=there, other=NO_ID, cache_modifier=".cg")
         top, best_ids, second, total, weighted = joined(
-            top, best_ids, second, total, weighted, top_b, ids_b, second_b, total_b, weighted_b)
+            top, best_ids, second, total, weighted, top_b, ids_b, second_b, total_b, weighted_b
+        )
         if SAMPLE:
             noisy_b = tl.load(values + 4 * plane + at, mask=there, other=LOWEST, cache_modifier=".cg")
             drawn_b = tl.load(ids + plane + at, mask=there, other=NO_ID, cache_modifier=".cg")
@@ -178,11 +191,33 @@ def finish(values, ids, tokens, stats, samples, m, programs, ROWS: tl.constexpr,
         tl.store(samples + rows, sample.to(tl.int64), mask=live)
 
 
-@triton.jit(do_not_specialize=["m", "n_vocab", "v_offset"],  # one binary, whatever the number of rows
-            do_not_specialize_on_alignment=["positions", "seed", "temperature", "ticket"])
-def exit_head_kernel(x, weight, scale, positions, seed, temperature, values, ids, ticket, tokens, stats, samples,
-                     m, n_vocab, v_offset, D: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                     SLOTS: tl.constexpr, UPCAST: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["m", "n_vocab", "v_offset"],  # one binary, whatever the number of rows
+    do_not_specialize_on_alignment=["positions", "seed", "temperature", "ticket"],
+)
+def exit_head_kernel(
+    x,
+    weight,
+    scale,
+    positions,
+    seed,
+    temperature,
+    values,
+    ids,
+    ticket,
+    tokens,
+    stats,
+    samples,
+    m,
+    n_vocab,
+    v_offset,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """values, ids: Partials with one slot per program and one more for all of them; the rest as in `launch`."""
     SAMPLE: tl.constexpr = positions is not None
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -206,7 +241,8 @@ def exit_head_kernel(x, weight, scale, positions, seed, temperature, values, ids
         logits = tl.where(inside, logits, LOWEST)  # adds nothing to a sum: every program has a true logit, so exp is 0
         columns = (v_offset + columns)[None, :]
         top, best_ids, second, total, weighted = joined(
-            top, best_ids, second, total, weighted, logits, columns, LOWEST, 1.0, 0.0)
+            top, best_ids, second, total, weighted, logits, columns, LOWEST, 1.0, 0.0
+        )
         if SAMPLE:
             noise = -tl.log(-tl.log(uniform(first_key[:, None], second_key[:, None], columns)))
             score = tl.where(inside, tl.div_rn(logits, heat) + noise, LOWEST)
@@ -243,15 +279,25 @@ def check(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, draw: D
     if scale is not None:
         expected.append(("scale", scale, torch.float32, [v]))
     if draw is not None:
-        expected += [("positions", draw.positions, torch.int64, [m]), ("seed", draw.seed, torch.int64, [1]),
-                     ("temperature", draw.temperature, torch.float32, [1])]
+        expected += [
+            ("positions", draw.positions, torch.int64, [m]),
+            ("seed", draw.seed, torch.int64, [1]),
+            ("temperature", draw.temperature, torch.float32, [1]),
+        ]
     for name, tensor, dtype, shape in expected:
         if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def launch(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int, draw: Draw | None,
-           programs: int | None = None) -> tuple[Partials, tuple[Tensor, Tensor, Tensor]]:
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_vocab: int,
+    v_offset: int,
+    draw: Draw | None,
+    programs: int | None = None,
+) -> tuple[Partials, tuple[Tensor, Tensor, Tensor]]:
     """Run the kernel on `programs` programs (default: as many as run at once, at most one per tile).
 
     Returns the partials, one slot per program and a last one that holds the merge of all of them, and the (tokens,
@@ -266,17 +312,36 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offs
     samples = torch.empty(m if draw else 0, dtype=torch.int64, device=x.device)
     stats = torch.empty(m, 4, dtype=torch.float32, device=x.device)
     exit_head_kernel[(programs,)](
-        x, weight, scale, *(draw or (None, None, None)), values, ids, tickets_of(x.device), tokens, stats, samples,
-        m, n_vocab, v_offset, D=x.shape[1], ROWS=ROWS, N=tile.n, K=tile.k, SLOTS=SLOTS, UPCAST=INTERPRETED,
-        **tile.options)
+        x,
+        weight,
+        scale,
+        *(draw or (None, None, None)),
+        values,
+        ids,
+        tickets_of(x.device),
+        tokens,
+        stats,
+        samples,
+        m,
+        n_vocab,
+        v_offset,
+        D=x.shape[1],
+        ROWS=ROWS,
+        N=tile.n,
+        K=tile.k,
+        SLOTS=SLOTS,
+        UPCAST=INTERPRETED,
+        **tile.options,
+    )
     return Partials(values, ids), (tokens, stats, samples)
 
 
 # ---- reference ----
 
 
-def partials_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int, draw: Draw | None
-                       ) -> Partials:
+def partials_reference(
+    x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int, draw: Draw | None
+) -> Partials:
     """What `exit_head_partials` does, in pure torch."""
     check(x, weight, scale, n_vocab, draw)
     weight = weight[:n_vocab]
@@ -298,9 +363,16 @@ def draw_of(positions: Tensor | None, seed: Tensor | None, temperature: Tensor |
 
 
 @torch.library.custom_op("skipfast::exit_head_rows", mutates_args=(), device_types="cuda")
-def exit_head_rows(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int = 0,
-                   positions: Tensor | None = None, seed: Tensor | None = None, temperature: Tensor | None = None
-                   ) -> tuple[Tensor, Tensor, Tensor]:
+def exit_head_rows(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_vocab: int,
+    v_offset: int = 0,
+    positions: Tensor | None = None,
+    seed: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tokens, their statistics and, if asked, a sample of rows behind the final norm.
 
     x: bf16 [m, D], m in 1..16. weight: bf16 [V, D], or int8 [V, D] with scale fp32 [V] of its rows; only the first
@@ -315,9 +387,16 @@ def exit_head_rows(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int
 
 
 @exit_head_rows.register_kernel("cpu")
-def exit_head_rows_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int = 0,
-                             positions: Tensor | None = None, seed: Tensor | None = None,
-                             temperature: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def exit_head_rows_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_vocab: int,
+    v_offset: int = 0,
+    positions: Tensor | None = None,
+    seed: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `exit_head_rows` does, in pure torch."""
     return merge(*partials_reference(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature)))
 
@@ -330,9 +409,16 @@ def exit_head_rows_fake(x, weight, scale, n_vocab, v_offset=0, positions=None, s
 
 
 @torch.library.custom_op("skipfast::exit_head_partials", mutates_args=(), device_types="cuda")
-def exit_head_partials(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int = 0,
-                       positions: Tensor | None = None, seed: Tensor | None = None, temperature: Tensor | None = None
-                       ) -> tuple[Tensor, Tensor]:
+def exit_head_partials(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_vocab: int,
+    v_offset: int = 0,
+    positions: Tensor | None = None,
+    seed: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the `Partials` of one shard of the vocabulary as one run: values [4 or 5, m, 1], ids [1 or 2, m, 1].
 
     Arguments and errors of `exit_head_rows`. Ranks gather these few numbers, concatenate along the last dimension and
@@ -343,9 +429,16 @@ def exit_head_partials(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab:
 
 
 @exit_head_partials.register_kernel("cpu")
-def exit_head_partials_reference(x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int = 0,
-                                 positions: Tensor | None = None, seed: Tensor | None = None,
-                                 temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def exit_head_partials_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_vocab: int,
+    v_offset: int = 0,
+    positions: Tensor | None = None,
+    seed: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """What `exit_head_partials` does, in pure torch."""
     return tuple(partials_reference(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature)))
 
@@ -361,20 +454,38 @@ def exit_head_partials_fake(x, weight, scale, n_vocab, v_offset=0, positions=Non
 
 def compile_cases() -> list[CompileCase]:
     """The kernel as it is launched at real widths; rows and vocabulary are run-time arguments."""
-    return [compile_case(dtype, d, sampling)
-            for dtype in (torch.bfloat16, torch.int8) for d in (2048, 4096) for sampling in (False, True)]
+    return [
+        compile_case(dtype, d, sampling)
+        for dtype in (torch.bfloat16, torch.int8)
+        for d in (2048, 4096)
+        for sampling in (False, True)
+    ]
 
 
 def compile_case(dtype: torch.dtype, d: int, sampling: bool) -> CompileCase:
     tile, int8 = tile_of(dtype), dtype == torch.int8
-    types = {"x": "*bf16", "weight": "*i8" if int8 else "*bf16", "values": "*fp32", "ids": "*i32", "ticket": "*i32",
-             "tokens": "*i64", "stats": "*fp32", "samples": "*i64", "m": "i32", "n_vocab": "i32", "v_offset": "i32"}
+    types = {
+        "x": "*bf16",
+        "weight": "*i8" if int8 else "*bf16",
+        "values": "*fp32",
+        "ids": "*i32",
+        "ticket": "*i32",
+        "tokens": "*i64",
+        "stats": "*fp32",
+        "samples": "*i64",
+        "m": "i32",
+        "n_vocab": "i32",
+        "v_offset": "i32",
+    }
     constants = {"D": d, "ROWS": ROWS, "N": tile.n, "K": tile.k, "SLOTS": SLOTS, "UPCAST": False}
-    for given, optional in ((int8, {"scale": "*fp32"}),
-                            (sampling, {"positions": "*i64", "seed": "*i64", "temperature": "*fp32"})):
+    for given, optional in (
+        (int8, {"scale": "*fp32"}),
+        (sampling, {"positions": "*i64", "seed": "*i64", "temperature": "*fp32"}),
+    ):
         types |= optional if given else {}
         constants |= {} if given else dict.fromkeys(optional)
-    aligned = tuple(name for name in ("x", "weight", "scale", "values", "ids", "tokens", "stats", "samples")
-                    if name in types)
+    aligned = tuple(
+        name for name in ("x", "weight", "scale", "values", "ids", "tokens", "stats", "samples") if name in types
+    )
     name = f"exit_head {'int8' if int8 else 'bf16'} D {d}{' sampling' if sampling else ''}"
     return CompileCase(name, exit_head_kernel, types, constants, aligned, tile)

@@ -6,6 +6,7 @@ copy; x comes from the L2 cache. A weight with few rows cannot occupy the GPU, s
 partial sums are added in the order of the splits by the program that arrives last, as a ticket tells: a second kernel
 would cost a start-up per layer, which is longer than the addition takes.
 """
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -93,8 +94,9 @@ def from_pairs(pairs, UPCAST: tl.constexpr):
     if UPCAST:
         return nibble(pairs, 0), nibble(pairs, 8), nibble(pairs, 4), nibble(pairs, 12)
     else:
-        return tl.inline_asm_elementwise(PAIRS_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [pairs], dtype=(tl.bfloat16,) * 4,
-                                         is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            PAIRS_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [pairs], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -103,8 +105,9 @@ def from_bytes(packed, UPCAST: tl.constexpr):
     if UPCAST:
         return nibble(packed, 0), nibble(packed, 4)
     else:
-        return tl.inline_asm_elementwise(BYTES_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16,) * 2,
-                                         is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            BYTES_ASSEMBLY, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16,) * 2, is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -144,8 +147,19 @@ def store_rows(y, total, scale, m, n, rows, features, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def finish(y, total, scale, partials, tickets, m, n, HEIGHT: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
-           UPCAST: tl.constexpr):
+def finish(
+    y,
+    total,
+    scale,
+    partials,
+    tickets,
+    m,
+    n,
+    HEIGHT: tl.constexpr,
+    N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Store the tile, or leave a partial sum; whoever leaves the last one adds them in order and stores."""
     tile = tl.program_id(0)
     rows, features = tl.arange(0, HEIGHT), tile * N + tl.arange(0, N)
@@ -165,8 +179,24 @@ def finish(y, total, scale, partials, tickets, m, n, HEIGHT: tl.constexpr, N: tl
 
 
 @triton.jit(do_not_specialize=["m"])
-def linear_kernel(x, weight, scale, y, partials, tickets, m, n, k, x_stride, HEIGHT: tl.constexpr, N: tl.constexpr,
-                  K: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr):
+def linear_kernel(
+    x,
+    weight,
+    scale,
+    y,
+    partials,
+    tickets,
+    m,
+    n,
+    k,
+    x_stride,
+    HEIGHT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """bf16 or int8 weights. EVEN: k is a multiple of K. Rows behind n are read as the last row: no mask on weights."""
     first = tl.program_id(0) * N
     start, stop = split_of_k(k, K, SPLITS)
@@ -191,9 +221,25 @@ def linear_kernel(x, weight, scale, y, partials, tickets, m, n, k, x_stride, HEI
 
 
 @triton.jit(do_not_specialize=["m"])
-def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride, HEIGHT: tl.constexpr,
-                       N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
-                       GROUP: tl.constexpr, UPCAST: tl.constexpr):
+def linear_int4_kernel(
+    x,
+    packed,
+    scale,
+    y,
+    partials,
+    tickets,
+    m,
+    n,
+    k,
+    x_stride,
+    HEIGHT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """int4 weights: packed holds bytes (group 32) or pairs of bytes. Exact integers, a scale per group's fp32 sum."""
     NIBBLES: tl.constexpr = 2 if GROUP == 32 else 4  # in one element of packed
     WORDS: tl.constexpr = K // NIBBLES
@@ -231,8 +277,9 @@ def linear_int4_kernel(x, packed, scale, y, partials, tickets, m, n, k, x_stride
         weights += WORDS
         inputs += K
         for part in tl.static_range(PARTS):
-            sums = group_products(columns(rows_of_x, HEIGHT, K, PARTS, part), columns(w, N, WORDS, PARTS, part),
-                                  HEIGHT, N, GROUP, UPCAST)
+            sums = group_products(
+                columns(rows_of_x, HEIGHT, K, PARTS, part), columns(w, N, WORDS, PARTS, part), HEIGHT, N, GROUP, UPCAST
+            )
             part_scale = tl.reshape(columns(step_scale, N, PARTS, PARTS, part), [N]).to(tl.float32)
             total = tl.fma(sums, tl.broadcast_to(part_scale[None, :], [HEIGHT, N]), total)
     finish(y, total, None, partials, tickets, m, n, HEIGHT, N, SPLITS, UPCAST)
@@ -250,8 +297,14 @@ def splits_of(n: int, k: int, tile: Tile, n_processors: int) -> int:
 
 def constants_of(tile: Tile, n: int, k: int, n_processors: int, group: int | None) -> dict[str, object]:
     """Return the constants of the kernel for a weight [n, k]; group is None or that of int4."""
-    return {"HEIGHT": ROWS, "N": tile.n, "K": tile.k, "SPLITS": splits_of(n, k, tile, n_processors),
-            "EVEN": k % tile.k == 0, "UPCAST": INTERPRETED} | ({} if group is None else {"GROUP": group})
+    return {
+        "HEIGHT": ROWS,
+        "N": tile.n,
+        "K": tile.k,
+        "SPLITS": splits_of(n, k, tile, n_processors),
+        "EVEN": k % tile.k == 0,
+        "UPCAST": INTERPRETED,
+    } | ({} if group is None else {"GROUP": group})
 
 
 def launch(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -267,8 +320,9 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if group is not None and group > 32:
         weight = weight.view(torch.int16)
     kernel = linear_kernel if group is None else linear_int4_kernel
-    kernel[(-(-n // tile.n), splits)](x, weight, scale, y, partials, tickets, m, n, k, x.stride(0), **constants,
-                                      **tile.options)
+    kernel[(-(-n // tile.n), splits)](
+        x, weight, scale, y, partials, tickets, m, n, k, x.stride(0), **constants, **tile.options
+    )
     return y
 
 
@@ -348,11 +402,20 @@ def linear_fake(x, weight, scale=None):
 
 def compile_cases() -> list[CompileCase]:
     """The kernels as they are launched at real shapes on 132 processors, and with features that do not fill a tile."""
-    return [compile_case(*shape) for shape in (
-        (torch.bfloat16, 128256, 4096), (torch.bfloat16, 4096, 14336), (torch.bfloat16, 2048, 2064),
-        (torch.int8, 32000, 2048), (torch.int8, 4096, 11008),
-        (torch.uint8, 128256, 4096, 128), (torch.uint8, 4096, 4096, 64), (torch.uint8, 4096, 4096, 32),
-        (torch.uint8, 4096, 2080, 32))]
+    return [
+        compile_case(*shape)
+        for shape in (
+            (torch.bfloat16, 128256, 4096),
+            (torch.bfloat16, 4096, 14336),
+            (torch.bfloat16, 2048, 2064),
+            (torch.int8, 32000, 2048),
+            (torch.int8, 4096, 11008),
+            (torch.uint8, 128256, 4096, 128),
+            (torch.uint8, 4096, 4096, 64),
+            (torch.uint8, 4096, 4096, 32),
+            (torch.uint8, 4096, 2080, 32),
+        )
+    ]
 
 
 def compile_case(dtype: torch.dtype, n: int, k: int, group: int | None = None) -> CompileCase:
@@ -361,11 +424,18 @@ def compile_case(dtype: torch.dtype, n: int, k: int, group: int | None = None) -
     constants = constants_of(tile, n, k, processors(torch.device("cpu")), group) | {"UPCAST": False}
     element = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8" if group == 32 else "*i16"}[dtype]
     optional = {"scale": {torch.bfloat16: None, torch.int8: "*fp32", torch.uint8: "*bf16"}[dtype]}
-    optional |= dict.fromkeys(("partials", "tickets")) if constants["SPLITS"] == 1 else {
-        "partials": "*fp32", "tickets": "*i32"}
+    optional |= (
+        dict.fromkeys(("partials", "tickets")) if constants["SPLITS"] == 1 else {"partials": "*fp32", "tickets": "*i32"}
+    )
     types = {"x": "*bf16", "weight" if group is None else "packed": element, "y": "*bf16"}
     types |= {name: kind for name, kind in optional.items() if kind}
     constants |= {name: None for name, kind in optional.items() if not kind}
     name = f"{FORMATS[dtype]} N {n} K {k}{f' group {group}' if group else ''} splits {constants['SPLITS']}"
-    return CompileCase(name, kernel, types | dict.fromkeys(("m", "n", "k", "x_stride"), "i32"), constants,
-                       (*types, "n", "k", "x_stride"), tile)
+    return CompileCase(
+        name,
+        kernel,
+        types | dict.fromkeys(("m", "n", "k", "x_stride"), "i32"),
+        constants,
+        (*types, "n", "k", "x_stride"),
+        tile,
+    )
