@@ -1,6 +1,6 @@
 """What every program shares at the terminal: flags, loading with progress, one-line errors, streamed text, JSON files.
 
-Nothing here decides anything about decoding. Programs call `run(main)`, which turns a user's mistake (ValueError) into
+Nothing here decides anything about decoding. Programs call `run(main)`, which turns a user's mistake (UserError) into
 one line on stderr and exit code 2.
 """
 
@@ -20,15 +20,15 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from tqdm import tqdm
 
-import checkpoint
-import memory
 import tp
+from decoding.sampling import VERIFICATIONS, SamplingConfig
+from drafting.plan import DraftPolicy, Round
+from errors import UserError
 from kernels import cpu, gpu
 from kernels.formats import PLAIN, Format
+from loading import checkpoint, memory
+from loading.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from model import ModelArgs, Transformer
-from plan import DraftPolicy, Round
-from sampling import VERIFICATIONS, SamplingConfig
-from tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 DEMO = Path(__file__).with_name("checkpoints") / "demo"
 DEVICES = ("cpu", "cuda")
@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except ValueError as error:
+    except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -146,9 +146,9 @@ class Session:
         return str(self.source.format or self.format)
 
     def quantises(self, format: Format, flag: str = "quantize") -> None:
-        """Raise ValueError unless the weights can be brought to this format."""
+        """Raise UserError unless the weights can be brought to this format."""
         if format and self.source.format:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
                 f"({self.source.format}); give the plain checkpoint"
             )
@@ -157,7 +157,7 @@ class Session:
     def load(self, length: int = 0) -> Transformer:
         """Read the weights, with a progress bar; on a CPU, build the kernels on first use.
 
-        length: of the cache that will be asked for. Raises ValueError if a GPU has no room for it.
+        length: of the cache that will be asked for. Raises UserError if a GPU has no room for it.
         """
         dtype = checkpoint.resolve_dtype(self.args, PRECISIONS.get(self.flags.precision))
         start = time.perf_counter()
@@ -194,20 +194,20 @@ class Session:
 
 
 def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None) -> Session:
-    """Open what the flags name: headers and tokenizer, no weights. Raises ValueError for anything wrong with it.
+    """Open what the flags name: headers and tokenizer, no weights. Raises UserError for anything wrong with it.
 
     group: the ranks that share the model.
     """
     if flags.threads is not None:
         most = 4 * (os.cpu_count() or 1)
         if not 1 <= flags.threads <= most:
-            raise ValueError(f"threads must be in 1..{most}, got {flags.threads}")
+            raise UserError(f"threads must be in 1..{most}, got {flags.threads}")
         torch.set_num_threads(flags.threads)
     if flags.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+        raise UserError("device cuda: torch sees no CUDA device here; use --device cpu")
     if group and flags.device == "cuda":
         if group.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"nproc_per_node: torch sees {torch.cuda.device_count()} CUDA devices here, one is needed for each rank"
             )
         torch.cuda.set_device(group.local_rank)
@@ -230,7 +230,7 @@ def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True, group:
     if text := getattr(flags, "draft_quantize", None):
         session.draft_format = Format.parse(text, "draft_quantize")
         if session.draft_format.embedding:
-            raise ValueError(f"draft_quantize {text}: copies share the model's embedding, leave out embedding=yes")
+            raise UserError(f"draft_quantize {text}: copies share the model's embedding, leave out embedding=yes")
         session.quantises(session.draft_format, "draft_quantize")
     return session
 
@@ -255,7 +255,7 @@ def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default:
         try:
             return [int(part) for part in flags.prompt_ids.split(",")] if flags.prompt_ids.strip() else []
         except ValueError:
-            raise ValueError(f"prompt_ids must be whole numbers with commas, got {flags.prompt_ids!r}") from None
+            raise UserError(f"prompt_ids must be whole numbers with commas, got {flags.prompt_ids!r}") from None
     text = default if flags.prompt is None else flags.prompt
     if flags.prompt_file is not None:
         text = read_text(flags.prompt_file)
@@ -266,9 +266,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 class StreamedText:
@@ -372,7 +372,7 @@ def write_json(path: str | Path, value: dict) -> None:
     try:
         checkpoint.write_json(Path(path), value)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -382,29 +382,29 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make the folder if it is not there. Raises ValueError if nothing can be written into it."""
+    """Make the folder if it is not there. Raises UserError if nothing can be written into it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write into the folder {path}")
+        raise UserError(f"cannot write into the folder {path}")
     return Path(path)
 
 
 def check_writable(path: str | None) -> None:
-    """Raise ValueError now if write_json(path) would fail after long work."""
+    """Raise UserError now if write_json(path) would fail after long work."""
     if path is None:
         return
     folder = Path(path).resolve().parent
     if not str(path) or Path(path).is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: it is not the name of a file")
+        raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: its folder does not exist or is not writable")
+        raise UserError(f"cannot write {path}: its folder does not exist or is not writable")
 
 
 def environment() -> dict:

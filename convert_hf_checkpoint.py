@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import cli
+from errors import UserError
 from kernels.formats import PLAIN, Format
+from loading import checkpoint
 
 COPIED = (
     "tokenizer*",
@@ -48,23 +49,23 @@ def copied_files(source: checkpoint.Source) -> dict[str, Path]:
 
 
 def check_output(source: checkpoint.Source, output: Path, force: bool) -> Path:
-    """Return the file that will hold the weights. Raises ValueError unless `output` may be written."""
+    """Return the file that will hold the weights. Raises UserError unless `output` may be written."""
     output = output.expanduser()
     as_file = output.suffix == ".safetensors"
     if not force and output.exists() and (as_file or not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output_path {output} exists already: choose another or pass --force")
+        raise UserError(f"output_path {output} exists already: choose another or pass --force")
     if output.exists() and output.is_dir() == as_file:
-        raise ValueError(f"output_path {output} is a {'folder' if as_file else 'file'}, cannot be replaced")
+        raise UserError(f"output_path {output} is a {'folder' if as_file else 'file'}, cannot be replaced")
     target = output if as_file else output / checkpoint.WEIGHTS
     if target.resolve() in {file.resolve() for file in source.files.values()} or (
         not as_file and output.resolve() == source.folder.resolve()
     ):
-        raise ValueError(f"output_path {output} is the source itself: choose another")
+        raise UserError(f"output_path {output} is the source itself: choose another")
     if as_file and not force:
         for name, file in copied_files(source).items():
             there = target.parent / name
             if there.exists() and not filecmp.cmp(file, there, shallow=False):
-                raise ValueError(f"{there} belongs to another model: choose an output_path in another folder")
+                raise UserError(f"{there} belongs to another model: choose an output_path in another folder")
     return target
 
 
@@ -79,7 +80,7 @@ def convert(
     """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
 
     format, read: see `checkpoint.convert`. All files are complete in a temporary folder before the first is moved into
-    place. Raises ValueError for a user's mistake.
+    place. Raises UserError for a user's mistake.
     """
     output = Path(output).expanduser()
     opened = checkpoint.open_source(source)
@@ -93,7 +94,7 @@ def convert(
         beside.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".tmp", dir=beside))
     except OSError as error:
-        raise ValueError(f"cannot write output_path {output}: {error.strerror}") from None
+        raise UserError(f"cannot write output_path {output}: {error.strerror}") from None
     try:
         with tqdm(unit="tensor", file=sys.stderr, disable=None) as bar:  # None: only on a terminal
 

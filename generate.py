@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import cli
 import tp
-from calibrate import SAMPLE_TEXT, calibrate
+from decoding.calibrate import SAMPLE_TEXT, calibrate
+from decoding.rounds import Drafter, Rows, agreement
+from decoding.runner import Runner, check_num_draft_tokens, head_bytes, module_bytes
+from decoding.sampling import SamplingConfig
+from drafting.catalogue import POLICIES, make_policy
+from drafting.plan import DraftPolicy, Round, RoundContext
+from errors import UserError
 from model import Transformer
-from plan import DraftPolicy, Round, RoundContext
-from policies import POLICIES, make_policy
-from rounds import Drafter, Rows, agreement
-from runner import Runner, check_num_draft_tokens, head_bytes, module_bytes
-from sampling import SamplingConfig
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 COMPARE_REPEATS = 9
@@ -48,7 +49,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+            raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
 
 
 def decode(
@@ -63,7 +64,7 @@ def decode(
 
     cached: how many leading tokens already have their K/V in the runner's cache (a conversation going on).
     finished: called with each emitted token in order; True ends the text after that token.
-    Raises ValueError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
+    Raises UserError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
     """
     tokens = list(prompt)
     drafter = Drafter(runner, policy, runner.sampler(config.sampling), config.eos_ids)
@@ -102,7 +103,7 @@ def early_exit(
     one (LayerSkip's early exit; CALM). Where a policy leaves at no candidate, a token runs through all layers. Keys and
     values that an early exit left out are made when a later token goes deeper, by taking the waiting rows along.
 
-    Raises ValueError for a policy whose drafts are not the model's own.
+    Raises UserError for a policy whose drafts are not the model's own.
     """
     check_unverified(policy, config.sampling)
     tokens = list(prompt)
@@ -169,28 +170,28 @@ def until_end(
 
 
 def check_unverified(policy: DraftPolicy, sampling: SamplingConfig) -> None:
-    """Raise ValueError for what early exit cannot do."""
+    """Raise UserError for what early exit cannot do."""
     if policy.verifiable_only:
-        raise ValueError(f"policy {policy} drafts what only verification can judge: it cannot run with --no_verify")
+        raise UserError(f"policy {policy} drafts what only verification can judge: it cannot run with --no_verify")
     if sampling.verification == "rejection":
-        raise ValueError("--no_verify does not go with --verification rejection: there is nothing to accept or reject")
+        raise UserError("--no_verify does not go with --verification rejection: there is nothing to accept or reject")
 
 
 def check_unverified_flags(flags: argparse.Namespace) -> None:
-    """Raise ValueError for flags of a program that do not go with its --no_verify."""
+    """Raise UserError for flags of a program that do not go with its --no_verify."""
     for name in ("interactive", "draft_vocab", "draft_quantize"):
         if getattr(flags, name, None) not in (None, False):
-            raise ValueError(f"--no_verify does not go with --{name}")
+            raise UserError(f"--no_verify does not go with --{name}")
 
 
 def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
-    """Raise ValueError unless `prompt` holds known ids and fits `length` positions with config.max_new_tokens."""
+    """Raise UserError unless `prompt` holds known ids and fits `length` positions with config.max_new_tokens."""
     if not prompt:
-        raise ValueError("prompt is empty and this tokenizer has no BOS token: give at least one token")
+        raise UserError("prompt is empty and this tokenizer has no BOS token: give at least one token")
     if (worst := max(prompt, key=lambda t: max(t, -1 - t + vocab_size))) not in range(vocab_size):
-        raise ValueError(f"prompt ids must be in 0..{vocab_size - 1}, got {worst}")
+        raise UserError(f"prompt ids must be in 0..{vocab_size - 1}, got {worst}")
     if len(prompt) + config.max_new_tokens > length:
-        raise ValueError(
+        raise UserError(
             f"prompt of {len(prompt)} tokens + max_new_tokens {config.max_new_tokens} does not fit the "
             f"{length} positions available: shorten the prompt or lower --max_new_tokens"
         )
@@ -249,7 +250,7 @@ class Generation:
 
 def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
     if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
-        raise ValueError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")
+        raise UserError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")
 
 
 def head_cost_layers(model: Transformer) -> float:
@@ -269,7 +270,7 @@ def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: 
 def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
     """The policy string that --policy or a shorter flag names; auto without any, static at L/4 if nothing is verified.
 
-    Raises ValueError if several name one.
+    Raises UserError if several name one.
     """
     given = {
         "--policy": flags.policy,
@@ -280,11 +281,11 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
     }
     given = {flag: text for flag, text in given.items() if getattr(flags, flag[2:]) is not None}
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} each name a policy: give one, as in --policy static:3")
+        raise UserError(f"{' and '.join(given)} each name a policy: give one, as in --policy static:3")
     text = next(iter(given.values()), None)
     if flags.conf_threshold is not None:
         if flags.policy is not None:
-            raise ValueError(
+            raise UserError(
                 f"--conf_threshold {flags.conf_threshold} does not go with --policy: write it into the "
                 f"policy, as in confidence:threshold={flags.conf_threshold}"
             )
@@ -294,13 +295,13 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
 
 
 def policy_from_flags(flags: argparse.Namespace, n_layer: int, dim: int | None = None) -> DraftPolicy:
-    """The policy that the flags ask for. Raises ValueError if they cannot be obeyed together."""
+    """The policy that the flags ask for. Raises UserError if they cannot be obeyed together."""
     policy = make_policy(policy_text(flags, n_layer), n_layer, dim, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
     if flags.interactive and flags.compare:
-        raise ValueError("--compare does not go with --interactive: compare on one --prompt")
+        raise UserError("--compare does not go with --interactive: compare on one --prompt")
     return policy
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from kernels import cpu
 from kernels.attention import attention, new_cache
 from kernels.exit_head import Head, Shard
@@ -65,29 +66,29 @@ class ModelArgs:
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config: {name} must be a positive whole number, got {value!r}")
+                raise UserError(f"config: {name} must be a positive whole number, got {value!r}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(
+            raise UserError(
                 f"config: num_attention_heads ({self.n_head}) must be a multiple of "
                 f"num_key_value_heads ({self.n_kv_head})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"config: head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise UserError(f"config: head_dim must be even for rotary embeddings, got {self.head_dim}")
 
     @classmethod
     def from_hf_config(cls, config: dict) -> "ModelArgs":
         """Read a Hugging Face config.json, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
 
-        Raises ValueError naming the key and value for anything missing or unsupported.
+        Raises UserError naming the key and value for anything missing or unsupported.
         """
         for key, allowed in SUPPORTED.items():
             default = None if key in ("model_type", "hidden_act") else allowed[0]
             if config.get(key, default) not in allowed:
-                raise ValueError(f"config: {key} = {config.get(key)!r} is not supported, only {allowed[0]!r}")
+                raise UserError(f"config: {key} = {config.get(key)!r} is not supported, only {allowed[0]!r}")
 
         def need(key):
             if config.get(key) is None:
-                raise ValueError(f"config: key {key!r} is missing")
+                raise UserError(f"config: key {key!r} is missing")
             return config[key]
 
         rope_type, rope_base, scaling = _rope_config(config)
@@ -95,7 +96,7 @@ class ModelArgs:
         head_dim = config.get("head_dim")
         if head_dim is None:
             if not (isinstance(n_head, int) and isinstance(dim, int) and n_head > 0 and dim % n_head == 0):
-                raise ValueError(f"config: hidden_size {dim!r} is not a multiple of num_attention_heads {n_head!r}")
+                raise UserError(f"config: hidden_size {dim!r} is not a multiple of num_attention_heads {n_head!r}")
             head_dim = dim // n_head
         return cls(
             dim=dim,
@@ -120,12 +121,12 @@ def _rope_config(config: dict) -> tuple[str, float, tuple[tuple[str, float], ...
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"config: rope type {rope_type!r} is not supported, only {', '.join(ROPE_TYPES)}")
+        raise UserError(f"config: rope type {rope_type!r} is not supported, only {', '.join(ROPE_TYPES)}")
     base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0  # Llama 1 and 2 configs may leave it out
     pairs = []
     for key in ROPE_KEYS[rope_type]:
         if not isinstance(rope.get(key), int | float):
-            raise ValueError(f"config: rope scaling {rope_type!r} needs a number {key!r}, got {rope.get(key)!r}")
+            raise UserError(f"config: rope scaling {rope_type!r} needs a number {key!r}, got {rope.get(key)!r}")
         pairs.append((key, float(rope[key])))
     return rope_type, float(base), tuple(pairs)
 
@@ -235,7 +236,7 @@ class Block(nn.Module):
         self.mlp = MLP(args)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The weights and caches in the order of kernels.layers.TENSORS."""
+        """The weights and caches in the order of decoding.packed.TENSORS."""
         attention, mlp = self.attention, self.mlp
         return (
             self.attention_norm.weight,

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import cli
 import convert_hf_checkpoint
-from calibrate import SAMPLE_TEXT
+from decoding.calibrate import SAMPLE_TEXT
+from decoding.runner import Runner
+from errors import UserError
 from kernels.formats import PLAIN, Format, levels_int4, levels_int8, pack_int4, scale_int4, scale_int8
 from kernels.linear import is_packed
+from loading import checkpoint
 from model import Linear, ModelArgs, Transformer, rope_table
-from runner import Runner
 
 WINDOW = 512  # tokens of a text that are looked at together
 CALIBRATION_WINDOWS = 32
@@ -34,7 +35,7 @@ WINDOWS_AT_ONCE, ROWS_AT_ONCE = 4, 64
 
 
 def quantise(model: Transformer, format: Format | str) -> Transformer:
-    """Quantise what `format` covers of a model in memory, in place. Raises ValueError for an unknown format."""
+    """Quantise what `format` covers of a model in memory, in place. Raises UserError for an unknown format."""
     format = Format.parse(format) if isinstance(format, str) else format
     for name, module in model.named_modules():
         if isinstance(module, Linear | nn.Embedding) and format.covers(name):
@@ -45,9 +46,9 @@ def quantise(model: Transformer, format: Format | str) -> Transformer:
 
 def check_plain(module: nn.Module) -> None:
     if module.scale is not None:
-        raise ValueError("the model is quantised already")
+        raise UserError("the model is quantised already")
     if is_packed(module.weight):
-        raise ValueError("the weights are packed for the CPU kernels: quantise before packing")
+        raise UserError("the weights are packed for the CPU kernels: quantise before packing")
 
 
 def store(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
@@ -204,12 +205,12 @@ def read_tokens(session: cli.Session, path: str | None) -> list[int]:
         try:
             text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(own).splitlines() if line.strip())
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{own} must hold lines of JSON with a "prompt"; or give --text') from None
+            raise UserError(f'{own} must hold lines of JSON with a "prompt"; or give --text') from None
     else:
         text = SAMPLE_TEXT
     tokens = session.tokenizer.encode(text)
     if len(tokens) < 2:
-        raise ValueError(f"{path or own} holds {len(tokens)} tokens: give a text")
+        raise UserError(f"{path or own} holds {len(tokens)} tokens: give a text")
     return tokens
 
 
@@ -291,11 +292,11 @@ def main() -> None:
     flags = parse_flags()
     format = Format.parse(flags.mode, "mode")
     if not format:
-        raise ValueError("mode must be int8 or int4, got 'none': nothing to do")
+        raise UserError("mode must be int8 or int4, got 'none': nothing to do")
     if flags.windows < 1:
-        raise ValueError(f"windows must be 1 or more, got {flags.windows}")
+        raise UserError(f"windows must be 1 or more, got {flags.windows}")
     if flags.device != "cpu":
-        raise ValueError(f"device must be cpu to write a checkpoint, got {flags.device}")
+        raise UserError(f"device must be cpu to write a checkpoint, got {flags.device}")
     cli.check_writable(flags.json)
     session = cli.open_session(flags, needs_tokenizer=bool(flags.calibrate or flags.text))
     session.quantises(format)

@@ -1,9 +1,9 @@
 """Tensor parallelism: every rank runs the same program with a part of each layer's heads and features.
 
 `torchrun --nproc_per_node=N generate.py …` starts N ranks; `joined` makes them one Group. What is cut, and how, stands
-in TABLE; checkpoint.py reads each rank's part of the file, and `parallelize` makes the model's linears fit. A rank's
-model is a smaller Llama of the same width and depth, so everything above it, from the runner to the policies, is the
-same with any number of ranks.
+in TABLE; loading/checkpoint.py reads each rank's part of the file, and `parallelize` makes the model's linears fit. A
+rank's model is a smaller Llama of the same width and depth, so everything above it, from the runner to the policies, is
+the same with any number of ranks.
 
 Exact: a row's bits may not depend on how many rows a call has, so nothing is all-reduced (a ring adds in an order that
 depends on the size of the message): partial sums are gathered and added in rank order. In step: all ranks run one
@@ -26,6 +26,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from errors import UserError
 from kernels.exit_head import Shard
 from model import Linear, ModelArgs, Transformer
 
@@ -48,18 +49,18 @@ all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_
 
 
 def check(args: ModelArgs, size: int) -> None:
-    """Raise ValueError unless a model of this shape can be cut for `size` ranks."""
+    """Raise UserError unless a model of this shape can be cut for `size` ranks."""
     sizes = {"num_attention_heads": args.n_head, "hidden_size": args.dim, "intermediate_size": args.ffn_dim}
     for key, value in sizes.items():
         if value % size:
-            raise ValueError(f"{size} ranks do not divide {key} {value} of this model: start a number that does")
+            raise UserError(f"{size} ranks do not divide {key} {value} of this model: start a number that does")
     if args.n_kv_head % size and size % args.n_kv_head:
-        raise ValueError(
+        raise UserError(
             f"{size} ranks neither divide num_key_value_heads {args.n_kv_head} of this model nor are a "
             f"multiple of it: start a number that does"
         )
     if args.vocab_size < 2 * size:
-        raise ValueError(f"{size} ranks are too many for vocab_size {args.vocab_size}: start {args.vocab_size // 2}")
+        raise UserError(f"{size} ranks are too many for vocab_size {args.vocab_size}: start {args.vocab_size // 2}")
 
 
 def span(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -199,7 +200,7 @@ def joined() -> Iterator[Group | None]:
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "WORLD_SIZE" in os.environ and not all(os.environ.get(name) for name in names):
-        raise ValueError(f"WORLD_SIZE is set, but not all of {', '.join(names)}: start several processes with torchrun")
+        raise UserError(f"WORLD_SIZE is set, but not all of {', '.join(names)}: start several processes with torchrun")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield None
@@ -229,7 +230,7 @@ def _leave(group: Group, code: int) -> None:
 
 def _fail(group: Group, error: BaseException) -> None:
     """Print the error of the rank that failed first, and end the process at once."""
-    mistake = isinstance(error, ValueError)
+    mistake = isinstance(error, UserError)
     lost = isinstance(error, RuntimeError) and LOST.search(str(error))
     if group.failed_first() and not isinstance(error, KeyboardInterrupt):
         if lost:

@@ -1,4 +1,5 @@
 """Kernels: one file per operation, each with a reference in pure torch and one public function that dispatches.
 
-`cpu.py` builds and loads `cpp/`, whose rows are bit-identical at every row count. Nothing is built at import.
+`cpu/build.py` builds and loads the C++ operations, whose rows are bit-identical at every row count. Nothing is built
+at import.
 """

@@ -1,7 +1,7 @@
 """Formats of weights: plain, int8 with a scale per row, int4 with a scale per group of features.
 
 One string is a whole Format, as with policies: `int8`, `int4:group=64,lm_head=no`. It is a flag's value, what a file
-says of itself, and a row's label in tables. This is the arithmetic; checkpoint.py reads and writes weights so.
+says of itself, and a row's label in tables. This is the arithmetic; loading/checkpoint.py reads and writes weights so.
 """
 
 import dataclasses
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from errors import UserError
 
 MODES = ("none", "int8", "int4")
 GROUPS = (32, 64, 128)
@@ -41,7 +43,7 @@ def dequantise_int8(weight: Tensor, scale: Tensor) -> Tensor:
 def quantise_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> uint8 [N, K/2] and bf16 scale [N, K/group]; the layout is that of `dequantise_int4`.
 
-    Raises ValueError if the group does not divide K.
+    Raises UserError if the group does not divide K.
     """
     n, k = weight.shape
     check_group(group, k)
@@ -89,7 +91,7 @@ def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
 
 def check_group(group: int, features: int, of: str = "the weight") -> None:
     if group not in GROUPS or features % group:
-        raise ValueError(
+        raise UserError(
             f"group must be one of {', '.join(map(str, GROUPS))} and divide the {features} input features "
             f"of {of}, got {group}"
         )
@@ -109,19 +111,19 @@ class Format:
 
     @classmethod
     def parse(cls, text: str, name: str = "quantize") -> "Format":
-        """Read `int8`, `int4:group=64,lm_head=no,embedding=yes`. Raises ValueError listing what is allowed."""
+        """Read `int8`, `int4:group=64,lm_head=no,embedding=yes`. Raises UserError listing what is allowed."""
         mode, _, settings = text.partition(":")
         if mode not in MODES:
-            raise ValueError(f"{name} must be one of {', '.join(MODES)}, got {mode!r}")
+            raise UserError(f"{name} must be one of {', '.join(MODES)}, got {mode!r}")
         given: dict = {}
         for setting in filter(None, settings.split(",")):
             key, _, value = setting.partition("=")
             keys = {"int8": ("lm_head", "embedding"), "int4": ("group", "lm_head", "embedding")}.get(mode, ())
             if key not in keys:
-                raise ValueError(f"{name} {mode} has the keys {', '.join(keys) or '(none)'}, got {key!r}")
+                raise UserError(f"{name} {mode} has the keys {', '.join(keys) or '(none)'}, got {key!r}")
             allowed = SWITCHES if key != "group" else {str(group): group for group in GROUPS}
             if value not in allowed:
-                raise ValueError(f"{name} {mode}: {key} must be one of {', '.join(allowed)}, got {value!r}")
+                raise UserError(f"{name} {mode}: {key} must be one of {', '.join(allowed)}, got {value!r}")
             given[key] = allowed[value]
         return cls(mode, **given)
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 import cli
-from plan import DraftPolicy
-from scripts import ranks
-from scripts.experiment import Experiment, add_flags
+from drafting.plan import DraftPolicy
+from errors import UserError
+from scripts.common import ranks
+from scripts.common.experiment import Experiment, add_flags
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
@@ -125,7 +126,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     flags = parser.parse_args(argv)
     if flags.temperature and flags.verification == "rejection":
-        raise ValueError(
+        raise UserError(
             "verification rejection samples other tokens than plain decoding, of the same distribution: "
             "compare with --verification coupled"
         )

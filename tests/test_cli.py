@@ -17,17 +17,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import calibrate
-import checkpoint
 import cli
 import generate
+from decoding import calibrate
+from decoding.rounds import Drafter
+from decoding.runner import Runner
+from drafting.catalogue import POLICIES
+from drafting.plan import Round
 from kernels import cpu
 from kernels.exit_head import Exit
-from plan import Round
-from policies import POLICIES
-from rounds import Drafter
-from runner import Runner
-from tokenizer import load_tokenizer
+from loading import checkpoint
+from loading.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 400

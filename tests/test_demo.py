@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from decoding.runner import Runner
+from decoding.sampling import SamplingConfig
+from drafting.catalogue import make_policy
 from generate import DEFAULT_PROMPT, GenerateConfig, Generation, decode
 from kernels import cpu
-from policies import make_policy
-from runner import Runner
-from sampling import SamplingConfig
-from tokenizer import load_tokenizer
+from loading import checkpoint
+from loading.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 SAMPLING = (SamplingConfig(), SamplingConfig(temperature=0.8, seed=7), SamplingConfig(1.2, top_k=40, top_p=0.9, seed=3))

@@ -6,21 +6,21 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from test_cli import train_tokenizer
-from test_exactness import PROMPT, tokens_of
 
-import checkpoint
 import cli
 import convert_hf_checkpoint
 import generate
 import quantize
+from decoding.runner import Runner
+from decoding.sampling import SamplingConfig
 from kernels import cpu
 from kernels.formats import Format, dequantised
+from loading import checkpoint
+from loading.tokenizer import load_tokenizer
 from model import Linear
 from quantize import calibrate_weights, gptq, losses_and_choices, quantise, weight_sizes, windows_of
-from runner import Runner
-from sampling import SamplingConfig
-from tokenizer import load_tokenizer
+from tests.decoding.test_exactness import PROMPT, tokens_of
+from tests.test_cli import train_tokenizer
 
 FORMATS = ("int8", "int4", "int4:group=64", "int8:lm_head=no", "int4:embedding=yes")
 LIMITS = {"int8": (0.55, 0.005), "int4": (0.36, 0.05)}  # of the linears' bytes in bf16, of the loss

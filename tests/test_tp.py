@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_policies import example
 
-import checkpoint
 import convert_hf_checkpoint
 import tp
+from decoding.runner import Runner
+from decoding.sampling import SamplingConfig, choose
+from drafting.catalogue import make_policy
 from generate import GenerateConfig, Generation, decode
 from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
 from kernels.formats import Format
-from policies import make_policy
-from runner import Runner
-from sampling import SamplingConfig, choose
+from loading import checkpoint
+from tests.drafting.test_policies import example
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
@@ -163,7 +163,7 @@ def run_ranks(size: int, command: list[str], **keywords) -> tuple[list[int], str
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory, skip_file):
     """A random model of 4 heads and 2 kv heads in both formats: 2 ranks read a folder, 4 ranks one file of ours."""
-    from test_exactness import random_model
+    from tests.decoding.test_exactness import random_model
 
     folder = tmp_path_factory.mktemp("tp")
     model = random_model(torch.float32, pack=False, sharpness=4.0, ffn_dim=128, seed=2)

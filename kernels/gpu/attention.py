@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import HEAD_DIM, ROWS
+from kernels.gpu.build import HEAD_DIM, ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 
 SEGMENT = 128  # slots: small, so that short contexts spread over the multiprocessors too

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.exit_head import Draw, Partials, merge, partials_of
-from kernels.gpu import ROWS
+from kernels.gpu.build import ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 from kernels.linear import linear_reference
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import dequantise_int4, dequantise_int8
-from kernels.gpu import FEATURES, ROWS
+from kernels.gpu.build import FEATURES, ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 
 GROUPS = (32, 64, 128)  # sizes of an int4 group

@@ -2,7 +2,7 @@
 
 A result must not depend on how many rows a call has, so a kernel has ONE tile shape per operation and dtype, whatever
 the number of rows: ROWS rows, unused ones masked. The table below is read by the kernels, by their tests and by the
-ahead-of-time compile check (tests/compile_ahead.py), so what is checked is what runs.
+ahead-of-time compile check (tests/kernels/compile_ahead.py), so what is checked is what runs.
 """
 
 import functools

@@ -1,0 +1,384 @@
+"""How decoding becomes fast: what runs a layer, and the number of rows a call is made with.
+
+`generate.decode` speaks to the model only through a Runner. No other file of the engine mentions torch.compile. A layer
+is run by one of these backends:
+  * "c++"      compiled, on a CPU whose weights are packed: a run of layers is one call into `kernels/cpu/layers.h`
+  * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
+  * "eager"    operation by operation; named "c++ ops" where several ranks, which talk in between, use compiled ones
+
+Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
+  * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows, so
+    calls are made with as many rows as there are.
+  * Without them bits depend on the row count, so every decoding call is padded to one `width`; padding rows have the
+    position -1. And all layers run through one compiled block, whatever the exit, skip set
+    or policy: two differently cut graphs would keep different intermediates in fp32.
+"""
+
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from decoding.graphs import DeviceRounds
+from decoding.packed import PackedLayers, PlayedRound
+from decoding.sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, make_sampler
+from drafting.adapters import Adapter, Adapters
+from drafting.plan import DraftPlan
+from errors import UserError
+from kernels.exit_head import Draw, Exit, Head
+from kernels.linear import is_packed
+from model import Linear, Transformer
+
+PREFILL_CHUNK = 512  # rows per prefill call: bounds activation memory
+MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
+
+
+def missing_compiler(device: str = "cpu") -> str | None:
+    """Why torch.compile cannot work here for a kind of device, in one line; None if it can."""
+    language, names = ("C++", ("g++", "clang++", "c++")) if device == "cpu" else ("C", ("gcc", "clang", "cc"))
+    if any(map(shutil.which, names)):
+        return None
+    return (
+        f"no {language} compiler ({names[0]} or {names[1]}) on this machine: running eagerly, which is slower; "
+        "the text is exact too"
+    )
+
+
+def check_num_draft_tokens(num_draft_tokens: int) -> None:
+    if not 0 <= num_draft_tokens < MAX_ROWS:
+        raise UserError(f"num_draft_tokens must be in 0..{MAX_ROWS - 1}, got {num_draft_tokens}")
+
+
+def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
+    # A plain function of the layer: Dynamo lifts its parameters and caches to inputs, so all layers share one graph.
+    return layer(hidden, cos, sin, positions, run_attention, run_mlp)
+
+
+def packed_layers(model: Transformer) -> PackedLayers:
+    tensors = [layer.tensors() for layer in model.layers]
+    return PackedLayers(tensors, model.cos, model.sin, model.args.n_head, model.args.norm_eps)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of the weights of a layer or of a part of it, scales included."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def head_bytes(head: Head) -> int:
+    return head.weight.nbytes + (0 if head.scale is None else head.scale.nbytes)
+
+
+class Runner:
+    """Runs a model for decoding with at most `max_rows` rows per call, `cache_length` tokens of prompt and text.
+
+    compile: use a compiled backend. exact=False gives up bit-equal rows for speed where padding costs time (a baseline
+    to be measured against, named as such). notice: called with one line about anything slower than asked for.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache_length: int,
+        max_rows: int = 4,
+        compile: bool = False,
+        exact: bool = True,
+        notice: Callable[[str], None] = print,
+        draft_vocab: int | None = None,
+        drafter: Transformer | None = None,
+    ):
+        """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper.
+
+        drafter: low-bit copies of the first layers and of the LM head, through which drafts go, and nothing else.
+        """
+        check_num_draft_tokens(max_rows - 1)
+        self.model = model.requires_grad_(False)
+        self.n_layer = model.args.n_layer
+        self.cache_length = cache_length
+        self.drafter = drafter and drafter.requires_grad_(False)
+        linears = [m for one in (model, drafter) if one for m in one.modules() if isinstance(m, Linear)]
+        self.rows_independent = all(is_packed(linear.weight) for linear in linears)
+        self._ends = model.ends()  # module attributes cost microseconds
+        self._draft_ends = drafter.ends() if drafter else self._ends
+        self.draft_head_share = head_bytes(self._draft_ends) / head_bytes(self._ends)
+        if draft_vocab is not None:
+            self._draft_ends = self._draft_ends.trimmed(draft_vocab)
+            self.draft_head_share *= draft_vocab / model.args.vocab_size
+        attention, mlp = module_bytes(model.layers[0].attention), module_bytes(model.layers[0].mlp)
+        self._attention_share = attention / (attention + mlp)
+        self._draft_share = module_bytes(drafter.layers[0]) / module_bytes(model.layers[0]) if drafter else 1.0
+        self.backend, self.group = "eager", model.group
+        if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
+            self.backend = "c++ ops" if self.rows_independent else "eager"
+        elif compile and self.rows_independent:
+            self.backend = "c++"
+        elif compile and (reason := missing_compiler(model.norm.weight.device.type)):
+            notice(reason)
+        elif compile:
+            self.backend = "inductor"
+        # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
+        # the number of drafts, so that two settings, and two processes, compute the same bits.
+        self.width = max_rows if self.rows_independent or not exact else (8 if max_rows <= 8 else MAX_ROWS)
+        slots = cache_length + self.width
+        if model.cache_length < slots:
+            model.setup_cache(slots)  # else: share the cache that another runner of this model uses
+        if drafter:
+            drafter.share_cache(model)
+        self.positions = torch.arange(slots, device=model.cos.device)
+        self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
+        self.compile_s = 0.0
+        self._layers: PackedLayers | None = None  # for the "c++" backend
+        self._draft_layers: PackedLayers | None = None
+        self._compiled_block, self._warm = None, False
+        if self.backend == "inductor":
+            self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
+        self._rounds, self._captured_cos = DeviceRounds(self), model.cos  # cos is made anew with every cache
+
+    def agreed(self, value):
+        """`value`, or with several ranks that of rank 0: for whatever time or vector arithmetic decides, see tp.py."""
+        return self.group.agreed(value) if self.group else value
+
+    def sampler(self, config: SamplingConfig) -> CoupledSampler | RejectionSampler | LedSampler:
+        """The sampler for `config`."""
+        return make_sampler(config, self.group.agreed if self.group else None)
+
+    @property
+    def unsteady_rounds(self) -> int:
+        """How many rounds of a plan take longer than all after them: they are captured as CUDA graphs."""
+        return 2 if self._rounds.on_gpu else 0
+
+    @property
+    def compiled(self) -> bool:
+        return self.backend != "eager"
+
+    @cached_property
+    def _can_sample(self) -> bool:
+        return all(self.exit(self._ends.norm[None], draft=draft).can_sample() for draft in (False, True))
+
+    def warm_up(self, skips_sublayers: bool = False) -> None:
+        """Compile every graph that decoding will use, then make any further compilation an error.
+
+        skips_sublayers: also the variants of a layer that leave out its attention, its MLP or both.
+        """
+        if self.backend != "inductor":
+            return
+        start = time.perf_counter()
+        torch._dynamo.config.recompile_limit = 64  # beyond the limit Dynamo runs eagerly, without a word: other bits
+        torch._inductor.config.size_asserts = False  # 20 checks per layer call; the guards above hold the same facts
+        hidden = self.embed([0] * self.width)
+        for skips in ((), ((0,), ()), ((), (0,)), ((0,), (0,))) if skips_sublayers else ((),):
+            self.run_layers(hidden, 0, 0, self.n_layer, *skips)
+            if self.drafter:
+                self.run_layers(hidden, 0, 0, len(self.drafter.layers), *skips, draft=True)
+        self._warm = True
+        self.compile_s += time.perf_counter() - start
+
+    def choose_threads(self, repeats: int = 15, budget_s: float = 0.5) -> int:
+        """Time plain decoding steps with 1, 2, 4, … CPU threads in turns; set and return the count that serves best.
+
+        More threads must be a twentieth faster to be taken: on a busy machine threads that wait for each other can be
+        many times slower than one. The bits of the "c++" backend do not depend on it.
+        """
+        counts, most = [1], torch.get_num_threads()
+        while counts[-1] < most:
+            counts.append(min(2 * counts[-1], most))
+        self.prefill([0])
+        times: dict[int, list[float]] = {count: [] for count in counts}
+        end = time.perf_counter() + budget_s
+        for turn in range(repeats if len(counts) > 1 else 0):
+            if turn >= 3 and self.agreed(time.perf_counter() > end):
+                break
+            for count, taken in times.items():
+                torch.set_num_threads(count)
+                for _ in range(2):  # the first step with another count wakes its threads
+                    start = time.perf_counter()
+                    self.exit(self.run_layers(self.embed([0]), 0, 0, self.n_layer)).tokens()
+                taken.append(time.perf_counter() - start)
+        best = 1
+        for count in counts[1:]:
+            if statistics.median(times[count]) < 0.95 * statistics.median(times[best]):
+                best = count
+        best = self.agreed(best)
+        torch.set_num_threads(best)
+        return best
+
+    def prefill(self, tokens: Sequence[int], start: int = 0) -> Tensor:
+        """Run `tokens` at positions start, start+1, … through all layers -> hidden [1, D] of the last one."""
+        return self.prefill_states(tokens, start)[self.n_layer][-1:]
+
+    def prefill_states(
+        self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = (), top: int | None = None
+    ) -> dict[int, Tensor]:
+        """As `prefill` -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top.
+
+        top: go only so far up; nothing is in the cache of the layers above.
+        """
+        self._rounds.forget()
+        if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
+            if start:
+                raise UserError(f"cached: another runner has replaced the cache that held {start} tokens: start anew")
+            self._rounds, self._captured_cos = DeviceRounds(self), self.model.cos
+        if self.drafter:
+            self.drafter.share_cache(self.model)
+        if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
+            self._layers = packed_layers(self.model)
+            self._draft_layers = packed_layers(self.drafter) if self.drafter else None
+        chunk = math.ceil(len(tokens) / math.ceil(len(tokens) / PREFILL_CHUNK))  # equal ones: the last is no remnant
+        for first in range(0, len(tokens), chunk):
+            hidden, below, states = self.embed(tokens[first : first + chunk]), 0, {}
+            positions = self.positions[start + first : start + first + len(hidden)]
+            for depth in sorted({*depths, top or self.n_layer}):
+                if self._layers:
+                    hidden = self._layers.run(hidden, start + first, below, depth)
+                else:
+                    hidden = self.model.run_layers(hidden, positions, below, depth)
+                below, states[depth] = depth, hidden
+        return states
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Token ids -> hidden [T, D]."""
+        weight = self.model.embedding.weight
+        if len(tokens) == 1 and not is_packed(weight) and weight.is_floating_point():
+            return weight[tokens[0] : tokens[0] + 1]  # a view: the lookup would cost as much as a layer's arithmetic
+        return self.model.embed(torch.tensor(tokens, device=self.positions.device))
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        position: int,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> Tensor:
+        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the drafter's, if any."""
+        if layers := (draft and self._draft_layers) or self._layers:
+            return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
+        positions = self.positions[position : position + len(hidden)]
+        run = self._rounds.run_layers if self._rounds.on_gpu else self.run_blocks
+        parts = [
+            run(rows, at, start, stop, skip_attention, skip_mlp, draft)
+            for rows, at in zip(hidden.split(self.width), positions.split(self.width), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def layer_visits(
+        self,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> float:
+        """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less, a layer
+        of the drafter what its bytes are of the model's."""
+        left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
+        return self.counted(stop - start, left_out, draft)
+
+    def counted(self, layers: int, left_out: Sequence[int] = (0, 0), draft: bool = False) -> float:
+        """So many layers, less the attentions and MLPs left out of them."""
+        attention, mlp = left_out
+        read = layers - attention * self._attention_share - mlp * (1 - self._attention_share)
+        return read * self._draft_share if draft else read
+
+    def run_blocks(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        start: int,
+        stop: int,
+        skip_attention: Collection[int] = (),
+        skip_mlp: Collection[int] = (),
+        draft: bool = False,
+    ) -> Tensor:
+        """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
+        layers = (draft and self.drafter or self.model).layers
+        rows, hidden = hidden.shape[0], self._pad(hidden)
+        positions = torch.cat((positions, self._padding[: len(hidden) - rows]))
+        cos, sin = self.model.cos[positions], self.model.sin[positions]
+        run = self._compiled_block or _run_block
+        with self._no_recompiling():
+            for index in range(start, stop):
+                run_attention, run_mlp = index not in skip_attention, index not in skip_mlp
+                hidden = run(layers[index], hidden, cos, sin, positions, run_attention, run_mlp)
+        return hidden[:rows]
+
+    def _no_recompiling(self):
+        # Only while our blocks run: the stance is global, and other code of the process may want to compile.
+        if not self._warm:
+            return nullcontext()
+        return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
+
+    def play(
+        self,
+        plan: DraftPlan,
+        sampling: SamplingConfig,
+        token: int,
+        position: int,
+        limit: int,
+        want_hidden: bool = False,
+    ) -> PlayedRound | None:
+        """Play a round without the policy's say, with up to `limit` drafts; in C++ in one call. None: cannot.
+
+        want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
+        small model's layers do.
+        """
+        if not self._layers and self.model.cos is not self._captured_cos:  # captured graphs would write to freed memory
+            raise RuntimeError("another runner of this model has replaced the cache in the middle of a text")
+        sampled = sampling.temperature > 0
+        if plan.asks_policy or (sampled and not (sampling.is_plain and self._can_sample)):
+            return None
+        if self._layers:
+            drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
+            exits = () if plan.proposed or not drafts else plan.exits or (self.n_layer,)
+            return self._layers.play_round(
+                self.model.embedding.weight,
+                self._ends,
+                token,
+                position,
+                exits,
+                drafts,
+                embedding_scale=self.model.embedding.scale,
+                draft=self._draft_layers,
+                draft_head=self._draft_ends,
+                leave_if=plan.leave_if,
+                stop_unless=plan.stop_unless,
+                skip_attention=plan.skip_attention,
+                skip_mlp=plan.skip_mlp,
+                proposed=plan.proposed[:drafts],
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                adapters=self._adapters_at(plan.adapters, exits),
+                want_hidden=want_hidden,
+            )
+        if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width or (plan.leave_if and plan.leave_if.compares):
+            return None
+        return self._rounds.play(plan, sampling, token, position, limit, want_hidden)
+
+    def adapted(self, hidden: Tensor, adapters: Adapters | None, depth: int) -> Tensor:
+        """hidden [T, D] that leaves at `depth`, as the adapter of that exit corrects it, if there is one."""
+        adapter = adapters and adapters.ready(hidden).get(depth)
+        return adapter(hidden) if adapter else hidden
+
+    def _adapters_at(self, adapters: Adapters | None, exits: Sequence[int]) -> list[Adapter | None]:
+        ready = adapters.ready(self.model.norm.weight) if adapters else {}
+        return [ready.get(depth) for depth in exits] if ready else []
+
+    def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
+        """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.
+
+        draw: how `Exit.samples` will choose. draft: with the draft's LM head, which may know fewer tokens.
+        """
+        return Exit(self._pad(hidden), self._draft_ends if draft else self._ends, len(hidden), draw)
+
+    def _pad(self, hidden: Tensor) -> Tensor:
+        rows = hidden.shape[0]
+        if self.rows_independent or rows >= self.width:
+            return hidden
+        return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))

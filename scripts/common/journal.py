@@ -1,0 +1,148 @@
+"""What a long program has finished, one JSON object a line, so that a killed run goes on where it was.
+
+The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import cli
+from drafting.plan import DraftPolicy
+from errors import UserError
+from loading import checkpoint
+
+
+def digest(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence,
+    policies: Iterable[DraftPolicy],
+    source: checkpoint.Source,
+    ranks: int,
+) -> dict:
+    """What a journal remembers of all that names alone do not tell: prompts, responses, the content of files."""
+    sha = lambda value: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    stats = {str(file): file.stat() for file in set(source.files.values())}
+    return {
+        "samples": len(prompts),
+        "prompts": sha([list(prompt) for prompt in prompts]),
+        "responses": sha(list(responses)),
+        "weight_files": sha(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())),
+        "policy_files": [policy.contents for policy in policies if policy.contents],
+        "ranks": ranks,
+    }
+
+
+class Journal:
+    """Finished pieces of work by key. Without a path it remembers and writes nothing."""
+
+    def __init__(self, path: Path | None, settings: dict, key: tuple[str, ...]):
+        """Read what is there. key: the fields of a row that name it.
+
+        Raises UserError if the file is of other settings, is not such a file, or cannot be written.
+        """
+        self.path, self.key, self.settings = path, key, json.loads(json.dumps(settings))
+        self.done: dict[Hashable, dict] = {}
+        if path is not None and path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            first, *rows = [json.loads(line) for line in self._complete_lines()] or [{"settings": self.settings}]
+            found = first["settings"]
+            for row in rows:
+                self.done[self._key_of(row)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
+                f"another --output_dir"
+            ) from None
+        refuse_others(self.path, found, self.settings)
+
+    def _complete_lines(self) -> list[str]:
+        """Lines, without a last one that a killed run has not finished writing."""
+        *lines, last = cli.read_text(self.path).split("\n")
+        if last and not lines:
+            raise UserError("its first line has no end")
+        return lines
+
+    def _key_of(self, row: dict) -> tuple:
+        return tuple(row[name] for name in self.key)
+
+    def start(self) -> None:
+        """Make the file ready for more rows, before long work: the settings, and what was read from it."""
+        if self.path is None:
+            return
+        rows = [{"settings": self.settings}, *self.done.values()]
+        cli.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def keep(self, keys: Iterable[tuple]) -> None:
+        """Forget all rows but these, also on disk."""
+        self.done = {key: self.done[key] for key in keys}
+        self.start()
+
+    def add(self, row: dict) -> None:
+        """Remember a finished piece, also on disk."""
+        self.done[self._key_of(row)] = row
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def get(self, *key) -> dict | None:
+        return self.done.get(key)
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Make a folder and keep it for this process. Raises UserError while another process keeps it.
+
+    The lock is the system's: it ends with the process, however that ends.
+    """
+    handle = os.open(cli.make_folder(path), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes into {path}: wait for it, or give another --output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_state(path: Path, kinds: dict[str, type | None], mmap: bool = False) -> dict:
+    """What a run has saved with torch.save. kinds: fields that must be there, and their types (None: any).
+
+    Raises UserError for a file that is damaged or of another program.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        wrong = [name for name, kind in kinds.items() if not isinstance(found[name], kind or object)]
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        wrong = [type(error).__name__]
+    if wrong:
+        raise UserError(f"{path} is not what this program writes ({wrong[0]}): give another --output_dir")
+    return found
+
+
+def refuse_others(path: Path, found: dict, wanted: dict) -> None:
+    """Raise UserError if the settings in a file are not those that are wanted now."""
+    if found != wanted:
+        name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
+        then, now = _short(found.get(name)), _short(wanted.get(name))
+        raise UserError(
+            f"{path} is of a run with another {name} ({then}, now {now}): give another --output_dir, or delete the file"
+        )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,385 @@
+"""Samples of the experiment programs: prompts and what should follow them, from files, bundled ones, or the hub.
+
+`--dataset` is the name of a bundled file (benchmarks/samples, offline), a JSON-lines file, or a name of SOURCES, which
+the optional package `datasets` resolves. What is chosen depends on the dataset, the seed and the tokenizer alone.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cli
+from errors import UserError
+from generate import GenerateConfig, check_prompt
+from scripts.common.metrics import INSTALL
+
+BUNDLED = Path(__file__).parents[2] / "benchmarks" / "samples"
+LETTERS = "ABCDEFGHIJ"
+FIRST_WORDS = 100  # of an article, to be continued
+PARAGRAPH, LINE = ("\n\n",), ("\n",)  # where an answer is over, if the model goes on
+PYTHON = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # HumanEval's own
+
+
+class Sample(NamedTuple):
+    """A prompt, and the texts that would be right after it (with their first space or newline; none if unknown)."""
+
+    number: int  # of its row in the dataset, from 0
+    prompt: str
+    responses: tuple[str, ...] = ()
+
+
+class Texts(NamedTuple):
+    """What a row of a dataset becomes."""
+
+    prompt: str
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset of the hub. make: its row -> Texts; shots: its split for examples, num_shots: how many by default."""
+
+    hub_id: str
+    config: str | None
+    split: str
+    shots: str
+    make: Callable[[dict], Texts]
+    num_shots: int = 0
+    stops: tuple[str, ...] = PARAGRAPH
+
+
+def _template(prompt: str, response: str) -> Callable[[dict], Texts]:
+    return lambda row: Texts(prompt.format_map(row), (response.format_map(row),))
+
+
+def _first_words(row: dict) -> Texts:
+    words = row["article"].split()
+    return Texts(" ".join(words[:FIRST_WORDS]), (" " + " ".join(words[FIRST_WORDS:]),))
+
+
+def _choices(question: str, choices: Sequence[str], right: int, before: str = "") -> Texts:
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return Texts("\n".join([f"{before}Question: {question}", *lines, "Answer:"]), (f" {LETTERS[right]}",))
+
+
+def _mmlu(row: dict) -> Texts:
+    return _choices(row["question"], row["choices"], row["answer"])
+
+
+def _race(row: dict) -> Texts:
+    before = f"Article: {row['article']}\n"
+    return _choices(row["question"], row["options"], LETTERS.index(row["answer"]), before)
+
+
+def _arc(row: dict) -> Texts:
+    choices = row["choices"]
+    return _choices(row["question"], choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def _boolq(row: dict) -> Texts:
+    prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return Texts(prompt, (" yes" if row["answer"] else " no",))
+
+
+def _nq_open(row: dict) -> Texts:
+    return Texts(f"Question: {row['question']}?\nAnswer:", tuple(f" {answer}" for answer in row["answer"]))
+
+
+def _mbpp(row: dict) -> Texts:
+    return Texts("\n".join(['"""', row["text"], *row["test_list"], '"""']), ("\n" + row["code"],))
+
+
+SUMMARY = "Article: {article}\nSummary:"
+SOURCES = {
+    "cnn_dm_summarization": Source(
+        "abisee/cnn_dailymail", "3.0.0", "test", "train", _template(SUMMARY, " {highlights}"), 1
+    ),
+    "cnn_dm_lm": Source("abisee/cnn_dailymail", "3.0.0", "test", "train", _first_words, stops=()),
+    "xsum_summarization": Source(
+        "EdinburghNLP/xsum", None, "test", "train", _template("Article: {document}\nSummary:", " {summary}")
+    ),
+    "human_eval": Source(
+        "openai/openai_humaneval", None, "test", "test", _template("{prompt}", "{canonical_solution}"), stops=PYTHON
+    ),
+    "mbpp": Source("google-research-datasets/mbpp", "full", "test", "prompt", _mbpp, 3),
+    "top_v2": Source(
+        "WillHeld/top_v2",
+        None,
+        "test",
+        "train",
+        _template("Utterance: {utterance}\nParse:", " {semantic_parse}"),
+        3,
+        LINE,
+    ),
+    "gsm8k": Source(
+        "openai/gsm8k", "main", "test", "train", _template("Question: {question}\nAnswer:", " {answer}"), 5
+    ),
+    "mmlu": Source("cais/mmlu", "all", "test", "dev", _mmlu, 5, LINE),
+    "boolq": Source("google/boolq", None, "validation", "train", _boolq, 0, LINE),
+    "nq_open": Source("google-research-datasets/nq_open", None, "validation", "train", _nq_open, 5, LINE),
+    "race": Source("ehovy/race", "all", "test", "train", _race, 0, LINE),
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", "train", _arc, 5, LINE),
+}
+BUNDLED_STOPS = {"summarisation": LINE, "questions": LINE, "code": PYTHON}
+
+
+@dataclass
+class Dataset:
+    """Samples in the order they are chosen in, and where their answers end: at the first of `stops`."""
+
+    name: str
+    samples: Sequence[Sample]
+    stops: tuple[str, ...] = ()
+
+
+def bundled_names() -> list[str]:
+    return sorted(path.stem for path in BUNDLED.glob("*.jsonl"))
+
+
+def add_sample_flags(parser: argparse.ArgumentParser, dataset: str | None = "code", num_samples: int = 8) -> None:
+    """--dataset and what chooses and shapes its samples; `dataset` None: no samples unless asked for."""
+    group = parser.add_argument_group("samples")
+    group.add_argument(
+        "--dataset",
+        default=dataset,
+        metavar="NAME|FILE.jsonl",
+        help=f"bundled: {', '.join(bundled_names())}; from the hub: {', '.join(SOURCES)}; or a file "
+        f"with a JSON object a line (default: {dataset})",
+    )
+    group.add_argument(
+        "--num_samples",
+        type=int,
+        default=num_samples,
+        metavar="N",
+        help=f"how many, chosen by --seed (default: {num_samples})",
+    )
+    group.add_argument(
+        "--num_shots",
+        "--n_shot",
+        type=int,
+        metavar="N",
+        help="solved examples before each prompt (default: what the dataset's papers use, 0 for files)",
+    )
+    group.add_argument("--prompt_field", default="prompt", metavar="KEY", help="of FILE.jsonl")
+    group.add_argument(
+        "--response_field",
+        metavar="KEY",
+        help="of FILE.jsonl: what should follow, a text or a list of them (default: response, if there)",
+    )
+    group.add_argument(
+        "--template", metavar="TEXT", help=r"the prompt of a row with keys in braces, as in 'Q: {question}\nA:'"
+    )
+    group.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to each prompt")
+
+
+def check_sample_flags(flags: argparse.Namespace, without: str) -> None:
+    """Raise UserError for flags of samples without a --dataset, or with a flag `without` that replaces it."""
+    given = {
+        "num_shots": flags.num_shots,
+        "response_field": flags.response_field,
+        "template": flags.template,
+        "chat": flags.chat or None,
+    }
+    if flags.dataset is None:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"--{names[0]} goes with --dataset only")
+    elif getattr(flags, without) is not None:
+        raise UserError(f"--dataset and --{without} both say what to continue: give one")
+
+
+def read_dataset(flags: argparse.Namespace) -> Dataset:
+    """The dataset that the flags name, shuffled by --seed, with its examples in each prompt.
+
+    Raises UserError for what is not there, is empty or malformed (naming the line), or cannot be downloaded.
+    """
+    for name, value, least in (("num_samples", flags.num_samples, 1), ("num_shots", flags.num_shots, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be {least} or more, got {value}")
+    name, path = flags.dataset, Path(flags.dataset)
+    if not path.is_file() and (flags.prompt_field != "prompt" or flags.response_field is not None):
+        raise UserError(f"prompt_field and response_field name keys of a JSON-lines file, and {name!r} is none")
+    if not path.is_file() and (bundled := BUNDLED / f"{name}.jsonl").exists():
+        rows = read_rows(bundled, "prompt", "response", flags.template)
+        return _shuffled(name, rows, None, flags.num_shots or 0, BUNDLED_STOPS.get(name, ()), flags.seed)
+    if not path.is_file() and name in SOURCES:
+        return _from_hub(name, SOURCES[name], flags)
+    if not path.is_file():
+        raise UserError(
+            f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *SOURCES])}, got {name!r}"
+        )
+    rows = read_rows(path, flags.prompt_field, flags.response_field, flags.template)
+    return _shuffled(name, rows, None, flags.num_shots or 0, (), flags.seed)
+
+
+def read_rows(path: Path, prompt_field: str, response_field: str | None, template: str | None = None) -> list[Texts]:
+    """The lines of a JSON-lines file. response_field None: `response`, where a row has it."""
+    rows = []
+    for number, line in enumerate(cli.read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object, but {type(row).__name__}")
+        prompt = _filled(template, row, where) if template else _text(row, prompt_field, where)
+        responses = ()
+        if response_field is not None or "response" in row:
+            key = response_field or "response"
+            several = isinstance(row.get(key), list)
+            responses = (
+                tuple(_text({key: text}, key, where) for text in row[key]) if several else (_text(row, key, where),)
+            )
+        rows.append(Texts(prompt, responses))
+    if not rows:
+        raise UserError(f"{path} holds no samples")
+    return rows
+
+
+def _text(row: dict, key: str, where: str) -> str:
+    if key not in row:
+        raise UserError(f"{where}: no field {key!r} (it has {', '.join(map(repr, row)) or 'none'})")
+    if not isinstance(row[key], str):
+        raise UserError(f"{where}: field {key!r} must be a text, got {type(row[key]).__name__}")
+    return row[key]
+
+
+def _filled(template: str, row: dict, where: str) -> str:
+    try:
+        return template.replace(r"\n", "\n").format_map(row)
+    except KeyError as error:
+        raise UserError(f"{where}: no field {error} for --template (it has {', '.join(map(repr, row))})") from None
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"template {template!r}: {error}") from None
+
+
+class _Split(Sequence):
+    """The rows of a split as Texts, made when asked for: a training split may have 300,000."""
+
+    def __init__(self, name: str, source: Source, split: str, template: str | None):
+        self.name, self.split, self.make, self.template = name, split, source.make, template
+        self.rows = load_split(name, source, split)
+        if not len(self.rows):
+            raise UserError(f"{name} holds no samples in its split {split}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Texts:
+        row, where = self.rows[number], f"{self.name}, row {number} of {self.split}"
+        try:
+            made = self.make(row)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: not as expected ({type(error).__name__}: {error})") from None
+        return made._replace(prompt=_filled(self.template, row, where)) if self.template else made
+
+
+def _from_hub(name: str, source: Source, flags: argparse.Namespace) -> Dataset:
+    num_shots = source.num_shots if flags.num_shots is None else flags.num_shots
+    rows, examples = _Split(name, source, source.split, flags.template), None
+    if num_shots and source.shots != source.split:
+        examples = _Split(name, source, source.shots, flags.template)
+    return _shuffled(name, rows, examples, num_shots, source.stops, flags.seed)
+
+
+def load_split(name: str, source: Source, split: str) -> Sequence[dict]:
+    """Rows of a split, downloaded or from the cache of `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"dataset {name} needs the package datasets: {INSTALL}") from None
+    datasets.utils.logging.set_verbosity_error()
+    cli.notice(f"loading {source.hub_id} ({split}) …")
+    try:
+        return datasets.load_dataset(source.hub_id, source.config, split=split)
+    except Exception as error:  # a network has many ways to fail; each means that the rows did not come
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"dataset {name}: cannot load {source.hub_id} ({type(error).__name__}: {reason}); offline, "
+            f"give a file or one of {', '.join(bundled_names())}"
+        ) from error
+
+
+def _shuffled(
+    name: str,
+    rows: Sequence[Texts],
+    examples: Sequence[Texts] | None,
+    num_shots: int,
+    stops: tuple[str, ...],
+    seed: int,
+) -> Dataset:
+    """Samples in an order of the seed, so that a smaller number is the beginning of a larger one.
+
+    examples: where solved examples come from; None: rows, which then are no samples any more.
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    before = ""
+    if num_shots:
+        pool = rows if examples is None else examples
+        if num_shots >= len(pool) + (examples is not None):
+            raise UserError(f"num_shots must be below the {len(pool)} rows of {name}, got {num_shots}")
+        chosen = order[-num_shots:] if examples is None else random.Random(seed).sample(range(len(pool)), num_shots)
+        order = order[:-num_shots] if examples is None else order
+        if silent := [number for number in chosen if not pool[number].responses]:
+            raise UserError(f"num_shots {num_shots}: row {silent[0] + 1} of {name} has no response to show")
+        before = "".join(f"{pool[number].prompt}{pool[number].responses[0]}\n\n" for number in chosen)
+    made = ((number, rows[number]) for number in order)
+    return Dataset(name, [Sample(number, before + row.prompt, row.responses) for number, row in made], stops)
+
+
+def encoded(
+    dataset: Dataset, flags: argparse.Namespace, session: cli.Session, config: GenerateConfig
+) -> list[tuple[Sample, list[int]]]:
+    """The first --num_samples samples that fit the model's context with config.max_new_tokens, and their token ids.
+
+    In the order of their rows. Tells how many were too long; raises UserError if all are.
+    """
+    wanted = math.inf if flags.num_samples is None else flags.num_samples
+    found, too_long, last = [], 0, None
+    for sample, ids in _tokenised(dataset, flags, session):
+        if len(found) >= wanted:
+            break
+        try:
+            check_prompt(ids, config, session.args.vocab_size, session.args.max_seq_len)
+        except ValueError as error:
+            too_long, last = too_long + 1, error
+            continue
+        found.append((sample, ids))
+    if not found:
+        raise UserError(f"dataset {dataset.name}: no sample can be used: {last}")
+    if too_long:
+        cli.notice(
+            f"{dataset.name}: {too_long} samples do not fit the model's {session.args.max_seq_len} positions "
+            f"and were passed over"
+        )
+    if wanted != math.inf and len(found) < wanted:
+        cli.notice(f"{dataset.name}: {len(found)} samples instead of {wanted}")
+    return sorted(found)
+
+
+def _tokenised(dataset: Dataset, flags, session: cli.Session) -> Iterator[tuple[Sample, list[int]]]:
+    for sample in dataset.samples:
+        if flags.chat:
+            yield sample, session.tokenizer.apply_chat([{"role": "user", "content": sample.prompt}])
+        else:
+            yield sample, session.tokenizer.encode(sample.prompt)
+
+
+def answer(tokens: Sequence[int], session: cli.Session, stops: Sequence[str]) -> str:
+    """The text of generated tokens up to an end-of-text token or the first of `stops`: what is judged by a response.
+
+    Tokens after the end change nothing before it, so a text that was decoded further, to be timed, is judged alike.
+    """
+    end = next((i for i, token in enumerate(tokens) if token in session.tokenizer.eos_ids), len(tokens))
+    text = session.tokenizer.decode(tokens[:end], continues=True)
+    body = text.lstrip()  # an answer may begin on the next line
+    start = len(text) - len(body)
+    return text[: min((at for stop in stops if (at := text.find(stop, start)) >= 0), default=len(text))]

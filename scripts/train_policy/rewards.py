@@ -1,0 +1,107 @@
+"""What leaving out sublayers is worth at each position of a text: the reward of the policy that chooses them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decoding.runner import module_bytes
+from kernels.exit_head import Exit
+from model import Transformer
+from scripts.common.first_drafts import FirstDrafts, expected_tokens
+from scripts.common.round_costs import RoundCosts
+
+
+class Outcome(NamedTuple):
+    """What drafts would say at R positions, each [R]: KL(full model || draft) in nats, cross-entropy of the text's
+    token, whether the draft's best token is the full model's, and the draft's probability of the full model's best."""
+
+    kl: Tensor
+    ce: Tensor
+    agrees: Tensor
+    chance: Tensor
+
+
+class Window:
+    """A piece of text, seen by the full model, at whose positions sets of sublayers can be tried.
+
+    Position p (from 1 on: a set is chosen by the state at p - 1) drafts the token at p + 1; R = T - 1 positions.
+    Attributes: states, [R, D], what the choice may look at.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, tokens: Sequence[int]):
+        """tokens: T + 1 ids."""
+        self.drafts = FirstDrafts(model, tokens[:-1])
+        last = self.drafts.states[-1]
+        self.states, self.rows = last[:-1].float(), torch.arange(1, len(last), device=last.device)
+        self.targets = torch.tensor(tokens[2:], device=last.device)
+        self.full = self._log_probs(last[1:])
+        self.best = self.full.argmax(-1)
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        return Exit(hidden, self.drafts.model.ends(), len(hidden)).logits().log_softmax(-1)
+
+    @torch.no_grad()
+    def judge(self, keep: Tensor) -> Outcome:
+        """Drafts that run the sublayers of keep, bool [R, 2L], one set for each position."""
+        found = self._log_probs(self.drafts.draft_states(keep, self.rows))
+        kl = F.kl_div(found, self.full, reduction="none", log_target=True).sum(-1)
+        ce = F.nll_loss(found, self.targets, reduction="none")
+        chance = found.gather(-1, self.best[:, None])[:, 0].exp()
+        return Outcome(kl, ce, found.argmax(-1) == self.best, chance)
+
+
+def layers_skipped(keep: Tensor, model: Transformer) -> Tensor:
+    """How many layers each set of keep, bool [..., 2L], leaves out: a sublayer counts its share of a layer's bytes."""
+    attention, mlp = (module_bytes(part) for part in (model.layers[0].attention, model.layers[0].mlp))
+    shares = torch.tensor([attention, mlp], device=keep.device) / (attention + mlp)
+    return (~keep).float() @ shares.repeat(keep.shape[-1] // 2)
+
+
+@dataclass
+class SkipReward:
+    """-loss + alpha · layers left out. loss: kl or ce of Outcome."""
+
+    model: Transformer
+    loss: str
+    alpha: float
+
+    def __call__(self, outcome: Outcome, keep: Tensor) -> Tensor:
+        return self.alpha * layers_skipped(keep, self.model) - getattr(outcome, self.loss)
+
+
+@dataclass
+class SpeedReward:
+    """Expected speedup over plain decoding of rounds of K drafts, each accepted with Outcome's `chance`."""
+
+    costs: RoundCosts
+    num_draft_tokens: int
+
+    def __call__(self, outcome: Outcome, keep: Tensor) -> Tensor:
+        seconds = [self.costs.seconds(row, self.num_draft_tokens) for row in keep.tolist()]
+        tokens = expected_tokens(outcome.chance, self.num_draft_tokens)
+        return tokens * self.costs.plain / torch.tensor(seconds, device=tokens.device)
+
+
+Reward = Callable[[Outcome, Tensor], Tensor]  # outcome and keep [R, 2L] -> what each was worth, [R]
+
+
+def numbers(outcome: Outcome, keep: Tensor, reward: Tensor, model: Transformer) -> dict[str, float]:
+    """Means over the positions, by their names in tables and files."""
+    found = {
+        "reward": reward,
+        "kl": outcome.kl,
+        "ce": outcome.ce,
+        "agreement": outcome.agrees.float(),
+        "skipped": layers_skipped(keep, model),
+    }
+    return {name: values.mean().item() for name, values in found.items()}
+
+
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each number's mean over rows."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
