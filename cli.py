@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import tp
 from decoding.sampling import VERIFICATIONS, SamplingConfig
-from drafting.plan import DraftPolicy, Round
+from drafting.plan import Round
+from drafting.policy import DraftPolicy
 from errors import UserError
 from kernels import cpu, gpu
 from kernels.formats import PLAIN, Format

@@ -7,27 +7,23 @@ decoding is the policy that drafts nothing.
 
 import argparse
 import dataclasses
-import operator
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import cli
 import tp
 from decoding.calibrate import SAMPLE_TEXT, calibrate
+from decoding.compare import compare_with_autoregressive
+from decoding.generation import GenerateConfig, Generation, check_prompt, until_end
 from decoding.rounds import Drafter, Rows, agreement
-from decoding.runner import Runner, check_num_draft_tokens, head_bytes, module_bytes
+from decoding.runner import Runner, check_draft_vocab, check_num_draft_tokens
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import POLICIES, make_policy
-from drafting.plan import DraftPolicy, Round, RoundContext
+from drafting.plan import Round, RoundContext
+from drafting.policy import DraftPolicy
 from errors import UserError
-from model import Transformer
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
-COMPARE_REPEATS = 9
-PLAIN_STEPS = 8  # tokens a call of plain decoding at its fastest
 WATCHED_TOKENS = 64  # at the end of a prompt, see DraftPolicy.see_prompt
 CALIBRATION_TOKENS = 320
 # Words of other projects -> policies. CALM's "softmax" is the difference between the two best.
@@ -37,19 +33,6 @@ CONFIDENCE_METHODS = {name: name for name in ("confidence", "margin", "entropy",
     "state": "saturation",
 }
 CONVERSATION_TOKENS = 4096  # cache of --interactive, unless the model's context is shorter
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What decoding should produce: at most max_new_tokens ids, ending early after any of eos_ids."""
-
-    max_new_tokens: int = 128
-    sampling: SamplingConfig = SamplingConfig()
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
 
 
 def decode(
@@ -158,17 +141,6 @@ def prefill(
     return Round(tuple(new), seconds=time.perf_counter() - start), ended
 
 
-def until_end(
-    tokens: list[int], eos_ids: Sequence[int], finished: Callable[[int], bool] | None
-) -> tuple[list[int], bool]:
-    """The tokens up to and including the one that ends the text, and whether one did."""
-    for index, token in enumerate(tokens):
-        stop = finished(token) if finished else False
-        if stop or token in eos_ids:
-            return tokens[: index + 1], True
-    return tokens, False
-
-
 def check_unverified(policy: DraftPolicy, sampling: SamplingConfig) -> None:
     """Raise UserError for what early exit cannot do."""
     if policy.verifiable_only:
@@ -182,89 +154,6 @@ def check_unverified_flags(flags: argparse.Namespace) -> None:
     for name in ("interactive", "draft_vocab", "draft_quantize"):
         if getattr(flags, name, None) not in (None, False):
             raise UserError(f"--no_verify does not go with --{name}")
-
-
-def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int, length: int) -> None:
-    """Raise UserError unless `prompt` holds known ids and fits `length` positions with config.max_new_tokens."""
-    if not prompt:
-        raise UserError("prompt is empty and this tokenizer has no BOS token: give at least one token")
-    if (worst := max(prompt, key=lambda t: max(t, -1 - t + vocab_size))) not in range(vocab_size):
-        raise UserError(f"prompt ids must be in 0..{vocab_size - 1}, got {worst}")
-    if len(prompt) + config.max_new_tokens > length:
-        raise UserError(
-            f"prompt of {len(prompt)} tokens + max_new_tokens {config.max_new_tokens} does not fit the "
-            f"{length} positions available: shorten the prompt or lower --max_new_tokens"
-        )
-
-
-@dataclass
-class Generation:
-    """The Rounds of one text and the numbers defined on them. The prefill counts as no round and as no decoding."""
-
-    prefill: Round
-    rounds: list[Round]
-
-    @classmethod
-    def collect(cls, stream: Iterator[Round]) -> "Generation":
-        prefill, *rounds = stream
-        return cls(prefill, rounds)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for step in (self.prefill, *self.rounds) for token in step.tokens]
-
-    @property
-    def decode_s(self) -> float:
-        return sum(step.seconds for step in self.rounds)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Decoded tokens per second: those after the first, which the prefill makes."""
-        return (len(self.tokens) - 1) / self.decode_s if self.rounds else None
-
-    def summary(self, model: Transformer) -> dict:
-        """Every number of this generation, as it stands in JSON files."""
-        rounds, emitted = self.rounds, len(self.tokens) - 1
-        drafted = sum(len(step.drafted) for step in rounds)
-        accepted = sum(step.accepted for step in rounds)
-        exits = Counter(depth for step in rounds for depth in step.exit_layers)
-        layers = sum(step.layer_visits for step in rounds)
-        heads = sum(step.head_visits for step in rounds)
-        return {
-            "tokens": self.tokens,
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "rounds": len(rounds),
-            "tokens_per_round": emitted / len(rounds) if rounds else None,
-            "mean_exit_layer": sum(depth * count for depth, count in exits.items()) / exits.total() if exits else None,
-            "exit_layers": {str(depth): exits[depth] for depth in sorted(exits)},
-            "layer_visits_per_token": layers / emitted if rounds else None,
-            "head_visits_per_token": heads / emitted if rounds else None,
-            "prefill_s": self.prefill.seconds,
-            "decode_s": self.decode_s,
-            "tokens_per_s": self.tokens_per_s,
-            "ideal_speedup": ideal_speedup(emitted, layers, heads, model) if rounds else 1.0,
-        }
-
-
-def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
-    if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
-        raise UserError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")
-
-
-def head_cost_layers(model: Transformer) -> float:
-    """Bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
-    return head_bytes(model.ends()) / module_bytes(model.layers[0])
-
-
-def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: Transformer) -> float:
-    """Speedup over autoregressive decoding if time were weight bytes alone: `emitted` tokens for these visits.
-
-    For a round of K drafts at exit layer E that emits n tokens: n·(L + h) ÷ (K·(E + h) + L + h), h = head_cost_layers.
-    """
-    head, n_layer = head_cost_layers(model), model.args.n_layer
-    return emitted * (n_layer + head) / (layer_visits + head * head_visits)
 
 
 def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
@@ -305,64 +194,6 @@ def policy_from_flags(flags: argparse.Namespace, n_layer: int, dim: int | None =
     return policy
 
 
-def compare_with_autoregressive(
-    runner: Runner, prompt: list[int], config: GenerateConfig, policy: DraftPolicy, verified: bool = True
-) -> dict:
-    """Time `policy` and plain decoding in turns on one prompt -> medians of tokens/s and whether all tokens agree.
-
-    Plain decoding is also timed without the padding that exactness may need, or with several tokens a call: the speedup
-    is over the fastest of them.
-    verified=False: early exit instead, and the share of its tokens that the full model would have chosen there.
-    """
-    plain = make_policy("none", runner.n_layer)
-    contenders = {"policy": (runner, policy), "plain": (runner, plain)}
-    if not runner.rows_independent:
-        unpadded = Runner(runner.model, runner.cache_length, 1, runner.compiled, exact=False)
-        unpadded.warm_up()
-        contenders["unpadded"] = (unpadded, plain)
-    elif runner.backend == "c++":
-        full = Runner(runner.model, runner.cache_length, 1, compile=True) if runner.drafter else runner
-        contenders["several a call"] = (full, fastest_plain(full))
-    rates, texts = {name: [] for name in contenders}, {name: [] for name in contenders}
-    for _ in range(COMPARE_REPEATS):
-        for name, (chosen, how) in contenders.items():
-            decoding = decode if verified or how is not policy else early_exit
-            generation = Generation.collect(decoding(chosen, prompt, config, how))
-            rates[name].append(generation.tokens_per_s or 0.0)
-            texts[name].append(generation.tokens)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    speculative = medians.pop("policy")
-    comparable = verified and (config.sampling.temperature == 0 or config.sampling.verification == "coupled")
-    return {
-        "tokens_per_s": speculative,
-        "autoregressive_tokens_per_s": max(medians.values()),
-        "speedup": speculative / max(medians.values()) if max(medians.values()) else None,
-        "repeats": COMPARE_REPEATS,
-        "identical": all(t == texts["plain"][0] for t in texts["policy"] + texts["plain"]) if comparable else None,
-        "equal_to_full_model": None if verified else share_equal(runner, prompt, texts["policy"][0], config.sampling),
-    }
-
-
-def fastest_plain(runner: Runner) -> DraftPolicy:
-    """Plain decoding as it is fastest with this runner."""
-    steps = PLAIN_STEPS if runner.backend == "c++" else 1
-    return make_policy(f"none:steps={steps}", runner.n_layer)
-
-
-def share_equal(runner: Runner, prompt: Sequence[int], text: Sequence[int], sampling: SamplingConfig) -> float:
-    """The share of `text` that the full model would have chosen after the same tokens. Overwrites the cache."""
-    sampler, tokens = runner.sampler(sampling), [*prompt, *text]
-    runner.prefill(prompt[:-1] or prompt)
-    equal, first = 0, len(prompt)
-    while first < len(tokens):
-        rows = tokens[first - 1 : first - 1 + min(runner.width, len(tokens) - first)]  # each chooses its successor
-        hidden = runner.run_layers(runner.embed(rows), first - 1, 0, runner.n_layer)
-        choices = sampler.choices(runner.exit(hidden, sampler.draw(first)), first)
-        equal += sum(map(operator.eq, choices, tokens[first:]))
-        first += len(rows)
-    return equal / len(text)
-
-
 def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
     """Decode one prompt to the terminal; return the JSON object of the run."""
     demonstration = flags.prompt is None and flags.prompt_file is None and flags.prompt_ids is None
@@ -380,7 +211,9 @@ def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateCo
     result = {"prompt_ids": prompt, "text": text if session.tokenizer else None}
     result |= generation.summary(session.model)
     if demonstration or flags.compare:
-        result["comparison"] = compare_with_autoregressive(runner, prompt, config, policy, not flags.no_verify)
+        result["comparison"] = compare_with_autoregressive(
+            decode if not flags.no_verify else early_exit, decode, runner, prompt, config, policy, not flags.no_verify
+        )
     if flags.draft_vocab is not None:
         result["draft_vocab_coverage"] = sum(t < flags.draft_vocab for t in generation.tokens) / len(generation.tokens)
     result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": str(policy)}}

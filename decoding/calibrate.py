@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from decoding.rounds import Drafter, agreement
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
-from drafting.plan import DraftPlan, DraftPolicy
+from drafting.plan import DraftPlan
+from drafting.policy import DraftPolicy
 
 SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan at least once
 SAMPLE_TEXT = """The keeper of the lighthouse wrote down the weather every evening: wind from the west, a calm sea, and

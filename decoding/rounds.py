@@ -18,7 +18,8 @@ from decoding.packed import PlayedRound
 from decoding.runner import Runner
 from decoding.sampling import accept
 from drafting.adapters import Adapters
-from drafting.plan import DraftPlan, DraftPolicy, Leaving
+from drafting.plan import DraftPlan, Leaving
+from drafting.policy import DraftPolicy
 from kernels.exit_head import Exit
 
 

@@ -382,3 +382,8 @@ class Runner:
         if self.rows_independent or rows >= self.width:
             return hidden
         return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))
+
+
+def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
+    if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
+        raise UserError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from drafting.adapters import Adapters
 from drafting.lookup import NgramIndex
-from drafting.plan import Depths, DraftPlan, DraftPolicy, Round, RoundContext, candidates_or_default
+from drafting.plan import Depths, DraftPlan, Round, RoundContext, candidates_or_default
+from drafting.policy import DraftPolicy
 from errors import UserError
 
 PLAIN = DraftPlan()

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drafting.plan import DraftPlan, DraftPolicy, RoundContext
+from drafting.plan import DraftPlan, RoundContext
+from drafting.policy import DraftPolicy
 from errors import UserError
 
 

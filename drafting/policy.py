@@ -5,8 +5,76 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drafting.adapters import Adapters
-from drafting.plan import DraftPlan, DraftPolicy, Round, RoundContext, Rule, check_range
+from drafting.plan import DraftPlan, Round, RoundContext, Rule, check_range
 from errors import UserError
+from kernels.exit_head import Exit
+
+
+class DraftPolicy:
+    """The contract. Subclasses are dataclasses: their fields are the keys of the policy string.
+
+    A field's type turns text into its value; keyword-only fields are never meant by a value without a key.
+    """
+
+    name = ""  # in policy strings
+    num_draft_tokens = 0  # the most tokens a round may draft
+    skips_sublayers = False  # whether its plans may leave sublayers out, so that compiled variants are made ready
+    watched_depths: Sequence[int] = ()  # where exits are compared with the full model at the end of a prompt
+    verifiable_only = False  # whether its drafts mean nothing unless the full model verifies them
+    reads_hidden = False  # whether start_round looks at RoundContext.hidden
+    adapters: Adapters | None = None  # what corrects the states that leave at some exits
+    contents: Sequence[str] = ()  # a hash of each file it has read: names do not tell what it does
+
+    def fit(self, n_layer: int) -> None:
+        """Take a model's number of layers. Raise UserError if the policy does not fit it."""
+
+    def check_model(self, n_layer: int, dim: int | None) -> None:
+        """Raise UserError if a file of the policy is for models of another shape. dim None: not known. After fit."""
+
+    def draft_depth(self, n_layer: int) -> int:
+        """How many of the first layers a draft may need; 0 if none. After fit."""
+        return n_layer
+
+    def start_prompt(self, prompt: Sequence[int]) -> None:
+        """Forget the last prompt."""
+
+    def start_round(self, context: RoundContext) -> DraftPlan:
+        """Say how this round drafts."""
+        raise NotImplementedError
+
+    def should_exit(self, depth: int, exit: Exit) -> bool:
+        """Leave the model at candidate `depth`? `exit` has its hidden state [1, D], token and statistics, each computed
+        only when asked for. Not asked at the last candidate, nor if the plan has a rule to leave."""
+        return True
+
+    def should_stop(self, exit: Exit) -> bool:
+        """End the draft after the token that left the model with `exit`? Asked if the plan says so."""
+        return False
+
+    def end_round(self, round: Round) -> None:
+        """Learn from what was accepted."""
+
+    def plans_to_time(self) -> Sequence[DraftPlan]:
+        """Plans whose rounds should be timed before decoding. If there are any, `calibrate` gets the times."""
+        return ()
+
+    def calibrate(self, seconds: dict[DraftPlan, float], agreement: dict[int, list[bool]]) -> None:
+        """Learn what rounds of plans_to_time() cost, and at which tokens of a sample text an exit at each of their
+        depths chose what the full model chose."""
+
+    def see_prompt(self, agreement: dict[int, list[bool]]) -> None:
+        """The same of the end of the prompt, for each of `watched_depths`, if there are any. After start_prompt."""
+
+    def explain(self) -> list[str]:
+        """Lines about what was chosen and why, for --verbose."""
+        return []
+
+    def __str__(self) -> str:
+        """The policy string that makes this policy."""
+        keys = sorted(dataclasses.fields(self), key=lambda key: key.kw_only)
+        pairs = [(key, getattr(self, key.name)) for key in keys]
+        settings = [f"{key.name}={value}" for key, value in pairs if value != key.default]
+        return ":".join([self.name, *([",".join(settings)] if settings else [])])
 
 
 class StopRule:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 import cli
-from drafting.plan import DraftPolicy
+from drafting.policy import DraftPolicy
 from errors import UserError
 from scripts.common import ranks
 from scripts.common.experiment import Experiment, add_flags

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
-from generate import DEFAULT_PROMPT, GenerateConfig, Generation, decode
+from generate import DEFAULT_PROMPT, decode
 from kernels import cpu
 from loading import checkpoint
 from loading.tokenizer import load_tokenizer

@@ -19,10 +19,11 @@ import torch
 
 import convert_hf_checkpoint
 import tp
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, choose
 from drafting.catalogue import make_policy
-from generate import GenerateConfig, Generation, decode
+from generate import decode
 from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
 from kernels.formats import Format

@@ -19,22 +19,14 @@ import torch
 import cli
 import tp
 from decoding.calibrate import SAMPLE_TEXT, calibrate
-from decoding.runner import MAX_ROWS, Runner
-from drafting.catalogue import Static, make_policy
-from drafting.plan import DraftPolicy
+from decoding.compare import fastest_plain, share_equal
+from decoding.generation import GenerateConfig, Generation, check_prompt, head_cost_layers
+from decoding.runner import MAX_ROWS, Runner, check_draft_vocab
+from drafting.catalogue import make_policy
+from drafting.exits import Static
+from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import (
-    CALIBRATION_TOKENS,
-    GenerateConfig,
-    Generation,
-    check_draft_vocab,
-    check_prompt,
-    decode,
-    early_exit,
-    fastest_plain,
-    head_cost_layers,
-    share_equal,
-)
+from generate import CALIBRATION_TOKENS, decode, early_exit
 from kernels.formats import PLAIN, Format
 from model import Transformer
 from scripts.benchmark import peers, picture

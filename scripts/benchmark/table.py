@@ -8,8 +8,8 @@ import statistics
 from collections import Counter
 
 import cli
+from decoding.generation import head_cost_layers, ideal_speedup
 from decoding.runner import head_bytes, module_bytes
-from generate import head_cost_layers, ideal_speedup
 from model import Transformer
 from scripts.benchmark.peers import Contender
 from scripts.benchmark.prompt_lengths import print_lengths

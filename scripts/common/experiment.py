@@ -6,10 +6,11 @@ from pathlib import Path
 
 import cli
 from decoding.calibrate import SAMPLE_TEXT, calibrate
-from decoding.runner import Runner, check_num_draft_tokens
+from decoding.generation import GenerateConfig, Generation
+from decoding.runner import Runner, check_draft_vocab, check_num_draft_tokens
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPolicy
-from generate import CALIBRATION_TOKENS, GenerateConfig, Generation, check_draft_vocab, decode
+from drafting.policy import DraftPolicy
+from generate import CALIBRATION_TOKENS, decode
 from loading import checkpoint
 from scripts.benchmark.__main__ import Runners
 from scripts.common import samples

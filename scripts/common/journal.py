@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import cli
-from drafting.plan import DraftPolicy
+from drafting.policy import DraftPolicy
 from errors import UserError
 from loading import checkpoint
 

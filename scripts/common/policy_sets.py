@@ -8,7 +8,7 @@ from pathlib import Path
 
 from decoding.runner import check_num_draft_tokens
 from drafting.catalogue import POLICIES, make_policy
-from drafting.plan import DraftPolicy
+from drafting.policy import DraftPolicy
 from errors import UserError
 from model import ModelArgs
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from decoding.calibrate import time_rounds
+from decoding.compare import fastest_plain
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.plan import DraftPlan
 from errors import UserError
-from generate import fastest_plain
 
 PLANS, BUDGET_S = 48, 4.0
 PLAIN_WEIGHT = 4  # as many rounds as plain decoding counts for in the fit

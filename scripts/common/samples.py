@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
+from decoding.generation import GenerateConfig, check_prompt
 from errors import UserError
-from generate import GenerateConfig, check_prompt
 from scripts.common.metrics import INSTALL
 
 BUNDLED = Path(__file__).parents[2] / "benchmarks" / "samples"

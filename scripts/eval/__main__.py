@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+from decoding.generation import ideal_speedup
 from decoding.runner import check_num_draft_tokens
 from drafting.catalogue import POLICIES, make_policy
-from drafting.plan import DraftPolicy, check_exit_layer
+from drafting.plan import check_exit_layer
+from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import check_unverified, check_unverified_flags, ideal_speedup, make_runner
+from generate import check_unverified, check_unverified_flags, make_runner
 from model import ModelArgs
 from scripts.common import ranks
 from scripts.eval import harness

@@ -23,11 +23,12 @@ import torch
 from tqdm import tqdm
 
 import cli
+from decoding.generation import GenerateConfig, Generation, check_prompt
 from decoding.runner import PREFILL_CHUNK, Runner
 from decoding.sampling import SamplingConfig
-from drafting.plan import DraftPolicy
+from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import GenerateConfig, Generation, check_prompt, decode, early_exit
+from generate import decode, early_exit
 from scripts.common.metrics import INSTALL
 from scripts.common.ranks import Ranks
 

@@ -14,11 +14,13 @@ import torch
 
 import cli
 from decoding.calibrate import calibrate
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPolicy, Round
-from generate import GenerateConfig, Generation, decode
+from drafting.plan import Round
+from drafting.policy import DraftPolicy
+from generate import decode
 from model import Transformer
 from scripts.gpu_check.kernels import load_kernels, nbytes
 from scripts.gpu_check.models import make_model, quantise_model, random_prompt, set_dial, weight_bytes

@@ -14,20 +14,11 @@ from pathlib import Path
 import torch
 
 import cli
+from decoding.generation import GenerateConfig, Generation, check_prompt
 from decoding.runner import check_num_draft_tokens
 from drafting.catalogue import make_policy
 from errors import UserError
-from generate import (
-    DEFAULT_PROMPT,
-    GenerateConfig,
-    Generation,
-    check_prompt,
-    check_unverified,
-    check_unverified_flags,
-    decode,
-    early_exit,
-    make_runner,
-)
+from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode, early_exit, make_runner
 from scripts.common import samples
 from scripts.inspect_layers import lens, page
 from scripts.inspect_layers.page import Model

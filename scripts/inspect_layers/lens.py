@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from decoding.generation import Generation
 from decoding.runner import Runner
-from generate import Generation
 
 TOP = 5  # tokens shown of each prediction
 GAPS = (1, 2, 4, 8)  # of the cosines between depths

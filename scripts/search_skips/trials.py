@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from decoding.generation import Generation
 from decoding.runner import Runner
 from drafting.catalogue import SelfDrafting
 from errors import UserError
-from generate import Generation
 from scripts.common.experiment import Experiment
 from scripts.common.first_drafts import FirstDrafts
 from scripts.common.round_costs import RoundCosts, skips_of

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 import cli
 from decoding.calibrate import SAMPLE_TEXT, time_rounds
-from drafting.plan import DraftPolicy, RoundContext
+from decoding.compare import fastest_plain
+from decoding.generation import Generation, ideal_speedup
+from drafting.plan import RoundContext
+from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import Generation, fastest_plain, ideal_speedup
 from scripts.common import policy_sets, ranks
 from scripts.common.experiment import Experiment, add_flags
 from scripts.common.journal import Journal

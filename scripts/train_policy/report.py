@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+from decoding.compare import fastest_plain
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPolicy
-from generate import CALIBRATION_TOKENS, GenerateConfig, Generation, decode, fastest_plain
+from drafting.policy import DraftPolicy
+from generate import CALIBRATION_TOKENS, decode
 from model import Transformer
 from scripts.common.first_drafts import expected_tokens
 from scripts.common.round_costs import RoundCosts

@@ -6,10 +6,12 @@ keys and values that the full model would have made of the same text.
 
 import pytest
 
+from decoding.compare import share_equal
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import POLICIES, make_policy
-from generate import GenerateConfig, Generation, early_exit, share_equal
+from generate import early_exit
 from tests.decoding.test_exactness import N_LAYER, PRECISION, PROMPT, SAMPLING, random_model, tokens_of
 from tests.drafting.test_policies import EXAMPLES, example
 

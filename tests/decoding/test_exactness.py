@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from decoding.generation import GenerateConfig, Generation
 from decoding.rounds import Drafter, Rows
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPlan, DraftPolicy, RoundContext, Rule
-from generate import GenerateConfig, Generation, decode
+from drafting.plan import DraftPlan, RoundContext, Rule
+from drafting.policy import DraftPolicy
+from generate import decode
 from kernels import cpu
 from kernels.attention import plain_keys
 from model import ModelArgs, Transformer

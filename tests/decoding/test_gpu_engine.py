@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from decoding.calibrate import time_rounds
+from decoding.generation import GenerateConfig
 from decoding.graphs import Arrival, DeviceRounds
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, choose
 from drafting.catalogue import make_policy
 from drafting.plan import DraftPlan
-from generate import GenerateConfig, decode
+from generate import decode
 from kernels import cpu, gpu
 from kernels.exit_head import Exit
 from kernels.formats import dequantised, quantise_int4, quantise_int8

@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 import torch
 
+from decoding.generation import GenerateConfig, Generation
 from decoding.graphs import Arrival
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPolicy
-from generate import GenerateConfig, Generation, decode
+from drafting.policy import DraftPolicy
+from generate import decode
 from kernels.exit_head import Exit
 from tests.decoding.test_exactness import N_LAYER, random_model
 from tests.decoding.test_gpu_engine import AsOnGPU, samples_from_logits

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from decoding.generation import GenerateConfig
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
-from generate import GenerateConfig, decode
+from generate import decode
 from tests.decoding.test_exactness import N_LAYER, PRECISION, random_model
 from tests.drafting.test_policies import example
 

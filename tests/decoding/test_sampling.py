@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import (
     CoupledSampler,
@@ -18,8 +19,9 @@ from decoding.sampling import (
     make_sampler,
     probabilities,
 )
-from drafting.catalogue import Autoregressive, DraftPlan, DraftPolicy, make_policy
-from generate import GenerateConfig, Generation, decode
+from drafting.catalogue import DraftPlan, DraftPolicy, make_policy
+from drafting.exits import Autoregressive
+from generate import decode
 from kernels import cpu
 from kernels.exit_head import Exit, Head
 from kernels.linear import pack

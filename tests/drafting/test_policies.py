@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drafting.catalogue import POLICIES, Autoregressive, Static, make_policy
-from drafting.plan import DraftPlan, DraftPolicy, Round, RoundContext, Rule
+from drafting.catalogue import POLICIES, make_policy
+from drafting.exits import Autoregressive, Static
+from drafting.plan import DraftPlan, Round, RoundContext, Rule
+from drafting.policy import DraftPolicy
 
 CONTEXT = RoundContext([1, 2, 3], remaining=10)
 STATE = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))

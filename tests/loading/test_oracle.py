@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
-from generate import GenerateConfig, Generation, decode
+from generate import decode
 from kernels import cpu
 from kernels.linear import is_packed
 from loading import checkpoint

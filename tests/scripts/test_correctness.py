@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import cli
+from decoding.generation import GenerateConfig, Generation
 from decoding.rounds import Drafter
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
-from generate import GenerateConfig, Generation, decode
+from generate import decode
 from kernels.exit_head import Exit
 from loading.checkpoint import load, open_source
 from scripts import correctness

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
-from generate import GenerateConfig, Generation, decode
+from generate import decode
 from scripts.common.ranks import Ranks
 from scripts.eval import __main__ as eval
 from scripts.eval import harness

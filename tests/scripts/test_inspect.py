@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
+from decoding.generation import Generation
 from decoding.runner import Runner
 from drafting.plan import Round
-from generate import Generation
 from scripts.inspect_layers import __main__ as inspect_layers
 from scripts.inspect_layers import lens, page
 from scripts.inspect_layers.lens import Departure, Lens

@@ -6,9 +6,10 @@ import importlib.util
 import pytest
 
 import cli
+from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
-from generate import GenerateConfig, Generation, decode
+from generate import decode
 from scripts.benchmark import peers
 
 needs_llama_cpp = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import cli
-from generate import GenerateConfig
+from decoding.generation import GenerateConfig
 from scripts.common import samples
 
 ARTICLE = " ".join(f"word{i}" for i in range(150))
