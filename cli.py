@@ -5,13 +5,12 @@ one line on stderr and exit code 2.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,19 +20,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tp
+from decoding.engine import DEMO, DEVICES, DTYPES, Engine, EngineConfig
 from decoding.sampling import VERIFICATIONS, SamplingConfig
+from decoding.text import TextStream
 from drafting.plan import Round
-from drafting.policy import DraftPolicy
 from errors import UserError
-from kernels import cpu, gpu
-from kernels.formats import PLAIN, Format
-from loading import checkpoint, memory
-from loading.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from model import ModelArgs, Transformer
+from kernels import cpu
+from loading import checkpoint
+from loading.tokenizer import Tokenizer
 
-DEMO = Path(__file__).with_name("checkpoints") / "demo"
-DEVICES = ("cpu", "cuda")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STYLES = {"accepted": "green", "target": "blue", "rejected": "red strike"}
 
 
@@ -70,8 +65,8 @@ def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quanti
         help="converted file or folder, Hugging Face folder, or hub id (default: the bundled demo)",
     )
     if device:
-        parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--precision", choices=list(PRECISIONS), help="default: the checkpoint's own")
+        parser.add_argument("--device", default="auto", choices=DEVICES, help="default: cuda where torch sees a GPU")
+    parser.add_argument("--precision", choices=list(DTYPES), help="default: the checkpoint's own")
     if quantize:
         parser.add_argument(
             "--quantize",
@@ -118,122 +113,26 @@ def sampling_config(flags: argparse.Namespace) -> SamplingConfig:
     return SamplingConfig(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.verification)
 
 
-@dataclass
-class Session:
-    """An opened checkpoint and its tokenizer (None where the checkpoint has none and ids serve).
-
-    Flags can be checked against both before `load` reads the weights.
-    """
-
-    flags: argparse.Namespace
-    source: checkpoint.Source
-    tokenizer: Tokenizer | None
-    compile_s: float = 0.0  # spent on building and loading the CPU kernels
-    model: Transformer | None = None
-    weight_bytes: int = 0  # of this rank
-    draft_bytes: int = 0  # of low-bit copies
-    group: tp.Group | None = None  # the ranks that share the model, if there are several
-
-    format: Format = PLAIN  # to quantise to while loading
-    draft_format: Format = PLAIN  # of copies that only draft
-
-    @property
-    def args(self) -> ModelArgs:
-        return self.source.args
-
-    @property
-    def quantize(self) -> str:
-        """The format of the weights, in words: the file's or the one asked for."""
-        return str(self.source.format or self.format)
-
-    def quantises(self, format: Format, flag: str = "quantize") -> None:
-        """Raise UserError unless the weights can be brought to this format."""
-        if format and self.source.format:
-            raise UserError(
-                f"{flag} {format}: {self.flags.checkpoint_path} is quantised already "
-                f"({self.source.format}); give the plain checkpoint"
-            )
-        checkpoint.check_format(format, self.args, self.group.size if self.group else 1)
-
-    def load(self, length: int = 0) -> Transformer:
-        """Read the weights, with a progress bar; on a CPU, build the kernels on first use.
-
-        length: of the cache that will be asked for. Raises UserError if a GPU has no room for it.
-        """
-        dtype = checkpoint.resolve_dtype(self.args, PRECISIONS.get(self.flags.precision))
-        start = time.perf_counter()
-        if self.flags.device == "cpu" and (reason := cpu.load(notice)):
-            notice(f"C++ kernels not available ({reason}): using torch's matmuls, which are slower")
-        if self.flags.device == "cuda":
-            format, free = self.source.format or self.format, torch.cuda.mem_get_info()[0]
-            memory.check_fits(self.args, dtype, format, length, free, self.group, bool(self.source.format))
-            own = self.group.local_args(self.args) if self.group else self.args
-            if reason := gpu.load() or gpu.uncovered(own, dtype):
-                notice(f"{reason}: using torch's own operators, which are slower")
-        self.compile_s = time.perf_counter() - start
-        loaded = checkpoint.load(
-            self.source, dtype, self.flags.device, progress=LoadBar(), group=self.group, format=self.format
-        )
-        if self.group:
-            self.group.meet()
-        self.model, self.weight_bytes = loaded.model, loaded.bytes
-        return self.model
-
-    def load_drafter(self, policies: Iterable[DraftPolicy]) -> Transformer | None:
-        """Read low-bit copies of what the policies draft with, if the flags ask for them. After `load`."""
-        depth = max((policy.draft_depth(self.args.n_layer) for policy in policies), default=0)
-        if not self.draft_format or not depth:
-            return None
-        loaded = checkpoint.load_drafter(self.source, self.model, depth, self.draft_format, LoadBar(), self.group)
-        if self.group:
-            self.group.meet()
-        self.draft_bytes = loaded.bytes
-        return loaded.model
-
-    def eos_ids(self, flags: argparse.Namespace) -> tuple[int, ...]:
-        return () if flags.ignore_eos or self.tokenizer is None else tuple(self.tokenizer.eos_ids)
+def engine_config(flags: argparse.Namespace, **changes) -> EngineConfig:
+    """The engine that a program's flags ask for; flags that the program does not have keep their defaults."""
+    names = {"checkpoint": "checkpoint_path", "dtype": "precision"}
+    fields = [field.name for field in dataclasses.fields(EngineConfig)]
+    given = {
+        field: getattr(flags, names.get(field, field)) for field in fields if hasattr(flags, names.get(field, field))
+    }
+    return EngineConfig(**given | changes)
 
 
-def open_session(flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None) -> Session:
-    """Open what the flags name: headers and tokenizer, no weights. Raises UserError for anything wrong with it.
+def open_engine(
+    flags: argparse.Namespace, needs_tokenizer: bool = True, group: tp.Group | None = None, **changes
+) -> Engine:
+    """Open the engine that the flags ask for, with notices and progress on stderr. changes: other settings for it."""
+    return Engine.open(engine_config(flags, **changes), needs_tokenizer, group, notice, LoadBar())
 
-    group: the ranks that share the model.
-    """
-    if flags.threads is not None:
-        most = 4 * (os.cpu_count() or 1)
-        if not 1 <= flags.threads <= most:
-            raise UserError(f"threads must be in 1..{most}, got {flags.threads}")
-        torch.set_num_threads(flags.threads)
-    if flags.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: torch sees no CUDA device here; use --device cpu")
-    if group and flags.device == "cuda":
-        if group.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"nproc_per_node: torch sees {torch.cuda.device_count()} CUDA devices here, one is needed for each rank"
-            )
-        torch.cuda.set_device(group.local_rank)
-    source, tokenizer = checkpoint.open_source(flags.checkpoint_path), None
-    if group:
-        tp.check(source.args, group.size)
-    try:
-        tokenizer = load_tokenizer(source.folder)
-    except ValueError:
-        if needs_tokenizer:
-            raise
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, source.args.vocab_size)
-    session = Session(flags, source, tokenizer, group=group)
-    if text := getattr(flags, "quantize", None):
-        session.format = Format.parse(text)
-        session.quantises(session.format)
-    elif source.format:
-        checkpoint.check_format(source.format, source.args, group.size if group else 1)
-    if text := getattr(flags, "draft_quantize", None):
-        session.draft_format = Format.parse(text, "draft_quantize")
-        if session.draft_format.embedding:
-            raise UserError(f"draft_quantize {text}: copies share the model's embedding, leave out embedding=yes")
-        session.quantises(session.draft_format, "draft_quantize")
-    return session
+
+def eos_ids(flags: argparse.Namespace, engine: Engine) -> tuple[int, ...]:
+    """The tokens that end a text, unless --ignore_eos."""
+    return () if flags.ignore_eos else engine.eos_ids
 
 
 class LoadBar:
@@ -248,6 +147,7 @@ class LoadBar:
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.bar.close()
+            self.bar = None
 
 
 def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default: str) -> list[int]:
@@ -273,57 +173,44 @@ def read_text(path: str | Path) -> str:
 
 
 class StreamedText:
-    """Prints text while it is decoded, and cuts it at the first stop string, which is never shown.
+    """Prints text while it is decoded; a stop string is never shown.
 
-    Pass `ends_at` to decode() as `finished` and every Round through `show`. Stop strings may span tokens: the end of
-    the text is held back while it could be the beginning of one.
+    Pass `ends_at` to decode() as `finished` and every Round through `show`.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = (), show_drafts: bool = False):
         self.tokenizer, self.show_drafts = tokenizer, show_drafts
-        self.stops = [stop for stop in stops if stop]
+        self.stream = TextStream(tokenizer, stops)
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.decoder = tokenizer.decode_stream(continues=True) if tokenizer else None
-        self.text = ""
-        self.cut: int | None = None  # length of the text before the stop string
         self.pieces: list[str] = []  # of the tokens not shown yet
         self.queue: list[tuple[str, str | None]] = []  # (text, style) not printed yet
         self.printed = 0
 
     def ends_at(self, token: int) -> bool:
         """Take the next token of the text; True if a stop string is complete."""
-        piece = self.decoder.push([token]) if self.decoder else f"{token} "
-        before, self.text = len(self.text), self.text + piece
-        self.pieces.append(piece)
-        found = [at for stop in self.stops if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
-        self.cut = min(found, default=None)
-        return self.cut is not None
+        before = len(self.stream.text)
+        ends = self.stream.ends_at(token)
+        self.pieces.append(self.stream.text[before:])
+        return ends
 
-    def show(self, step: Round) -> Round:
-        """Print what a Round emitted; returns it, so that a stream can pass through."""
+    def show(self, round: Round) -> Round:
+        """Print what a Round emitted; return it, so that a stream can pass through."""
         pieces, self.pieces = self.pieces, []
         for index, piece in enumerate(pieces):
             style = None
             if self.show_drafts:
-                if index == step.accepted and step.accepted < len(step.drafted) and self.console.is_terminal:
-                    self._show_rejected(step)
-                style = STYLES["accepted" if index < step.accepted else "target"]
+                if index == round.accepted and round.accepted < len(round.drafted) and self.console.is_terminal:
+                    self._show_rejected(round)
+                style = STYLES["accepted" if index < round.accepted else "target"]
             self.queue.append((piece, style))
-        self._print(self._safe_end())
-        return step
+        self._print(self.stream.safe_end)
+        return round
 
-    def _show_rejected(self, step: Round) -> None:
-        rejected = step.drafted[step.accepted :]
+    def _show_rejected(self, round: Round) -> None:
+        rejected = round.drafted[round.accepted :]
         text = self.tokenizer.decode(rejected, continues=True) if self.tokenizer else " ".join(map(str, rejected))
-        self._print(self._safe_end())  # what may begin a stop string stays held back
+        self._print(self.stream.safe_end)  # what may begin a stop string stays held back
         self.console.print(text.replace("\n", "⏎"), style=STYLES["rejected"], end="")
-
-    def _safe_end(self) -> int:
-        """How much of the text cannot be part of a stop string any more."""
-        if self.cut is not None:
-            return self.cut
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
-        return len(self.text) - held
 
     def write(self, text: str, style: str | None = None) -> None:
         """Print `text` as it is: console.print alone would expand tabs and drop carriage returns and form feeds."""
@@ -341,13 +228,12 @@ class StreamedText:
 
     def close(self) -> str:
         """Print what is left and return the whole text."""
-        if self.decoder and self.cut is None:
-            piece = self.decoder.flush()
-            self.text += piece
-            self.queue.append((piece, None))
-        self._print(len(self.text) if self.cut is None else self.cut)
+        before = len(self.stream.text)
+        text = self.stream.close()
+        self.queue.append((self.stream.text[before:], None))
+        self._print(len(text))
         self.console.print()
-        return self.text if self.cut is None else self.text[: self.cut]
+        return text
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

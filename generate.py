@@ -12,20 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import cli
 import tp
-from decoding.calibrate import SAMPLE_TEXT, calibrate
-from decoding.compare import compare_with_autoregressive
+from decoding.compare import compare_with_plain, share_equal
+from decoding.engine import Engine
 from decoding.generation import GenerateConfig, Generation, check_prompt, until_end
 from decoding.rounds import Drafter, Rows, agreement
-from decoding.runner import Runner, check_draft_vocab, check_num_draft_tokens
+from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
-from drafting.catalogue import POLICIES, make_policy
+from drafting.catalogue import POLICIES
 from drafting.plan import Round, RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 WATCHED_TOKENS = 64  # at the end of a prompt, see DraftPolicy.see_prompt
-CALIBRATION_TOKENS = 320
 # Words of other projects -> policies. CALM's "softmax" is the difference between the two best.
 CONFIDENCE_METHODS = {name: name for name in ("confidence", "margin", "entropy", "saturation")} | {
     "top1": "confidence",
@@ -183,9 +182,9 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
     return text or (f"static:{max(1, n_layer // 4)}" if flags.no_verify else "auto")
 
 
-def policy_from_flags(flags: argparse.Namespace, n_layer: int, dim: int | None = None) -> DraftPolicy:
+def policy_from_flags(flags: argparse.Namespace, engine: Engine) -> DraftPolicy:
     """The policy that the flags ask for. Raises UserError if they cannot be obeyed together."""
-    policy = make_policy(policy_text(flags, n_layer), n_layer, dim, num_draft_tokens=flags.num_draft_tokens)
+    policy = engine.policy(policy_text(flags, engine.n_layer), num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
@@ -194,38 +193,73 @@ def policy_from_flags(flags: argparse.Namespace, n_layer: int, dim: int | None =
     return policy
 
 
-def run_once(session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
+def run_once(engine: Engine, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
     """Decode one prompt to the terminal; return the JSON object of the run."""
     demonstration = flags.prompt is None and flags.prompt_file is None and flags.prompt_ids is None
-    prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
-    check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
-    runner = make_runner(session, len(prompt) + config.max_new_tokens, policy, config.sampling, prompt)
-    output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
-    if session.tokenizer and not flags.chat:
-        output.write(session.tokenizer.decode(prompt), "dim")
-    decoding = early_exit if flags.no_verify else decode
+    prompt = cli.read_prompt(flags, engine.tokenizer, DEFAULT_PROMPT)
+    check_prompt(prompt, config, engine.args.vocab_size, engine.args.max_seq_len)
+    engine.prepare([policy], len(prompt) + config.max_new_tokens, config.sampling, prompt)
+    runner, decoding = engine.runner(policy), early_exit if flags.no_verify else decode
+    output = cli.StreamedText(engine.tokenizer, flags.stop, flags.show_drafts)
+    if engine.tokenizer and not flags.chat:
+        output.write(engine.tokenizer.decode(prompt), "dim")
     stream = decoding(runner, prompt, config, policy, finished=output.ends_at)
-    generation = Generation.collect(output.show(step) for step in stream)
+    generation = Generation.collect(output.show(round) for round in stream)
     text = output.close()
     explained = policy.explain() if flags.verbose else []
-    result = {"prompt_ids": prompt, "text": text if session.tokenizer else None}
-    result |= generation.summary(session.model)
+    result = {"prompt_ids": prompt, "text": text if engine.tokenizer else None}
+    result |= generation.summary(engine.model)
     if demonstration or flags.compare:
-        result["comparison"] = compare_with_autoregressive(
-            decode if not flags.no_verify else early_exit, decode, runner, prompt, config, policy, not flags.no_verify
-        )
+        result["comparison"] = compare(engine, policy, prompt, config, verified=not flags.no_verify)
     if flags.draft_vocab is not None:
         result["draft_vocab_coverage"] = sum(t < flags.draft_vocab for t in generation.tokens) / len(generation.tokens)
-    result |= {"compile_s": session.compile_s + runner.compile_s, "config": {**vars(flags), "policy": str(policy)}}
-    result["config"] |= {"ranks": session.group.size if session.group else 1}
-    result["config"] |= {"backend": runner.backend, "precision": str(session.model.norm.weight.dtype)[6:]}
-    result["config"] |= {"quantize": session.quantize, "draft_quantize": str(session.draft_format)}
-    result |= {"weight_bytes": session.weight_bytes, "draft_weight_bytes": session.draft_bytes}
-    result["verified"] = not flags.no_verify
-    print_result(result, session.args.n_layer)
+    result |= run_facts(engine, flags, policy)
+    print_result(result, engine.n_layer)
     for line in explained:
         print(line)
-    return result | cli.environment()
+    return result
+
+
+def run_facts(engine: Engine, flags: argparse.Namespace, policy: DraftPolicy) -> dict:
+    """What a run was made with and what that took, as it stands in JSON files."""
+    return {
+        "compile_s": engine.compile_s + engine.runner(policy).compile_s,
+        "weight_bytes": engine.weight_bytes,
+        "draft_weight_bytes": engine.draft_bytes,
+        "verified": not flags.no_verify,
+        "config": vars(flags) | engine.facts(policy),
+        **cli.environment(),
+    }
+
+
+def compare(
+    engine: Engine, policy: DraftPolicy, prompt: list[int], config: GenerateConfig, verified: bool = True
+) -> dict:
+    """Time `policy` and plain decoding in turns on one prompt -> medians of tokens/s and whether all tokens agree.
+
+    Plain decoding is also timed in its fastest setting; the speedup is over the faster one. verified=False: early exit
+    instead, and the share of its tokens that the full model would have chosen there.
+    """
+    runner, plain = engine.runner(policy), engine.policy("none")
+    fast_runner, fast_plain = engine.fastest_plain()
+    engine.warm_up()
+    texts: list[list[int]] = []
+
+    def speculative() -> Generation:
+        decoding = decode if verified else early_exit
+        generation = Generation.collect(decoding(runner, prompt, config, policy))
+        texts.append(generation.tokens)
+        return generation
+
+    comparable = verified and (config.sampling.temperature == 0 or config.sampling.verification == "coupled")
+    result = compare_with_plain(
+        speculative,
+        lambda: Generation.collect(decode(runner, prompt, config, plain)),
+        lambda: Generation.collect(decode(fast_runner, prompt, config, fast_plain)),
+        comparable,
+    )
+    share = None if verified else share_equal(runner, prompt, texts[0], config.sampling)
+    return result | {"equal_to_full_model": share}
 
 
 def print_result(result: dict, n_layer: int) -> None:
@@ -261,82 +295,46 @@ def print_result(result: dict, n_layer: int) -> None:
     cli.print_table(title, ["", "this run"], rows)
 
 
-def make_runner(
-    session: cli.Session, length: int, policy: DraftPolicy, sampling: SamplingConfig, prompt: Sequence[int]
-) -> Runner:
-    """Load the weights and make a runner for `policy`, compiled if the flags want it, with progress on stderr.
-
-    A policy that measures before it decodes does so here, on a sample text (on `prompt` if there is no tokenizer).
-    """
-    check_num_draft_tokens(policy.num_draft_tokens)
-    flags, measures = session.flags, bool(policy.plans_to_time())
-    check_draft_vocab(flags.draft_vocab, session.args.vocab_size)
-    length = max(length, min(CALIBRATION_TOKENS, session.args.max_seq_len)) if measures else length
-    model = session.load(length)
-    runner = Runner(
-        model,
-        length,
-        1 + policy.num_draft_tokens,
-        flags.compile,
-        notice=cli.notice,
-        draft_vocab=flags.draft_vocab,
-        drafter=session.load_drafter([policy]),
-    )
-    if runner.backend == "inductor":
-        cli.notice("compiling one transformer block (seconds when cached, up to a minute the first time) …")
-        runner.warm_up(policy.skips_sublayers)
-        cli.notice(f"compiled in {runner.compile_s:.1f} s")
-    if runner.rows_independent and session.flags.threads is None:
-        runner.choose_threads()
-    if measures:
-        calibrate(runner, policy, session.tokenizer.encode(SAMPLE_TEXT) if session.tokenizer else prompt, sampling)
-    return runner
-
-
-def run_interactive(
-    session: cli.Session, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy
-) -> dict:
-    """A conversation at the terminal. The cache is kept: each turn prefills only what is new."""
+def run_interactive(engine: Engine, flags: argparse.Namespace, config: GenerateConfig, policy: DraftPolicy) -> dict:
+    """Hold a conversation at the terminal. The cache is kept: each turn prefills only what is new."""
     if flags.chat:
-        session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
-    length = min(session.args.max_seq_len, CONVERSATION_TOKENS)
-    runner = make_runner(session, length, policy, config.sampling, session.tokenizer.encode(SAMPLE_TEXT))
+        engine.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
+    engine.prepare([policy], min(engine.args.max_seq_len, CONVERSATION_TOKENS), config.sampling)
+    runner = engine.runner(policy)
     tokens: list[int] = []
     messages: list[dict] = []
     turns: list[dict] = []
     cli.notice("type a prompt and press Enter; an empty line or Ctrl-D ends")
-    while line := session.group.led(read_line) if session.group else read_line():
+    while line := engine.group.led(read_line) if engine.group else read_line():
         said = [*messages, {"role": "user", "content": line}]
         try:
             if flags.chat:
-                prompt = session.tokenizer.apply_chat(said)
+                prompt = engine.tokenizer.apply_chat(said)
             else:
-                prompt = tokens + session.tokenizer.encode(line, bos=not tokens)
-        except ValueError as error:
+                prompt = tokens + engine.tokenizer.encode(line, bos=not tokens)
+        except UserError as error:
             cli.notice(str(error))
             continue
         messages = said
         known = tokens[:-1]  # the last token was emitted but never fed in: it has no K/V yet
         cached = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
-        output = cli.StreamedText(session.tokenizer, flags.stop, flags.show_drafts)
+        output = cli.StreamedText(engine.tokenizer, flags.stop, flags.show_drafts)
         try:
-            check_prompt(prompt, config, session.args.vocab_size, runner.cache_length)
-        except ValueError as error:
+            check_prompt(prompt, config, engine.args.vocab_size, runner.cache_length)
+        except UserError as error:
             cli.notice(f"{error}; starting a new conversation")
             tokens, messages = [], []
             continue
         stream = decode(runner, prompt, config, policy, min(cached, len(prompt) - 1), output.ends_at)
-        generation = Generation.collect(output.show(step) for step in stream)
+        generation = Generation.collect(output.show(round) for round in stream)
         text = output.close()
         messages.append({"role": "assistant", "content": text})
         tokens = prompt + generation.tokens
-        turns.append({"prompt_ids": prompt, "text": text, **generation.summary(session.model)})
+        turns.append({"prompt_ids": prompt, "text": text, **generation.summary(engine.model)})
         cli.notice(f"[{cli.shown(turns[-1]['tokens_per_s'])} tokens/s, {cached} tokens from the cache]")
         for line in policy.explain() if flags.verbose else ():
             cli.notice(line)
-    compile_s = session.compile_s + runner.compile_s
-    config = {**vars(flags), "policy": str(policy)}
-    return {"turns": turns, "compile_s": compile_s, "verified": True, "config": config, **cli.environment()}
+    return {"turns": turns} | run_facts(engine, flags, policy)
 
 
 def read_line() -> str:
@@ -380,7 +378,10 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     parser.add_argument("--show_drafts", action="store_true", help="colour accepted drafts, strike out rejected ones")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if flags.chat and flags.prompt_ids is not None:
+        raise UserError("--chat does not go with --prompt_ids: the template is applied to text")
+    return flags
 
 
 def main() -> None:
@@ -389,11 +390,11 @@ def main() -> None:
         config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))  # bad values end before any loading
         if leads:
             cli.check_writable(flags.json)
-        session = cli.open_session(flags, needs_tokenizer=flags.prompt_ids is None, group=group)
-        config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
-        policy = policy_from_flags(flags, session.args.n_layer, session.args.dim)
+        engine = cli.open_engine(flags, needs_tokenizer=flags.prompt_ids is None, group=group)
+        config = dataclasses.replace(config, eos_ids=cli.eos_ids(flags, engine))
+        policy = policy_from_flags(flags, engine)
         run = run_interactive if flags.interactive else run_once
-        result = run(session, flags, config, policy)
+        result = run(engine, flags, config, policy)
         if flags.json and leads:
             cli.write_json(flags.json, result)
 

@@ -1,10 +1,10 @@
-"""Time decoding against plain decoding, in turns, and compare the tokens."""
+"""Time decoding against plain decoding in turns, and compare the tokens. Knows no program: contenders are callables."""
 
 import operator
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from decoding.generation import GenerateConfig, Generation
+from decoding.generation import Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
@@ -13,59 +13,47 @@ from drafting.policy import DraftPolicy
 COMPARE_REPEATS = 9
 PLAIN_STEPS = 8  # tokens a call of plain decoding at its fastest
 
+Decode = Callable[[], Generation]  # decodes one text
 
-def compare_with_autoregressive(
-    decoding,
-    decode,
-    runner: Runner,
-    prompt: list[int],
-    config: GenerateConfig,
-    policy: DraftPolicy,
-    verified: bool = True,
-) -> dict:
-    """Time `policy` and plain decoding in turns on one prompt -> medians of tokens/s and whether all tokens agree.
 
-    Plain decoding is also timed without the padding that exactness may need, or with several tokens a call: the speedup
-    is over the fastest of them.
-    verified=False: early exit instead, and the share of its tokens that the full model would have chosen there.
+def take_turns(contenders: dict[str, Decode], repeats: int = COMPARE_REPEATS) -> dict[str, list[Generation]]:
+    """Let every contender decode `repeats` times, one after the other, so that slow seconds hit all of them."""
+    texts: dict[str, list[Generation]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, decode in contenders.items():
+            texts[name].append(decode())
+    return texts
+
+
+def compare_with_plain(speculative: Decode, plain: Decode, fastest: Decode, comparable: bool = True) -> dict:
+    """Time speculative and plain decoding in turns -> medians of tokens/s, and whether all tokens agree.
+
+    fastest: plain decoding in another setting, which may be faster; the speedup is over the faster of the two.
+    comparable: False where the texts are not meant to be equal.
     """
-    plain = make_policy("none", runner.n_layer)
-    contenders = {"policy": (runner, policy), "plain": (runner, plain)}
-    if not runner.rows_independent:
-        unpadded = Runner(runner.model, runner.cache_length, 1, runner.compiled, exact=False)
-        unpadded.warm_up()
-        contenders["unpadded"] = (unpadded, plain)
-    elif runner.backend == "c++":
-        full = Runner(runner.model, runner.cache_length, 1, compile=True) if runner.drafter else runner
-        contenders["several a call"] = (full, fastest_plain(full))
-    rates, texts = {name: [] for name in contenders}, {name: [] for name in contenders}
-    for _ in range(COMPARE_REPEATS):
-        for name, (chosen, how) in contenders.items():
-            play = decoding if how is policy else decode
-            generation = Generation.collect(play(chosen, prompt, config, how))
-            rates[name].append(generation.tokens_per_s or 0.0)
-            texts[name].append(generation.tokens)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    speculative = medians.pop("policy")
-    comparable = verified and (config.sampling.temperature == 0 or config.sampling.verification == "coupled")
+    texts = take_turns({"speculative": speculative, "plain": plain, "fastest": fastest})
+    medians = {name: statistics.median(text.tokens_per_s or 0.0 for text in made) for name, made in texts.items()}
+    autoregressive = max(medians["plain"], medians["fastest"])
+    expected = texts["plain"][0].tokens
     return {
-        "tokens_per_s": speculative,
-        "autoregressive_tokens_per_s": max(medians.values()),
-        "speedup": speculative / max(medians.values()) if max(medians.values()) else None,
+        "tokens_per_s": medians["speculative"],
+        "autoregressive_tokens_per_s": autoregressive,
+        "speedup": medians["speculative"] / autoregressive if autoregressive else None,
         "repeats": COMPARE_REPEATS,
-        "identical": all(t == texts["plain"][0] for t in texts["policy"] + texts["plain"]) if comparable else None,
-        "equal_to_full_model": None if verified else share_equal(runner, prompt, texts["policy"][0], config.sampling),
+        "identical": all(text.tokens == expected for text in texts["speculative"] + texts["plain"])
+        if comparable
+        else None,
     }
 
 
 def fastest_plain(runner: Runner) -> DraftPolicy:
-    """Plain decoding as it is fastest with this runner."""
+    """Return plain decoding as it is fastest with this runner: in C++ several tokens a call."""
     steps = PLAIN_STEPS if runner.backend == "c++" else 1
     return make_policy(f"none:steps={steps}", runner.n_layer)
 
 
 def share_equal(runner: Runner, prompt: Sequence[int], text: Sequence[int], sampling: SamplingConfig) -> float:
-    """The share of `text` that the full model would have chosen after the same tokens. Overwrites the cache."""
+    """Return the share of `text` that the full model would have chosen after the same tokens. Overwrites the cache."""
     sampler, tokens = runner.sampler(sampling), [*prompt, *text]
     runner.prefill(prompt[:-1] or prompt)
     equal, first = 0, len(prompt)

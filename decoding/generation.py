@@ -1,8 +1,8 @@
-"""What decoding should produce, what it produced, and every number defined on it, once."""
+"""The settings of a text, the rounds it took, and every number defined on them, once."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from decoding.runner import head_bytes, module_bytes
 from decoding.sampling import SamplingConfig
@@ -48,25 +48,77 @@ def until_end(
     return tokens, False
 
 
+@dataclass(frozen=True)
+class Totals:
+    """The sums over some rounds of decoding, and the rates defined on them.
+
+    tokens: emitted. exit_layers: how many drafted tokens left the model at each depth. layer_visits, head_visits: how
+    often the weights of a layer, and of the LM head, were read.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    exit_layers: Counter[int] = field(default_factory=Counter)
+    layer_visits: float = 0.0
+    head_visits: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted ÷ drafted tokens, 0..1; None if nothing was drafted."""
+        return rate(self.accepted, self.drafted)
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        return rate(self.tokens, self.rounds)
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        return rate(sum(depth * count for depth, count in self.exit_layers.items()), self.exit_layers.total())
+
+
+def rate(count: float, base: float) -> float | None:
+    """count ÷ base; None where there is nothing to divide by."""
+    return count / base if base else None
+
+
+def totals(rounds: Iterable[Round]) -> Totals:
+    """Sum up rounds of decoding."""
+    rounds = list(rounds)
+    return Totals(
+        rounds=len(rounds),
+        tokens=sum(len(round.tokens) for round in rounds),
+        drafted=sum(len(round.drafted) for round in rounds),
+        accepted=sum(round.accepted for round in rounds),
+        exit_layers=Counter(depth for round in rounds for depth in round.exit_layers),
+        layer_visits=sum(round.layer_visits for round in rounds),
+        head_visits=sum(round.head_visits for round in rounds),
+        seconds=sum(round.seconds for round in rounds),
+    )
+
+
 @dataclass
 class Generation:
-    """The Rounds of one text and the numbers defined on them. The prefill counts as no round and as no decoding."""
+    """The rounds of one text. The prefill, which makes the first token, counts as no round and as no decoding."""
 
     prefill: Round
     rounds: list[Round]
 
     @classmethod
-    def collect(cls, stream: Iterator[Round]) -> "Generation":
+    def collect(cls, stream: Iterable[Round]) -> "Generation":
+        """Run a stream of `decode` to its end."""
         prefill, *rounds = stream
         return cls(prefill, rounds)
 
     @property
     def tokens(self) -> list[int]:
-        return [token for step in (self.prefill, *self.rounds) for token in step.tokens]
+        return [token for round in (self.prefill, *self.rounds) for token in round.tokens]
 
     @property
     def decode_s(self) -> float:
-        return sum(step.seconds for step in self.rounds)
+        return sum(round.seconds for round in self.rounds)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -74,28 +126,23 @@ class Generation:
         return (len(self.tokens) - 1) / self.decode_s if self.rounds else None
 
     def summary(self, model: Transformer) -> dict:
-        """Every number of this generation, as it stands in JSON files."""
-        rounds, emitted = self.rounds, len(self.tokens) - 1
-        drafted = sum(len(step.drafted) for step in rounds)
-        accepted = sum(step.accepted for step in rounds)
-        exits = Counter(depth for step in rounds for depth in step.exit_layers)
-        layers = sum(step.layer_visits for step in rounds)
-        heads = sum(step.head_visits for step in rounds)
+        """Return every number of this text, as it stands in JSON files."""
+        sums, rounds = totals(self.rounds), self.rounds
         return {
             "tokens": self.tokens,
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "rounds": len(rounds),
-            "tokens_per_round": emitted / len(rounds) if rounds else None,
-            "mean_exit_layer": sum(depth * count for depth, count in exits.items()) / exits.total() if exits else None,
-            "exit_layers": {str(depth): exits[depth] for depth in sorted(exits)},
-            "layer_visits_per_token": layers / emitted if rounds else None,
-            "head_visits_per_token": heads / emitted if rounds else None,
+            "drafted": sums.drafted,
+            "accepted": sums.accepted,
+            "acceptance_rate": sums.acceptance_rate,
+            "rounds": sums.rounds,
+            "tokens_per_round": sums.tokens_per_round,
+            "mean_exit_layer": sums.mean_exit_layer,
+            "exit_layers": {str(depth): sums.exit_layers[depth] for depth in sorted(sums.exit_layers)},
+            "layer_visits_per_token": sums.layer_visits / sums.tokens if rounds else None,
+            "head_visits_per_token": sums.head_visits / sums.tokens if rounds else None,
             "prefill_s": self.prefill.seconds,
             "decode_s": self.decode_s,
             "tokens_per_s": self.tokens_per_s,
-            "ideal_speedup": ideal_speedup(emitted, layers, heads, model) if rounds else 1.0,
+            "ideal_speedup": ideal_speedup(sums.tokens, sums.layer_visits, sums.head_visits, model) if rounds else 1.0,
         }
 
 

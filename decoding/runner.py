@@ -156,6 +156,11 @@ class Runner:
     def compiled(self) -> bool:
         return self.backend != "eager"
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether `warm_up` has compiled all that decoding will use."""
+        return self._warm
+
     @cached_property
     def _can_sample(self) -> bool:
         return all(self.exit(self._ends.norm[None], draft=draft).can_sample() for draft in (False, True))
