@@ -1,8 +1,8 @@
-"""The Llama model: layers that can be run in any range, with any sublayer left out, over a static KV cache.
+"""The Llama: any range of its layers can be run, with any sublayer left out, over a static KV cache.
 
-A token gets here as an id from `generate.decode` (through `runner.Runner`), becomes a hidden state in `embed`, passes
-`run_layers(start, stop)` as often as the decoding loop wants, and leaves through `head` as logits. The model knows
-nothing of drafting or acceptance: positions are arguments, so rolling back means passing smaller positions next time.
+A token id becomes a hidden state in `embed`, passes `run_layers(start, stop)` as often as the decoding loop wants, and
+becomes logits in `head`. The model knows nothing of drafting or acceptance. Positions are arguments: to roll back,
+pass smaller positions next time.
 
 Shape legend: B batch (training only: decoding has no batch dimension), T tokens in this call, S cache slots,
 L layers, D model width, H query heads, G key/value heads, E head width, F feed-forward width, V vocabulary.
@@ -117,7 +117,7 @@ class ModelArgs:
 
 
 def _rope_config(config: dict) -> tuple[str, float, tuple[tuple[str, float], ...]]:
-    """The rotary part of a Hugging Face config in either spelling -> (type, base, scaling pairs)."""
+    """Read the rotary part of a Hugging Face config, in either spelling -> (type, base, scaling pairs)."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ROPE_TYPES:
@@ -132,10 +132,10 @@ def _rope_config(config: dict) -> tuple[str, float, tuple[tuple[str, float], ...
 
 
 def rope_table(args: ModelArgs, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions 0..length-1, each fp32 [length, 1, E] (the 1 broadcasts over heads).
+    """Return cosines and sines for positions 0..length-1, each fp32 [length, 1, E] (the 1 broadcasts over heads).
 
-    Always fp32: bf16 tables lose whole positions past a few hundred. Scaling "llama3" is the one of Llama 3.1 (long
-    wavelengths divided by `factor`, short ones kept, a linear blend between).
+    Always fp32: a bf16 table loses whole positions past a few hundred. Scaling "llama3" is that of Llama 3.1: it
+    divides long wavelengths by `factor`, keeps short ones, and blends linearly in between.
     """
     inv_freq = args.rope_base ** -(torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim)
     scaling = dict(args.rope_scaling)
@@ -158,7 +158,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., out], no bias. `weight` is [out, in], or packed for the CPU kernel by `pack_weight`."""
+    """Map x [..., in] -> [..., out], without a bias. `weight` is [out, in], or packed for the CPU by `pack_weight`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -167,7 +167,7 @@ class Linear(nn.Module):
         self.register_buffer("scale", None)  # of a quantised weight, see kernels/formats.py
 
     def pack_weight(self) -> None:
-        """Lay the weight out for the CPU kernel where it can take it; a quantised one then holds its scales itself."""
+        """Lay the weight out for the CPU kernel, where that takes it. A packed quantised weight holds its own scales."""
         if self.scale is None:
             packed = pack(self.weight.data)
         elif (packed := pack_quantised(self.weight.data, self.scale)) is not None:
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self.mlp = MLP(args)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The weights and caches in the order of decoding.packed.TENSORS."""
+        """Return the weights and caches, in the order of decoding.packed.TENSORS."""
         attention, mlp = self.attention, self.mlp
         return (
             self.attention_norm.weight,
@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         return 0 if self.cos is None else self.cos.shape[0]
 
     def pack_weights(self) -> None:
-        """Lay out every linear for the CPU kernels, quantised ones too; nothing where these do not know the dtype.
+        """Lay out every linear for the CPU kernels, quantised ones too. Does nothing for dtypes that they do not take.
 
         A tied embedding is then read from the packed LM head, unless that is quantised.
         """
@@ -318,7 +318,7 @@ class Transformer(nn.Module):
             self.embedding.weight = head
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [..., T] -> hidden [..., T, D]."""
+        """Look up token ids [..., T] -> hidden [..., T, D]."""
         weight, scale = self.embedding.weight, self.embedding.scale
         if scale is not None:
             return dequantised(weight[tokens], scale[tokens]).to(self.norm.weight.dtype)
@@ -343,14 +343,14 @@ class Transformer(nn.Module):
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass only the rows you need."""
+        """Apply the final norm and the LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass only rows you need."""
         return self.ends().logits(hidden)
 
     def ends(self) -> Head:
-        """The final norm and the LM head as the exit kernels take them."""
+        """Return the final norm and the LM head, as the exit kernels take them."""
         norm, head = self.norm, self.lm_head
         return Head(norm.weight, norm.eps, head.weight, head.scale, head.out_features, self.shard)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token ids [T] at `positions` [T] -> logits [T, V], through every layer."""
+        """Run token ids [T] at `positions` [T] through every layer -> logits [T, V]."""
         return self.head(self.run_layers(self.embed(tokens), positions, 0, self.args.n_layer))
