@@ -167,7 +167,7 @@ class Linear(nn.Module):
         self.register_buffer("scale", None)  # of a quantised weight, see kernels/formats.py
 
     def pack_weight(self) -> None:
-        """Lay the weight out for the CPU kernel, where that takes it. A packed quantised weight holds its own scales."""
+        """Lay the weight out for the CPU kernel, if that takes it. A packed quantised weight holds its own scales."""
         if self.scale is None:
             packed = pack(self.weight.data)
         elif (packed := pack_quantised(self.weight.data, self.scale)) is not None:
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Apply the final norm and the LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass only rows you need."""
+        """Apply the final norm and the LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass few rows."""
         return self.ends().logits(hidden)
 
     def ends(self) -> Head:
