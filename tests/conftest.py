@@ -1,10 +1,8 @@
 """What the whole suite shares: one thread, no network, and random tiny Llamas written by transformers."""
 
-import inspect
 import json
 import os
 import sys
-import textwrap
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are 20 times as slow on a busy machine
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels are interpreted; compiling them has its own process
@@ -13,9 +11,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402  (the environment is read at import)
-import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+import cli  # noqa: E402
+from tests.helpers.models import train_tokenizer  # noqa: E402
 
 TINY = {
     "vocab_size": 96,
@@ -62,36 +62,35 @@ def make_hf():
 def folder(make_hf, tmp_path_factory):
     """A tiny checkpoint with a tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=file,
-            vocab_size=380,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-            num_threads=1,
-        )
+    train_tokenizer(folder, 380)
     make_hf(folder, vocab_size=380, num_key_value_heads=2)
     return folder
 
 
 @pytest.fixture
-def play(folder, tmp_path, monkeypatch, capsys):
+def run_program(monkeypatch, capsys):
+    """run_program(main, *flags) runs a program in this process -> (exit code, stdout, stderr)."""
+
+    def run(main, *flags):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def play(folder, tmp_path, run_program):
     """play(program, *flags, code=0) runs an experiment program on the tiny checkpoint -> (stdout, stderr)."""
-    import cli
 
     def play(program, *flags, code=0):
-        flags = ["--checkpoint_path", folder, "--no-compile", "--output_dir", tmp_path / "out", *flags]
-        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, flags)])
-        capsys.readouterr()
-        exit_code = 0
-        try:
-            cli.run(program.main)
-        except SystemExit as error:
-            exit_code = error.code or 0
-        out, err = capsys.readouterr()
+        defaults = ["--checkpoint_path", folder, "--no-compile", "--output_dir", tmp_path / "out"]
+        exit_code, out, err = run_program(program.main, *defaults, *flags)
         assert exit_code == code, err
         return out, err
 

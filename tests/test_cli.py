@@ -1,6 +1,5 @@
 """The command line: what generate.py prints and writes, and what it says to a user's mistake."""
 
-import inspect
 import io
 import json
 import os
@@ -8,48 +7,32 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import cli
 import generate
-from decoding import calibrate
+from decoding import calibrate, compare
+from decoding.generation import ideal_speedup
 from decoding.rounds import Drafter
 from decoding.runner import Runner
 from drafting.catalogue import POLICIES
 from drafting.plan import Round
+from errors import UserError
 from kernels import cpu
 from kernels.exit_head import Exit
 from loading import checkpoint
 from loading.tokenizer import load_tokenizer
+from tests.helpers.models import train_tokenizer
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 VOCAB = 400
 PROMPT = "def read(path):\n"
 TOOLS = re.compile(r"building CPU kernels|C\+\+ kernels not available")  # notices of machines without a built kernel
-
-
-def train_tokenizer(folder: Path) -> None:
-    """A sentencepiece tokenizer of VOCAB ids, with bytes for what no piece covers."""
-    lines = [line for module in (textwrap, inspect, json) for line in inspect.getsource(module).splitlines() if line]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=file,
-            vocab_size=VOCAB,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-            num_threads=1,
-        )
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +46,7 @@ def original(make_hf, tmp_path_factory):
         if re.search(r"layers\.[12].*(o_proj|down_proj)", name):
             tensor *= 0.3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    train_tokenizer(folder)
+    train_tokenizer(folder, VOCAB)
     return folder
 
 
@@ -74,7 +57,7 @@ def folder(original, tmp_path):
 
 
 @pytest.fixture
-def call(original, tmp_path, monkeypatch, capsys):
+def call(original, tmp_path, monkeypatch, run_program):
     """call(*flags, stdin="", code=0) runs generate.py in this process -> (JSON object or None, stdout, stderr)."""
     monkeypatch.setattr(calibrate, "SECONDS", 0.0)  # what auto measures takes as short as can be
 
@@ -82,15 +65,8 @@ def call(original, tmp_path, monkeypatch, capsys):
         file = tmp_path / "out.json"
         file.unlink(missing_ok=True)
         flags = ["--checkpoint_path", source, "--json", file, *([compile] if compile else []), *flags]
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        exit_code = 0
-        try:
-            cli.run(generate.main)
-        except SystemExit as error:
-            exit_code = error.code
-        out, err = capsys.readouterr()
+        exit_code, out, err = run_program(generate.main, *flags)
         assert exit_code == code, err
         return json.loads(file.read_text()) if file.exists() else None, out, err
 
@@ -174,7 +150,7 @@ def test_the_json_of_a_run_holds_everything_one_needs_to_know(call, original):
 def test_the_ideal_speedup_is_one_without_drafts_and_counts_bytes_with_them(original):
     model = checkpoint.load(original, pack=False).model
     head = model.lm_head.weight.nbytes / sum(p.nbytes for p in model.layers[0].parameters())
-    ideal = lambda *visits: generate.ideal_speedup(*visits, model)
+    ideal = lambda *visits: ideal_speedup(*visits, model)
     assert ideal(7, 7 * 3, 7) == pytest.approx(1)
     # a round of three drafts at exit 1 of 3 layers, all right; and one of which nothing is right
     assert ideal(4, 3 * 1 + 3, 3 + 1) == pytest.approx(4 * (3 + head) / (3 * (1 + head) + 3 + head))
@@ -294,7 +270,7 @@ def test_verbose_says_what_auto_chose_and_why(call):
 
 @pytest.mark.parametrize("policy", [(), ("--policy", "confidence:0.2,candidates=1-2"), ("--policy", "none")])
 def test_early_exit_says_that_its_text_is_not_the_models(call, monkeypatch, policy):
-    monkeypatch.setattr(generate, "COMPARE_REPEATS", 2)
+    monkeypatch.setattr(compare, "COMPARE_REPEATS", 2)
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 30, "--no_verify", "--compare", *policy)
     plain, _, _ = call("--prompt", PROMPT, "--max_new_tokens", 30, "--policy", "none")
     assert result["verified"] is False and "unverified: not the full model's text" in " ".join(out.split())
@@ -386,7 +362,7 @@ def test_shown_drafts_are_plain_text_in_a_pipe(call):
 
 
 def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypatch):
-    monkeypatch.setattr(generate, "COMPARE_REPEATS", 2)
+    monkeypatch.setattr(compare, "COMPARE_REPEATS", 2)
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare")
     comparison = result["comparison"]
     assert comparison["identical"] is True and comparison["repeats"] == 2
@@ -395,7 +371,7 @@ def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypat
 
 
 def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
-    monkeypatch.setattr(generate, "COMPARE_REPEATS", 1)
+    monkeypatch.setattr(compare, "COMPARE_REPEATS", 1)
     monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
     verify = Drafter.verify
     monkeypatch.setattr(
@@ -746,18 +722,21 @@ def test_json_appears_complete_by_rename_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["a"] == "x" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_multiline_mistake_is_still_one_line_and_other_errors_are_not_hidden(capsys):
+def test_a_mistake_of_the_users_is_one_line_and_every_other_exception_keeps_its_traceback(capsys):
+    """Also a plain ValueError, which strict zips raise: that is a bug of ours."""
+
     def mistaken():
-        raise ValueError("first\n  second")
+        raise UserError("first\n  second")
 
     def buggy():
-        raise KeyError("a bug of ours")
+        list(zip([1], [], strict=True))
 
     with pytest.raises(SystemExit) as caught:
         cli.run(mistaken)
     assert caught.value.code == 2 and capsys.readouterr().err == "error: first second\n"
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="zip") as bug:
         cli.run(buggy)
+    assert bug.traceback[-1].name == "buggy" and capsys.readouterr().err == ""
 
 
 # ---- real processes ----

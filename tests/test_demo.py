@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from generate import DEFAULT_PROMPT, decode
 from kernels import cpu
 from loading import checkpoint
 from loading.tokenizer import load_tokenizer
+from tests.helpers.processes import DEMO
 
-DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 SAMPLING = (SamplingConfig(), SamplingConfig(temperature=0.8, seed=7), SamplingConfig(1.2, top_k=40, top_p=0.9, seed=3))
 
 

@@ -1,7 +1,6 @@
 """Quantised checkpoints: a file holds what memory holds, sizes and losses are in bounds, mistakes are one line."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from loading import checkpoint
 from loading.tokenizer import load_tokenizer
 from model import Linear
 from quantize import calibrate_weights, gptq, losses_and_choices, quantise, weight_sizes, windows_of
-from tests.decoding.test_exactness import PROMPT, tokens_of
-from tests.test_cli import train_tokenizer
+from tests.helpers.models import PROMPT, tokens_of, train_tokenizer
 
 FORMATS = ("int8", "int4", "int4:group=64", "int8:lm_head=no", "int4:embedding=yes")
 LIMITS = {"int8": (0.55, 0.005), "int4": (0.36, 0.05)}  # of the linears' bytes in bf16, of the loss
@@ -36,7 +34,7 @@ def original(make_hf, tmp_path_factory):
     """A tiny checkpoint with a tokenizer, whose linears can be cut into groups."""
     folder = tmp_path_factory.mktemp("tiny")
     make_hf(folder, vocab_size=400, num_key_value_heads=2, intermediate_size=128)
-    train_tokenizer(folder)
+    train_tokenizer(folder, 400)
     return folder
 
 
@@ -133,18 +131,7 @@ def test_a_calibrated_model_is_one_of_its_format(original):
     assert text_of(model, "static:1") == text_of(model)
 
 
-def run(monkeypatch, capsys, program, *flags):
-    """A program's (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
-    code = 0
-    try:
-        cli.run(program.main)
-    except SystemExit as error:
-        code = error.code
-    return code, *capsys.readouterr()
-
-
-def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_path, monkeypatch, capsys):
+def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_path, run_program):
     (tmp_path / "text.txt").write_text("import os\nclass Reader:\n    def read(self):\n        return self.text\n" * 20)
     flags = [
         "--checkpoint_path",
@@ -159,7 +146,7 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
         tmp_path / "report.json",
     ]
     for extra in ([], ["--force", "--calibrate", tmp_path / "text.txt"]):
-        code, out, err = run(monkeypatch, capsys, quantize, *flags, *extra)
+        code, out, err = run_program(quantize.main, *flags, *extra)
         assert code == 0, err
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["calibrated"] == bool(extra) and abs(report["loss_change"]) < 0.05
@@ -167,8 +154,8 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
         with safe_open(tmp_path / "low" / "model.safetensors", "pt") as file:
             assert file.metadata()["quantize"] == "int8"
     flags = ["--prompt", "def f", "--max_new_tokens", 8, "--policy", "static:1", "--compare"]
-    code, out, err = run(
-        monkeypatch, capsys, generate, "--checkpoint_path", tmp_path / "low", *flags, "--json", tmp_path / "x.json"
+    code, out, err = run_program(
+        generate.main, "--checkpoint_path", tmp_path / "low", *flags, "--json", tmp_path / "x.json"
     )
     assert code == 0, err
     found = json.loads((tmp_path / "x.json").read_text())
@@ -185,12 +172,10 @@ def test_the_program_writes_a_checkpoint_and_says_what_changed(original, tmp_pat
         ["--quantize", "int8", "--draft_quantize", "int8", "--precision", "fp16"],
     ],
 )
-def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, capsys, tmp_path):
+def test_low_bits_go_with_every_way_to_decode(original, flags, run_program):
     for policy in ("auto", "static:1", "prompt_lookup+static:1"):
-        code, out, err = run(
-            monkeypatch,
-            capsys,
-            generate,
+        code, out, err = run_program(
+            generate.main,
             "--checkpoint_path",
             original,
             "--prompt",
@@ -222,14 +207,14 @@ def test_low_bits_go_with_every_way_to_decode(original, flags, monkeypatch, caps
         (quantize, ["--mode", "int8", "--output_path", "SOURCE"], "exists already"),
     ],
 )
-def test_mistakes_are_one_line_before_weights_are_read(original, program, flags, message, monkeypatch, capsys):
+def test_mistakes_are_one_line_before_weights_are_read(original, program, flags, message, monkeypatch, run_program):
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     flags = [str(original) if flag == "SOURCE" else flag for flag in flags]
-    code, out, err = run(monkeypatch, capsys, program, "--checkpoint_path", original, *flags)
+    code, out, err = run_program(program.main, "--checkpoint_path", original, *flags)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
 
 
-def test_what_is_quantised_is_not_quantised_again(original, tmp_path, monkeypatch, capsys):
+def test_what_is_quantised_is_not_quantised_again(original, tmp_path, run_program):
     convert_hf_checkpoint.convert(str(original), tmp_path / "low", None, False, Format.parse("int8"))
     low = ["--checkpoint_path", tmp_path / "low"]
     for program, flags in (
@@ -237,9 +222,9 @@ def test_what_is_quantised_is_not_quantised_again(original, tmp_path, monkeypatc
         (generate, ["--draft_quantize", "int4"]),
         (quantize, ["--mode", "int8", "--output_path", tmp_path / "x"]),
     ):
-        code, _, err = run(monkeypatch, capsys, program, *low, *flags)
+        code, _, err = run_program(program.main, *low, *flags)
         assert code == 2 and "is quantised already (int8)" in err
     file = tmp_path / "low" / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"quantize": "int8"', b'"quantize": "int3"'))
-    code, _, err = run(monkeypatch, capsys, generate, *low)
+    code, _, err = run_program(generate.main, *low)
     assert code == 2 and "quantize must be one of none, int8, int4, got 'int3'" in err

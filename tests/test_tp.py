@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,10 +27,10 @@ from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
 from kernels.formats import Format
 from loading import checkpoint
-from tests.drafting.test_policies import example
+from tests.helpers.models import random_model
+from tests.helpers.policies import example
+from tests.helpers.processes import DEMO, ROOT, outputs_of, start_ranks
 
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "checkpoints" / "demo"
 PROMPT = [2, 3, 50, 60, 2, 3]
 NEW = 12
 PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "int4": torch.bfloat16}
@@ -50,6 +49,7 @@ POLICIES = (
 MORE_POLICIES = ("saturation:0.9,candidates=1-2-3", "static:2,stop=0.5", "logits_future", "prompt_lookup+static:1")
 SAME_AS_ONE_RANK = ("random", "demo", "int8", "int4")  # int8 and int4: files; all computed in fp32
 LOW = Format("int8")
+RANK = ("-m", "tests.test_tp")  # this file as the program that a rank runs
 SECONDS = 90  # a group of ranks may take in a test, on a busy machine; a tenth is usual
 
 
@@ -104,12 +104,12 @@ def write_texts(group, source: str, skips: str, out: str) -> None:
     Path(f"{out}.{group.rank}").write_text(json.dumps(found))
 
 
-def raise_on_the_last_rank(group, source: str, _, out: str) -> None:
-    """Decode for ever, but one rank breaks down in the middle of it."""
+def fail_on_the_last_rank(group, source: str, bug: str) -> None:
+    """Decode for ever, but one rank runs into a bug, a statement of Python, in the middle of it."""
     runner = Runner(checkpoint.load(source, group=group).model, 200, max_rows=4)
     for number, _ in enumerate(decode(runner, PROMPT, GenerateConfig(150), make_policy("static:2", runner.n_layer))):
         if number == 5 and group.rank == group.size - 1:
-            raise RuntimeError("a cable came loose")
+            exec(bug)
 
 
 if __name__ == "__main__":
@@ -123,49 +123,16 @@ if __name__ == "__main__":
 # ---- the tests ----
 
 
-def run_ranks(size: int, command: list[str], **keywords) -> tuple[list[int], str, str, float]:
-    """Run a program on `size` ranks without torchrun, whose help nobody needs -> (exit codes, stdout, stderr of all,
-    seconds)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    start = time.perf_counter()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=shared | {"RANK": str(rank)},
-            stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [
-            rank.communicate(keywords.get("input") if not number else None, timeout=SECONDS)
-            for number, rank in enumerate(ranks)
-        ]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    out, err = ("".join(parts) for parts in zip(*outputs, strict=True))
-    return [rank.returncode for rank in ranks], out, err, time.perf_counter() - start
+def run_ranks(size: int, command: list, input: str | None = None) -> tuple[list[int], str, str]:
+    """Run a program on `size` ranks -> (exit codes, stdout of all, stderr of all)."""
+    ranks = start_ranks(size, command, stdin=subprocess.PIPE)
+    out, err = ("".join(parts) for parts in zip(*outputs_of(ranks, input, SECONDS), strict=True))
+    return [rank.returncode for rank in ranks], out, err
 
 
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory, skip_file):
     """A random model of 4 heads and 2 kv heads in both formats: 2 ranks read a folder, 4 ranks one file of ours."""
-    from tests.decoding.test_exactness import random_model
-
     folder = tmp_path_factory.mktemp("tp")
     model = random_model(torch.float32, pack=False, sharpness=4.0, ffn_dim=128, seed=2)
     config = checkpoint.hf_config_from_args(model.args)
@@ -182,8 +149,7 @@ def model_files(tmp_path_factory, skip_file):
 def ranks(request, model_files, tmp_path_factory):
     """(number of ranks, what each of them found)."""
     size, out = request.param, tmp_path_factory.mktemp("ranks") / "found"
-    arguments = ["write_texts", str(model_files[size]), str(model_files["skips"]), str(out)]
-    codes, _, err, _ = run_ranks(size, [__file__, *arguments])
+    codes, _, err = run_ranks(size, [*RANK, "write_texts", model_files[size], model_files["skips"], out])
     assert codes == [0] * size, err
     return size, [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(size)]
 
@@ -265,7 +231,7 @@ def test_a_conversation_is_typed_at_rank_0_alone(tmp_path):
         "--json",
         str(tmp_path / "turns.json"),
     ]
-    codes, out, err, _ = run_ranks(2, command, input="import os\ndef main\n")
+    codes, out, err = run_ranks(2, command, input="import os\ndef main\n")
     assert codes == [0, 0], err
     assert len(json.loads((tmp_path / "turns.json").read_text())["turns"]) == 2 and out.count("> ") == 3
 
@@ -278,15 +244,25 @@ def test_a_conversation_is_typed_at_rank_0_alone(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_from_all_ranks_together_and_exit_code_2(size, flags, line):
-    codes, out, err, _ = run_ranks(size, ["generate.py", "--prompt", "x", *flags])
+    codes, out, err = run_ranks(size, ["generate.py", "--prompt", "x", *flags])
     assert codes == [2] * size
     assert [said for said in err.splitlines() if "error" in said] == [line] and out == ""
 
 
-def test_a_rank_that_fails_ends_all_with_its_error(model_files):
-    codes, _, err, seconds = run_ranks(2, [__file__, "raise_on_the_last_rank", str(model_files[2]), "", ""])
-    assert codes == [1, 1] and seconds < tp.TIMEOUT_SECONDS / 2
-    assert re.findall(r"^error: .*$", err, re.M) == ["error: rank 1 of 2 failed: RuntimeError: a cable came loose"]
+@pytest.mark.parametrize(
+    ("bug", "error"),
+    [
+        ("raise RuntimeError('a cable came loose')", "RuntimeError: a cable came loose"),
+        ("list(zip([1], [], strict=True))", "ValueError: zip() argument 2 is shorter than argument 1"),
+    ],
+    ids=["RuntimeError", "ValueError"],
+)
+def test_a_rank_that_fails_ends_all_with_its_error_and_traceback(model_files, bug, error):
+    """A plain ValueError, too: only a UserError is the user's mistake."""
+    start = time.perf_counter()
+    codes, _, err = run_ranks(2, [*RANK, "fail_on_the_last_rank", model_files[2], bug])
+    assert codes == [1, 1] and time.perf_counter() - start < tp.TIMEOUT_SECONDS / 2
+    assert re.findall(r"^error: .*$", err, re.M) == [f"error: rank 1 of 2 failed: {error}"]
     assert err.count("Traceback") == 1
 
 

@@ -82,7 +82,7 @@ def locate_bundled(manager) -> None:
     for entry in manager.task_index.values():
         if entry.yaml_path and entry.yaml_path.parent == BUNDLED:
             files = entry.cfg["dataset_kwargs"]["data_files"]
-            files.update({split: str(BUNDLED.parent.parent / path) for split, path in files.items()})
+            files.update({split: str(BUNDLED.parents[2] / path) for split, path in files.items()})
             entry.yaml_path = None  # so that the harness takes entry.cfg and does not read the file again
 
 

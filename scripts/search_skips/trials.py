@@ -10,7 +10,7 @@ import torch
 
 from decoding.generation import Generation
 from decoding.runner import Runner
-from drafting.catalogue import SelfDrafting
+from drafting.policy import SelfDrafting
 from errors import UserError
 from scripts.common.experiment import Experiment
 from scripts.common.first_drafts import FirstDrafts

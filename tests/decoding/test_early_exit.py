@@ -12,8 +12,8 @@ from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import POLICIES, make_policy
 from generate import early_exit
-from tests.decoding.test_exactness import N_LAYER, PRECISION, PROMPT, SAMPLING, random_model, tokens_of
-from tests.drafting.test_policies import EXAMPLES, example
+from tests.helpers.models import N_LAYER, PRECISION, PROMPT, SAMPLING, random_model, tokens_of
+from tests.helpers.policies import EXAMPLES, example
 
 NEW = 40
 LOSSY = [text for name, text in EXAMPLES.items() if not POLICIES[name].verifiable_only]

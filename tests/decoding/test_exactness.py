@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import random
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,84 +13,15 @@ from decoding.rounds import Drafter, Rows
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import make_policy
-from drafting.plan import DraftPlan, RoundContext, Rule
+from drafting.plan import DraftPlan, RoundContext
 from drafting.policy import DraftPolicy
 from generate import decode
 from kernels import cpu
 from kernels.attention import plain_keys
-from model import ModelArgs, Transformer
+from model import Transformer
 from quantize import quantise
-from tests.drafting.test_policies import EXAMPLES, example
-
-SAMPLING = {
-    "greedy": SamplingConfig(),
-    "sampled": SamplingConfig(temperature=0.8, seed=7),
-    "top_k_top_p": SamplingConfig(temperature=1.2, top_k=40, top_p=0.9, seed=3),
-}
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
-N_LAYER = 4
-PROMPT = [1, 5, 9, 40, 77]  # of which no text of random_model is constant
-COMBINATIONS = (
-    "prompt_lookup+static:2",
-    "skip_set:FILE+confidence:0.6",
-    "confidence:0.5,stop=0.6,num_draft_tokens=7",
-    "static:2,stop=adaptive",
-    "static:2,stop=svip",
-    "entropy:1.5,decay=4,candidates=1-2-3",
-    "static:1,adapter=ADAPTER",
-    "confidence:0.5,candidates=1-2-3,adapter=ADAPTER,stop=0.2",
-    "learned:LEARNED+static:3",
-    "auto:adapter=ADAPTER",
-    "none:steps=8",
-    "random:num_draft_tokens=1+static:2,num_draft_tokens=5",
-    "layer_skip_proportion+margin:0.3,stop=0.2",
-)
-
-
-def random_model(
-    dtype: torch.dtype,
-    pack: bool,
-    tie: bool = False,
-    seed: int = 0,
-    late_scale: float = 0.3,
-    sharpness: float = 1.0,
-    ffn_dim: int = 96,
-) -> Transformer:
-    """A random Llama whose late layers write little, so that early exits are sometimes right, surer with sharpness."""
-    args = ModelArgs(
-        dim=64,
-        n_layer=N_LAYER,
-        n_head=4,
-        n_kv_head=2,
-        head_dim=16,
-        ffn_dim=ffn_dim,
-        vocab_size=130,
-        max_seq_len=256,
-        norm_eps=1e-5,
-        rope_base=10000.0,
-        tie_embeddings=tie,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(args)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                late = ("wo" in name or "w2" in name) and int(name.split(".")[1]) >= 2
-                own = late_scale if late else sharpness if "lm_head" in name else 1.0
-                scale = 1.0 if "embedding" in name else weight.shape[1] ** -0.5 * own
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    model = model.to(dtype).eval().requires_grad_(False)
-    if pack:
-        if reason := cpu.load():
-            pytest.skip(f"C++ kernels not available: {reason}")
-        model.pack_weights()
-    return model
-
-
-def tokens_of(runner, prompt, policy, sampling, new=32, **keywords):
-    config = GenerateConfig(max_new_tokens=new, sampling=sampling, **keywords)
-    policy = make_policy(policy, runner.n_layer) if isinstance(policy, str) else policy
-    return Generation.collect(decode(runner, prompt, config, policy))
+from tests.helpers.models import N_LAYER, PRECISION, PROMPT, SAMPLING, low_bit_copies, random_model, tokens_of
+from tests.helpers.policies import COMBINATIONS, EXAMPLES, Chaos, example
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
@@ -119,17 +49,6 @@ def test_drafting_with_quantised_weights_changes_no_token(mode, sampling):
     for policy in ("static:2", "static:1,num_draft_tokens=7", Chaos(2)):
         found = tokens_of(Runner(model, 80, max_rows=8), PROMPT, policy, SAMPLING[sampling])
         assert found.tokens == expected, policy
-
-
-def low_bit_copies(model: Transformer, mode: str, n_layer: int, pack: bool) -> Transformer:
-    """What checkpoint.load_drafter makes, of a model in memory with plain weights."""
-    copy = Transformer(dataclasses.replace(model.args, n_layer=n_layer)).to(model.norm.weight.dtype)
-    copy.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in copy.state_dict()})
-    copy.embedding = model.embedding
-    quantise(copy, mode)
-    if pack:
-        copy.pack_weights()
-    return copy
 
 
 @pytest.mark.parametrize("backend", ["c++", "eager", "inductor"])
@@ -236,43 +155,6 @@ def test_the_layer_in_one_cpp_call_has_the_bits_of_the_layer_run_operation_by_op
             results.append(runner.run_layers(hidden, 37, 0, N_LAYER, skip_attention=skip, skip_mlp=skip[1:]))
             results.append(plain_keys(model.layers[-1].attention.k_cache)[:, : 37 + rows].clone())
         assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]), rows
-
-
-@dataclass
-class Chaos(DraftPolicy):
-    """Leaves each token at a random depth, skips random sublayers, stops at random or by random rules, or proposes
-    random tokens: everything a plan can say."""
-
-    seed: int = 0
-
-    def start_prompt(self, prompt):
-        self.random = random.Random(self.seed)
-
-    def start_round(self, context):
-        draw = self.random
-        kind = draw.choice(["exits", "skips", "both", "proposed", "nothing"])
-        if kind == "nothing":
-            return DraftPlan()
-        if kind == "proposed":
-            return DraftPlan(proposed=tuple(draw.randrange(130) for _ in range(draw.randint(1, 5))))
-        depths = draw.sample(range(1, N_LAYER + 1), draw.randint(1, 3)) if kind != "skips" else []
-        subset = lambda: frozenset(i for i in range(N_LAYER) if draw.random() < 0.3) if kind != "exits" else frozenset()
-        rules = [None, Rule("top1", draw.random() ** 2), Rule("margin", draw.random() ** 2), Rule("entropy", 4.5)]
-        return DraftPlan(
-            tuple(sorted(depths)),
-            draw.randint(1, 5),
-            subset(),
-            subset(),
-            leave_if=draw.choice(rules),
-            stop_unless=draw.choice([None, *rules]),
-            ask_to_stop=draw.random() < 0.5,
-        )
-
-    def should_exit(self, depth, exit):
-        return self.random.random() < 0.4
-
-    def should_stop(self, exit):
-        return self.random.random() < 0.2
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)

@@ -3,17 +3,15 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from decoding.calibrate import time_rounds
 from decoding.generation import GenerateConfig
-from decoding.graphs import Arrival, DeviceRounds
+from decoding.graphs import Arrival
 from decoding.runner import Runner
-from decoding.sampling import SamplingConfig, choose
+from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
 from drafting.plan import DraftPlan
 from generate import decode
@@ -21,18 +19,9 @@ from kernels import cpu, gpu
 from kernels.exit_head import Exit
 from kernels.formats import dequantised, quantise_int4, quantise_int8
 from quantize import quantise
-from tests.decoding.test_exactness import (
-    COMBINATIONS,
-    N_LAYER,
-    PROMPT,
-    SAMPLING,
-    Chaos,
-    low_bit_copies,
-    random_model,
-    tokens_of,
-)
-from tests.decoding.test_rounds import POLICIES, CallByCall
-from tests.drafting.test_policies import example
+from tests.helpers.gpu import AsOnGPU, CallByCall, samples_from_logits
+from tests.helpers.models import N_LAYER, PROMPT, SAMPLING, low_bit_copies, random_model, tokens_of
+from tests.helpers.policies import COMBINATIONS, PLAYED_IN_ONE_CALL, Chaos, example
 
 SAMPLED = SamplingConfig(temperature=0.8, seed=5)
 
@@ -89,28 +78,6 @@ def test_drafting_with_the_gpu_kernels_changes_no_token(gpu_kernels, mode):
     assert used <= set(gpu_kernels), "a kernel was never called"
 
 
-class AsOnGPU(DeviceRounds):
-    """Rounds in parts and ahead of being asked for, as on a GPU; the graph of a program is the program itself."""
-
-    captures, replays = Counter(), Counter()
-
-    def __init__(self, runner):
-        super().__init__(runner)
-        self.on_gpu = True
-
-    def capture(self, program):
-        AsOnGPU.captures[program.func.__name__] += 1
-        return Replay(program)
-
-
-class Replay(NamedTuple):
-    program: Callable
-
-    def replay(self):
-        AsOnGPU.replays[self.program.func.__name__] += 1
-        self.program()
-
-
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     monkeypatch.setattr("decoding.runner.DeviceRounds", AsOnGPU)
@@ -129,7 +96,7 @@ def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(
     monkeypatch.setattr(Exit, "samples", samples_from_logits)
     model = random_model(dtype, pack=False)
     ids, accepted = list(range(3, 12)) * 3, 0
-    for text, eos_ids in itertools.product(POLICIES, [(), (17,)]):
+    for text, eos_ids in itertools.product(PLAYED_IN_ONE_CALL, [(), (17,)]):
         records = []
         for kind in (Runner, CallByCall):
             runner = kind(model, 90, max_rows=8)
@@ -167,16 +134,6 @@ def test_nothing_that_a_plan_can_say_changes_a_token_of_rounds_by_graphs(samplin
     runner = Runner(model, 80, max_rows=8, drafter=drafter)
     for policy in [*(example(text, skip_file, N_LAYER) for text in COMBINATIONS), *map(Chaos, range(6))]:
         assert tokens_of(runner, [1, 5, 9], policy, SAMPLING[sampling]).tokens == expected, str(policy)
-
-
-def samples_from_logits(exit):
-    """Exit.samples without a fused kernel, for tests of what surrounds it."""
-    if exit.draw is None:
-        raise ValueError("no draw")
-    draw = exit.draw.on(exit.hidden.device, exit.rows)
-    config = SamplingConfig(temperature=float(draw.temperature), seed=int(draw.seed))
-    rows = zip(exit.logits(), draw.positions.tolist(), strict=True)
-    return torch.tensor([choose(row, position, config) for row, position in rows])
 
 
 def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the_last_one_is_read(as_on_gpu, skip_file):

@@ -16,10 +16,9 @@ from drafting.catalogue import make_policy
 from drafting.policy import DraftPolicy
 from generate import decode
 from kernels.exit_head import Exit
-from tests.decoding.test_exactness import N_LAYER, random_model
-from tests.decoding.test_gpu_engine import AsOnGPU, samples_from_logits
-from tests.decoding.test_rounds import CallByCall
-from tests.drafting.test_policies import example
+from tests.helpers.gpu import AsOnGPU, CallByCall, samples_from_logits
+from tests.helpers.models import N_LAYER, random_model
+from tests.helpers.policies import example
 
 FIXED = ("none", "none:steps=8", "static:2", "static:1,num_draft_tokens=7", "skip_set:FILE")  # rounds started ahead
 POLICIES = (

@@ -9,9 +9,9 @@ from kernels.exit_head import Draw, Exit, Head, exit_head
 from kernels.formats import dequantised, quantise_int4, quantise_int8
 from kernels.linear import is_packed, linear, pack_quantised
 from quantize import quantise
-from tests.decoding.test_exactness import PROMPT, SAMPLING, Chaos, random_model, tokens_of
-from tests.drafting.test_policies import example
-from tests.kernels.test_kernels import OTHER_MACHINES, error, run_python
+from tests.helpers.models import PROMPT, SAMPLING, largest_error, random_model, tokens_of
+from tests.helpers.policies import Chaos, example
+from tests.helpers.processes import OTHER_MACHINES, run_python
 
 FORMATS = {"int8": quantise_int8, "int4": quantise_int4, "int4 g128": lambda weight: quantise_int4(weight, 128)}
 DTYPES = {"bf16": (torch.bfloat16, 5e-3), "fp32": (torch.float32, 1e-5)}
@@ -41,7 +41,7 @@ def test_a_quantised_linear_matches_fp64_and_rows_stand_alone(name, n, k, dtype,
     x[3:40:7] *= 1e-37  # products among denormal numbers
     assert is_packed(packed) and packed.nbytes < 1.3 * (-n % 32 + n) * (k + 4) * (1 if name == "int8" else 0.5)
     whole = linear(x, packed, n)
-    assert error(whole, x.double() @ dequantised(weight, scale).double().T) < tolerance
+    assert largest_error(whole, x.double() @ dequantised(weight, scale).double().T) < tolerance
     threads = torch.get_num_threads()
     for rows in (1, 2, 3, 4, 5, 7, 16, 17, 64):
         torch.set_num_threads(1 + rows % 2)
@@ -80,7 +80,7 @@ def test_speculation_with_packed_quantised_weights_equals_plain_decoding_compile
     assert all(is_packed(layer.mlp.w2.weight) and layer.mlp.w2.scale is None for layer in model.layers)
     assert model.lm_head.weight.is_floating_point() == (parts == "lm_head=no")
     assert model.embedding.weight.is_floating_point() == (parts != "embedding=yes")
-    assert error(model(torch.tensor(PROMPT), torch.arange(5)), fallback.double()) < 0.05
+    assert largest_error(model(torch.tensor(PROMPT), torch.arange(5)), fallback.double()) < 0.05
     eager, runner = Runner(model, 120, max_rows=8), Runner(model, 120, max_rows=8, compile=True)
     assert (eager.backend, runner.backend) == ("eager", "c++") and eager.rows_independent
     accepted = 0
@@ -140,7 +140,7 @@ for dtype, tolerance in ((torch.bfloat16, 5e-3), (torch.float32, 1e-5)):
 
 @pytest.mark.parametrize("needs, march", [*OTHER_MACHINES.values(), ("sse2", "x86-64")], ids=[*OTHER_MACHINES, "plain"])
 def test_quantised_rows_stand_alone_with_older_instructions_too(needs, march):
-    if needs not in cpu._cpu_flags():
+    if needs not in cpu.build._cpu_flags():
         pytest.skip(f"this processor has no {needs}")
     result = run_python(OTHER_INSTRUCTIONS, SKIPFAST_MARCH=march)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ from decoding.sampling import SamplingConfig, choose, make_sampler
 from drafting.auto import RETRY
 from drafting.catalogue import make_policy
 from drafting.plan import DraftPlan, Round, RoundContext
-from tests.decoding.test_exactness import N_LAYER, PROMPT, SAMPLING, random_model, tokens_of
+from tests.helpers.models import N_LAYER, PROMPT, SAMPLING, random_model, tokens_of
 
 HEAD, LAUNCH = 1.5, 0.05  # made-up costs, in layers: of a head, and of another row in a verification
 EXITS = (2, 4, 6)

@@ -13,35 +13,10 @@ from drafting.catalogue import POLICIES, make_policy
 from drafting.exits import Autoregressive, Static
 from drafting.plan import DraftPlan, Round, RoundContext, Rule
 from drafting.policy import DraftPolicy
+from tests.helpers.policies import EXAMPLES, example
 
 CONTEXT = RoundContext([1, 2, 3], remaining=10)
 STATE = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-# A string of each policy, for a model of four layers or more; FILE stands for the path of a skip set.
-EXAMPLES = {
-    "none": "none",
-    "static": "static:2,num_draft_tokens=5",
-    "confidence": "confidence:0.5,candidates=1-2-3,num_draft_tokens=5",
-    "margin": "margin:0.3,candidates=1-2-3",
-    "entropy": "entropy:1.5,candidates=1-2-3",
-    "saturation": "saturation:0.7,candidates=1-2-3",
-    "consistent_tokens": "consistent_tokens:2,candidates=1-2-3-4",
-    "random": "random:1,num_draft_tokens=5",
-    "logits_current": "logits_current:0.6,candidates=1-2-3-4",
-    "logits_future": "logits_future:0.5,candidates=1-2-3",
-    "layer_skip_proportion": "layer_skip_proportion:0.4,seed=2",
-    "skip_set": "skip_set:FILE",
-    "learned": "learned:LEARNED,num_draft_tokens=5,every=1",
-    "prompt_lookup": "prompt_lookup:5,min_ngram=1",
-    "auto": "auto:5,candidates=1-2-3",
-}
-
-
-def example(text: str, skip_file: str, n_layer: int) -> DraftPolicy:
-    """The policy that a string names, in which FILE stands for skip_file, LEARNED and ADAPTER for those beside it."""
-    text = text.replace("FILE", skip_file)
-    for name in ("learned", "adapter"):
-        text = text.replace(name.upper(), str(Path(skip_file).with_name(f"{name}{n_layer}.safetensors")))
-    return make_policy(text, n_layer, 64)
 
 
 @pytest.mark.parametrize(

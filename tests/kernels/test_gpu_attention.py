@@ -1,17 +1,12 @@
 """Decode attention under Triton's interpreter: against fp64, row by row to the bit, and what it leaves alone."""
 
-import os
-import sys
 from dataclasses import replace
 
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch._inductor.utils import run_and_get_code  # noqa: E402
-
-from tests.kernels.test_gpu_linear import run_backwards  # noqa: E402
+from tests.helpers.gpu import run_backwards
 
 attention = pytest.importorskip("kernels.gpu.attention", reason="needs triton")
 

@@ -5,15 +5,10 @@ the bit, ties and all, and tokens can be compared without a tolerance.
 """
 
 import math
-import os
-import sys
 
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import pytest
+import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 import triton  # noqa: E402
@@ -23,7 +18,7 @@ from decoding import sampling  # noqa: E402
 from kernels.exit_head import exit_stats_reference  # noqa: E402
 from kernels.gpu import exit_head, tiles  # noqa: E402
 from kernels.gpu.exit_head import Draw, launch, merge  # noqa: E402
-from tests.kernels.test_gpu_linear import run_backwards  # noqa: E402
+from tests.helpers.gpu import run_backwards  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not tiles.INTERPRETED, reason="triton was imported without TRITON_INTERPRET=1"),

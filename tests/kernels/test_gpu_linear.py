@@ -3,16 +3,11 @@
 The interpreter cannot run the assembly that turns nibbles into bf16; a few lines of Python here can, for every byte.
 """
 
-import os
 import re
-import sys
 
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import pytest
+import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 import triton  # noqa: E402
@@ -21,6 +16,7 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels import gpu  # noqa: E402
 from kernels.gpu import linear, tiles  # noqa: E402
 from kernels.gpu.linear import dequantise_int4, dequantise_int8, launch  # noqa: E402
+from tests.helpers.gpu import run_backwards  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not tiles.INTERPRETED, reason="triton was imported without TRITON_INTERPRET=1")
 FORMATS = ("bf16", "int8", "int4-32", "int4-64", "int4-128")
@@ -74,16 +70,6 @@ def width(kind: str, k: int) -> int:
     """The next number of features that the format can have."""
     step = int(kind.removeprefix("int4-")) if kind.startswith("int4") else 16
     return -(-k // step) * step
-
-
-def run_backwards(monkeypatch):
-    """From now on the interpreter runs the last program of a grid first: a GPU runs them in any order."""
-    forwards = interpreter.InterpreterBuilder.set_grid_idx
-
-    def backwards(self, *index):
-        forwards(self, *(size - 1 - i for size, i in zip(self.grid_dim, index, strict=True)))
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", backwards)
 
 
 def assert_close(result: Tensor, exact: Tensor):
@@ -316,12 +302,12 @@ def test_a_gpu_machine_where_nothing_can_be_launched_is_told_why(monkeypatch):
         def active(self):
             raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(gpu, "_loaded", False)
+    monkeypatch.setattr(gpu.build, "_loaded", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(triton.runtime, "driver", Driver())
     assert gpu.load() == "the GPU kernels need a C compiler and Python's headers (Failed to find C compiler.)"
-    assert not gpu._loaded
+    assert not gpu.build._loaded
 
 
 def test_tickets_are_not_made_while_a_graph_is_captured(monkeypatch):

@@ -4,11 +4,6 @@ Tolerances are relative to the largest reference value: fp32 1e-5 (rounding of l
 the result to 8 bits of mantissa, two where Llama rounds in between).
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,8 +16,9 @@ from kernels.linear import is_packed, linear, pack, unpack_rows
 from kernels.noise import gumbel_noise, uniform
 from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.swiglu import swiglu, swiglu_reference
+from tests.helpers.models import largest_error
+from tests.helpers.processes import OTHER_MACHINES, run_python
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 64)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -44,12 +40,6 @@ def keep_threads_and_seed():
     torch.set_num_threads(threads)
 
 
-def error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the largest error relative to the largest reference value."""
-    assert result.shape == reference.shape
-    return ((result.double() - reference).abs().max() / reference.abs().max()).item()
-
-
 def assert_rows_stand_alone(function, rows: torch.Tensor):
     """Every number of leading or trailing rows, on one or two threads, gives the bits of the whole call."""
     whole = function(rows)
@@ -66,7 +56,7 @@ def test_linear_matches_fp64_and_rows_stand_alone(dtype, n, k):
     weight, x = torch.randn(n, k).to(dtype), torch.randn(70, k).to(dtype)
     packed = pack(weight)
     assert is_packed(packed) and not is_packed(weight)
-    assert error(linear(x, packed, n), x.double() @ weight.double().T) < TOLERANCE[dtype]
+    assert largest_error(linear(x, packed, n), x.double() @ weight.double().T) < TOLERANCE[dtype]
     assert_rows_stand_alone(lambda rows: linear(rows, packed, n), x)
 
 
@@ -96,7 +86,7 @@ def test_rms_norm_matches_fp64_and_rows_stand_alone(dtype, d):
     x, weight = torch.randn(70, d).to(dtype) * 3, torch.randn(d).to(dtype)
     x64 = x.double()
     reference = weight.double() * x64 * torch.rsqrt(x64.pow(2).mean(-1, keepdim=True) + 1e-5)
-    assert error(rms_norm(x, weight, 1e-5), reference) < TOLERANCE[dtype]
+    assert largest_error(rms_norm(x, weight, 1e-5), reference) < TOLERANCE[dtype]
     assert_rows_stand_alone(lambda rows: rms_norm(rows, weight, 1e-5), x)
 
 
@@ -105,7 +95,7 @@ def test_rms_norm_matches_fp64_and_rows_stand_alone(dtype, d):
 def test_swiglu_matches_fp64_and_rows_stand_alone(dtype, f):
     gate_up = torch.randn(70, 2 * f).to(dtype) * 10
     gate, up = gate_up.double().chunk(2, -1)
-    assert error(swiglu(gate_up), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
+    assert largest_error(swiglu(gate_up), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
     assert_rows_stand_alone(swiglu, gate_up)
 
 
@@ -127,7 +117,7 @@ def test_attention_matches_fp64(dtype, heads, groups, e, rows, start):
     q, k, v, k_cache, v_cache, positions = attention_inputs(dtype, heads, groups, e, rows, start, start + rows + 5)
     k64, v64 = plain_keys(k_cache).double(), v_cache.double()
     reference = attention_reference(q.double(), k.double(), v.double(), k64, v64, positions)
-    assert error(attention(q, k, v, k_cache, v_cache, positions), reference) < TOLERANCE[dtype]
+    assert largest_error(attention(q, k, v, k_cache, v_cache, positions), reference) < TOLERANCE[dtype]
     assert torch.equal(plain_keys(k_cache).double(), k64) and torch.equal(v_cache.double(), v64)
 
 
@@ -495,17 +485,6 @@ print(attention(y, y[:, :2], y[:, :2], cache, cache.clone(), torch.tensor([0, 1,
 """
 
 
-def run_python(code: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
-
-
 def test_without_the_ops_load_says_why_and_everything_computes():
     result = run_python(WITHOUT_CPP, SKIPFAST_NO_CPP="1")
     assert result.returncode == 0, result.stderr
@@ -549,16 +528,9 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-OTHER_MACHINES = {
-    "avx2": ("avx2", "haswell"),
-    "avx512": ("avx512bw", "skylake-avx512"),
-    "without_amx": ("amx_bf16", "native -mno-amx-tile -mno-amx-bf16"),
-}
-
-
 @pytest.mark.parametrize("needs, march", OTHER_MACHINES.values(), ids=OTHER_MACHINES)
 def test_rows_stand_alone_with_older_instructions_too(needs, march):
-    if needs not in cpu._cpu_flags():
+    if needs not in cpu.build._cpu_flags():
         pytest.skip(f"this processor has no {needs}")
     result = run_python(OTHER_INSTRUCTIONS, SKIPFAST_MARCH=march)
     assert result.returncode == 0, result.stderr

@@ -18,8 +18,8 @@ from kernels import cpu
 from kernels.linear import is_packed, pack, unpack_rows
 from loading import checkpoint
 from model import ModelArgs
+from tests.helpers.processes import ROOT, run_python
 
-ROOT = Path(__file__).parents[2]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 LLAMA3 = {
     "rope_type": "llama3",
@@ -545,7 +545,7 @@ def test_loading_peaks_little_above_the_weights(tmp_path):
     names = checkpoint.our_names(args)
     state = {name: torch.ones(checkpoint.pieces(name, args, True)[name][0], dtype=torch.bfloat16) for name in names}
     checkpoint.export_hf(state, args, tmp_path, checkpoint.hf_config_from_args(args), torch.bfloat16)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    result = run_python(MEASURE, tmp_path)
     assert result.returncode == 0, result.stderr
     peak, size = map(int, result.stdout.split())
     assert size > 250e6

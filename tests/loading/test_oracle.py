@@ -39,7 +39,7 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 64
 def pack(request, monkeypatch):
     """Whether to pack: once with the C++ ops and packed weights, once in pure torch."""
     if request.param == "reference":
-        monkeypatch.setattr(cpu, "_loaded", False)
+        monkeypatch.setattr(cpu.build, "_loaded", False)
         return False
     reason = cpu.load()
     if reason:

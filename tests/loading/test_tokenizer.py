@@ -7,12 +7,12 @@ import json
 import re
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from loading.tokenizer import LLAMA3_SPLIT, MAX_CHUNK_CHARS, MAX_RUN_CHARS, Tokenizer, check_vocabulary, load_tokenizer
+from tests.helpers.processes import DEMO
 
 FORMATS = ("sentencepiece", "tiktoken", "json_byte_level", "json_llama2")
 TEXTS = (
@@ -406,9 +406,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(make):
     check_vocabulary(tokenizer, 640)
     with pytest.raises(ValueError, match="has 600 ids but the model's vocab_size is 599"):
         check_vocabulary(tokenizer, 599)
-
-
-DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
 
 def test_bytes_of_another_encoding_in_a_prompt_are_refused_in_one_line():

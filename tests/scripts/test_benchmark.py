@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +41,7 @@ COLUMNS = {
 
 
 @pytest.fixture
-def bench(folder, tmp_path, monkeypatch, capsys):
+def bench(folder, tmp_path, monkeypatch, run_program):
     """bench(*flags, code=0) runs the benchmark in this process -> (JSON object or None, stdout, stderr)."""
     small, file = benchmark.read_bandwidth, tmp_path / "out.json"
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
@@ -62,14 +61,7 @@ def bench(folder, tmp_path, monkeypatch, capsys):
             "--json",
             file,
         ]
-        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, (*defaults, *flags))])
-        capsys.readouterr()
-        exit_code = 0
-        try:
-            cli.run(benchmark.main)
-        except SystemExit as error:
-            exit_code = error.code
-        out, err = capsys.readouterr()
+        exit_code, out, err = run_program(benchmark.main, *defaults, *flags)
         assert exit_code == code, err
         return json.loads(file.read_text()) if file.exists() else None, out, err
 

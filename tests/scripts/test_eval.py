@@ -1,17 +1,13 @@
 """scripts.eval: the harness gets transformers' likelihoods, those of any exit layer, and decoding's own texts."""
 
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -24,8 +20,9 @@ from generate import decode
 from scripts.common.ranks import Ranks
 from scripts.eval import __main__ as eval
 from scripts.eval import harness
+from tests.helpers.models import train_tokenizer
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 LAYERS, VOCAB = 4, 380
 
 
@@ -39,19 +36,7 @@ def lm_eval():
 def original(make_hf, tmp_path_factory):
     """(folder, transformers' model) of a tiny checkpoint with a tokenizer, whose drafts are sometimes right."""
     folder = tmp_path_factory.mktemp("tiny")
-    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=file,
-            vocab_size=VOCAB,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-            num_threads=1,
-        )
+    train_tokenizer(folder, VOCAB)
     model = make_hf(folder, vocab_size=VOCAB, num_key_value_heads=2, num_hidden_layers=LAYERS)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -215,7 +200,7 @@ def test_a_prompt_too_long_for_the_cache_loses_its_beginning(make):
 
 
 @pytest.fixture
-def run(original, tmp_path, monkeypatch, capsys):
+def run(original, tmp_path, monkeypatch, run_program):
     """run(*flags, code=0) runs the program in this process -> (results.json or None, folder, stdout, stderr)."""
     monkeypatch.chdir(ROOT)
 
@@ -234,14 +219,7 @@ def run(original, tmp_path, monkeypatch, capsys):
             "--output_dir",
             out,
         ]
-        monkeypatch.setattr(sys, "argv", ["eval", *map(str, (*defaults, *flags))])
-        capsys.readouterr()
-        exit_code = 0
-        try:
-            cli.run(eval.main)
-        except SystemExit as error:
-            exit_code = error.code
-        printed, err = capsys.readouterr()
+        exit_code, printed, err = run_program(eval.main, *defaults, *flags)
         assert exit_code == code, err
         return json.loads((out / "results.json").read_text()) if code == 0 else None, out, printed, err
 

@@ -9,7 +9,7 @@ from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
 from scripts.common.first_drafts import FirstDrafts, expected_tokens
-from tests.decoding.test_exactness import N_LAYER, PROMPT, random_model, tokens_of
+from tests.helpers.models import N_LAYER, PROMPT, random_model, tokens_of
 
 
 @pytest.mark.parametrize("pack", [True, False], ids=["kernels", "plain"])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cli
 from scripts.gpu_check import __main__ as gpu_check
 from scripts.gpu_check import engine, kernels, profile
 from scripts.gpu_check.report import DeviceLostError, Report
@@ -19,19 +18,13 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture
-def check(tmp_path, monkeypatch, capsys):
+def check(tmp_path, run_program):
     """check(*flags) runs the program on the CPU -> (exit code, JSON object or None, stdout, stderr)."""
 
     def run(*flags, device="cpu"):
         given = ["--device", device, "--shapes", "tiny", "--output_dir", tmp_path, *flags]
-        monkeypatch.setattr(sys, "argv", ["gpu_check", *map(str, given)])
-        before, code = set(tmp_path.glob("*")), 0
-        capsys.readouterr()
-        try:
-            cli.run(gpu_check.main)
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
+        before = set(tmp_path.glob("*"))
+        code, out, err = run_program(gpu_check.main, *given)
         files = set(tmp_path.glob("*")) - before
         assert len(files) <= 1, "one file, and nothing half-written beside it"
         return code, json.loads(files.pop().read_text()) if files else None, out, err

@@ -1,16 +1,12 @@
 """scripts.inspect_layers: the numbers are those of the decoding that they explain, and the page shows them."""
 
 import html.parser
-import inspect
 import json
 import re
 import shutil
 import subprocess
-import sys
-import textwrap
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,23 +17,14 @@ from drafting.plan import Round
 from scripts.inspect_layers import __main__ as inspect_layers
 from scripts.inspect_layers import lens, page
 from scripts.inspect_layers.lens import Departure, Lens
+from tests.helpers.models import train_tokenizer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LAYERS = 6
 
 
 def write_checkpoint(make_hf, folder, **config):
-    lines = [line for module in (textwrap, inspect) for line in inspect.getsource(module).splitlines() if line]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=file,
-            vocab_size=380,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-            num_threads=1,
-        )
+    train_tokenizer(folder, 380)
     make_hf(folder, vocab_size=380, num_key_value_heads=2, num_hidden_layers=LAYERS, **config)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():  # late layers that change little: drafts are sometimes right
@@ -60,7 +47,7 @@ def other(make_hf, tmp_path_factory):
 
 
 @pytest.fixture
-def look(folder, tmp_path, monkeypatch, capsys):
+def look(folder, tmp_path, run_program):
     """look(*flags, code=0) runs the program in this process -> (JSON object or None, folder, stdout + stderr)."""
 
     def look(*flags, code=0, source=folder):
@@ -77,14 +64,8 @@ def look(folder, tmp_path, monkeypatch, capsys):
             "--output_dir",
             out,
         ]
-        monkeypatch.setattr(sys, "argv", ["inspect_layers", *map(str, (*defaults, *flags))])
-        capsys.readouterr()
-        exit_code = 0
-        try:
-            cli.run(inspect_layers.main)
-        except SystemExit as error:
-            exit_code = error.code
-        printed = "".join(capsys.readouterr())
+        exit_code, *printed = run_program(inspect_layers.main, *defaults, *flags)
+        printed = "".join(printed)
         assert exit_code == code, printed
         return json.loads((out / "layers.json").read_text()) if code == 0 else None, out, printed
 
@@ -307,17 +288,7 @@ def test_mistakes_are_one_line_before_the_weights_are_read(look, folder, tmp_pat
     stranger = tmp_path / "stranger"
     shutil.copytree(folder, stranger)
     make_hf(stranger, vocab_size=400, num_hidden_layers=1)
-    with (stranger / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b c d e f"] * 9),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-            hard_vocab_limit=False,
-            num_threads=1,
-        )
+    train_tokenizer(stranger, 300)
     for flags, message in (
         (["--format", "pdf"], "format must be among html, latex, text"),
         (["--policy", "static:7"], "exit_layer must be in 1..6"),

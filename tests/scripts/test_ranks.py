@@ -1,19 +1,13 @@
 """Under torchrun the experiment programs share samples: totals, texts and counts are those of one process."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from scripts.common import metrics
 from scripts.common.ranks import Ranks
+from tests.helpers.processes import outputs_of, start_ranks
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 120
 FLAGS = ("--num_samples", 3, "--max_new_tokens", 6, "--no-compile", "--threads", 1, "--policy", "static")
 PROGRAMS = {
     "sweep": (*FLAGS, "--repeats", 1, "--ignore_eos", "--y", "exit_layer=1-2", "--x", "num_draft_tokens=2"),
@@ -22,47 +16,11 @@ PROGRAMS = {
 }
 
 
-def start(program, folder, output, size):
-    """Start a program on `size` ranks, without torchrun, whose start takes as long as ours."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        f"scripts.{program}",
-        "--checkpoint_path",
-        folder,
-        "--output_dir",
-        output,
-        *PROGRAMS[program],
-    ]
-    return [
-        subprocess.Popen(
-            list(map(str, command)),
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-            },
-        )  # torch's own words when the store has gone
-        for rank in range(size)
-    ]
-
-
 def result_of(program, folder, tmp_path, size):
     output = tmp_path / str(size)
-    ranks = start(program, folder, output, size)
-    said = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    flags = ["--checkpoint_path", folder, "--output_dir", output, *PROGRAMS[program]]
+    ranks = start_ranks(size, ["-m", f"scripts.{program}", *flags])
+    said = outputs_of(ranks)
     assert [rank.returncode for rank in ranks] == [0] * size, said
     spoken = [line for text in said[1:] for line in "".join(text).splitlines() if not line.startswith("[Gloo]")]
     assert spoken == [], "only rank 0 speaks"

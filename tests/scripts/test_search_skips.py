@@ -2,14 +2,10 @@
 
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -27,17 +23,17 @@ from scripts.common.round_costs import RoundCosts  # noqa: E402
 from scripts.search_skips import __main__ as search_skips  # noqa: E402
 from scripts.search_skips import study  # noqa: E402
 from scripts.search_skips.study import Trial, propose  # noqa: E402
+from tests.helpers.processes import run_python  # noqa: E402
 
 COSTS = RoundCosts(1.0, [1.0, 0.02, 0.05, 0.05, 0.0, 0.0], 0.0)  # of a model whose time is that of its layers
 SMALL = ("--num_samples", 2, "--max_new_tokens", 24, "--repeats", 1, "--ignore_eos", "--threads", 1)
-ROOT = Path(__file__).parents[2]
-KILLED = """
+KILLED = f"""
 import os, signal
 import cli
 from scripts.common import round_costs
+from scripts.common.round_costs import RoundCosts
 from scripts.search_skips import __main__ as search_skips
 from scripts.search_skips import trials
-from test_search_skips import COSTS
 
 calls, agreement = [], trials.Judge.agreement
 def killed(judge, keep):
@@ -47,7 +43,7 @@ def killed(judge, keep):
     return agreement(judge, keep)
 
 trials.Judge.agreement = killed
-round_costs.measure = lambda *_: COSTS
+round_costs.measure = lambda *_: {COSTS}
 cli.run(search_skips.main)
 """
 
@@ -126,24 +122,8 @@ def test_the_parallel_pass_promises_what_decoding_keeps_where_each_round_is_one_
 def test_a_search_killed_within_a_trial_goes_on_to_the_history_of_one_that_was_not(play, folder, tmp_path, sampler):
     flags = (*SMALL, "--trials", 20, "--sampler", sampler)
     play(search_skips, *flags, "--output_dir", tmp_path / "whole")
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        "--checkpoint_path",
-        folder,
-        "--no-compile",
-        *flags,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    child = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT / "tests",
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child = run_python(KILLED, "--checkpoint_path", folder, "--no-compile", *flags, "--output_dir", tmp_path / "out")
+    assert child.returncode == -signal.SIGKILL, child.stderr
     _, err = play(search_skips, *flags)
     assert "14 of 21 trials were finished before" in err
     assert history(tmp_path / "out") == history(tmp_path / "whole")

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
 from scripts.common import journal
 from scripts.train import __main__ as train
 from scripts.train import config, corpus, recipe, report, trainer
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 MODULES = ("textwrap.py", "heapq.py", "bisect.py", "contextlib.py", "keyword.py", "string.py")
 TINY = (
     "--n_layer 4 --dim 32 --n_head 4 --n_kv_head 2 --ffn_dim 48 --vocab_size 512 --context 32 --batch_size 4 "
@@ -251,12 +250,10 @@ def test_heldout_files_are_never_trained_on_and_copies_are_dropped(texts, tmp_pa
         (["--data", str(ROOT / "tests"), "--glob", "/x", "--max_steps", "1"], "glob must be a pattern for names"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(flags, words, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train", *flags, "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1
+def test_a_mistake_is_one_line_and_exit_code_2(flags, words, run_program, tmp_path):
+    code, _, err = run_program(train.main, *flags, "--output_dir", tmp_path / "out")
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and words in lines[0]
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import cli
 from loading import checkpoint
 from scripts.common.ranks import Ranks
 from scripts.train import __main__ as train
@@ -173,12 +171,10 @@ def test_a_run_of_another_model_or_of_other_adapters_is_refused(adapted, base, t
         (["--adapter_rank", "8"], "--adapter_exits"),
     ],
 )
-def test_a_mistake_is_one_line(flags, words, base, monkeypatch, capsys, tmp_path):
+def test_a_mistake_is_one_line(flags, words, base, run_program, tmp_path):
     given = ["--data", *TEXT.data, "--checkpoint_path", str(base), "--max_steps", "1", "--context", "64"]
-    monkeypatch.setattr(sys, "argv", ["train", *given, *flags, "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1
+    code, _, err = run_program(train.main, *given, *flags, "--output_dir", tmp_path)
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and words in lines[0]
     assert not (tmp_path / "state.pt").exists()

@@ -23,7 +23,7 @@ from scripts.train_policy import report
 from scripts.train_policy.__main__ import Run, Trainer
 from scripts.train_policy.network import SkipNetwork, draw, policy_loss
 from scripts.train_policy.rewards import SkipReward, SpeedReward, Window, layers_skipped
-from tests.decoding.test_exactness import N_LAYER, PROMPT, random_model, tokens_of
+from tests.helpers.models import N_LAYER, PROMPT, random_model, tokens_of
 
 COSTS = RoundCosts(1.0, [0.5, 0.1, 0.05, 0.05, 0.0, 0.0], 0.0)
 SMALL = (

@@ -1,12 +1,8 @@
 """Training by two processes: the run of one, up to rounding; states that one or two go on from; errors in one line."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import sysconfig
 import time
 from dataclasses import replace
@@ -19,9 +15,8 @@ from scripts.common.ranks import Ranks
 from scripts.train import __main__ as train
 from scripts.train import loop, report
 from scripts.train.config import TrainConfig
+from tests.helpers.processes import outputs_of, start_ranks
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 120
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TINY = TrainConfig(
     data=[str(STDLIB / name) for name in ("textwrap.py", "heapq.py", "bisect.py")],
@@ -78,29 +73,8 @@ def continual(tmp_path_factory, short_report):
     )
 
 
-def start_two(*command):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        os.environ
-        | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-        }
-        for rank in range(2)
-    ]
-    pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen([sys.executable, *command], env=env, **pipes) for env in ranks]
-
-
 def said_by(ranks, code=0):
-    said = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    said = outputs_of(ranks)
     assert [rank.returncode for rank in ranks] == [code, code], said
     kept = ["\n".join(line for line in "".join(text).splitlines() if not line.startswith("[Gloo]")) for text in said]
     assert code or kept[1] == "", "only rank 0 speaks, unless another one fails first"
@@ -144,7 +118,7 @@ def test_two_processes_train_as_one_does_and_fsdp_goes_on_from_the_state_of_one(
         vars(continual) | {"output_dir": str(tmp_path / name), "json": str(tmp_path / f"{name}.json"), "parallel": mode}
         for name, mode in (("ddp", "ddp"), ("fsdp", "fsdp"), ("resumed", "fsdp"))
     ]
-    said = said_by(start_two("-c", PROGRAM, json.dumps(jobs)))
+    said = said_by(start_ranks(2, ["-c", PROGRAM, json.dumps(jobs)]))
     assert said.count("from step 10") == 1 and said.count("from step 0") == 2
     results = {
         name: json.loads((tmp_path / f"{name}.json").read_text())["results"]
@@ -160,7 +134,7 @@ def test_two_processes_train_as_one_does_and_fsdp_goes_on_from_the_state_of_one(
 
 def test_one_process_goes_on_where_two_with_sharded_weights_were_killed(continual, tmp_path):
     config = replace(continual, max_steps=60, save_every=5, learning_rate=0.002, output_dir=str(tmp_path / "killed"))
-    ranks = start_two("-m", "scripts.train", *as_flags(replace(config, parallel="fsdp")))
+    ranks = start_ranks(2, ["-m", "scripts.train", *as_flags(replace(config, parallel="fsdp"))])
     log = tmp_path / "killed" / "log.jsonl"
     while ranks[0].poll() is None and not (log.exists() and log.read_text().count("\n") > 12):
         time.sleep(0.01)
@@ -177,7 +151,7 @@ def test_one_process_goes_on_where_two_with_sharded_weights_were_killed(continua
 
 def test_a_mistake_of_both_processes_is_one_line_and_exit_code_2(continual, tmp_path):
     config = replace(continual, batch_size=3, output_dir=str(tmp_path))
-    said = said_by(start_two("-m", "scripts.train", *as_flags(config)), code=2)
+    said = said_by(start_ranks(2, ["-m", "scripts.train", *as_flags(config)]), code=2)
     assert said == "error: batch_size must be a multiple of the 2 processes, got 3"
 
 
