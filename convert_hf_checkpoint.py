@@ -1,6 +1,6 @@
 """Convert a Hugging Face Llama, a folder or a hub id, into a folder (or one file) in our format.
 
-Weights are streamed through `checkpoint.convert`, so a model larger than memory converts, too. The output folder gets
+Weights are streamed through `writing.convert`, so a model larger than memory converts, too. The output folder gets
 the tokenizer, chat template and configs beside the weights, everything that `checkpoint.load` and the tokenizer need.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 from errors import UserError
 from kernels.formats import PLAIN, Format
-from loading import checkpoint
+from loading import checkpoint, writing
+from loading.files import check_writable, write_json
 
 COPIED = (
     "tokenizer*",
@@ -75,18 +75,18 @@ def convert(
     precision: str | None,
     force: bool,
     format: Format = PLAIN,
-    read: checkpoint.ReadWeights | None = None,
+    read: writing.ReadWeights | None = None,
 ) -> dict:
     """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
 
-    format, read: see `checkpoint.convert`. All files are complete in a temporary folder before the first is moved into
+    format, read: see `writing.convert`. All files are complete in a temporary folder before the first is moved into
     place. Raises UserError for a user's mistake.
     """
     output = Path(output).expanduser()
     opened = checkpoint.open_source(source)
     target = check_output(opened, output, force)
     folder, as_file, copied = target.parent, target == output, copied_files(opened)
-    dtype = checkpoint.resolve_dtype(opened.args, cli.PRECISIONS.get(precision))
+    dtype = checkpoint.resolve_dtype(opened.args, checkpoint.DTYPES.get(precision))
 
     started = time.perf_counter()
     beside = folder if folder.exists() else folder.parent
@@ -103,13 +103,13 @@ def convert(
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(1)
 
-            size = checkpoint.convert(opened, staging / target.name, dtype, progress, format, read)
+            size = writing.convert(opened, staging / target.name, dtype, progress, format, read)
         written = checkpoint.open_source(staging / target.name)
         for name, file in copied.items():
             shutil.copyfile(file, staging / name)
         if not as_file:
-            checkpoint.write_json(staging / "config.json", written.hf_config)
-            checkpoint.write_json(staging / "generation_config.json", written.generation_config)
+            write_json(staging / "config.json", written.hf_config)
+            write_json(staging / "generation_config.json", written.generation_config)
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):  # the weights last
             file.replace(folder / file.name)
@@ -140,16 +140,16 @@ def main(argv: list[str] | None = None) -> int:
         help="a folder, or a file ending in .safetensors "
         "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)",
     )
-    parser.add_argument("--precision", choices=cli.PRECISIONS, help="dtype of the weights (default: as they are)")
+    parser.add_argument("--precision", choices=checkpoint.DTYPES, help="dtype of the weights (default: as they are)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", type=Path, help="write a record of the conversion to this file")
     options = parser.parse_args(argv)
     try:
-        cli.check_writable(options.json)
+        check_writable(options.json)
         output = options.output_path or default_output(options.checkpoint_path)
         record = convert(options.checkpoint_path, output, options.precision, options.force)
         if options.json:
-            checkpoint.write_json(options.json, record)
+            write_json(options.json, record)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,9 @@ from decoding.runner import Runner
 from errors import UserError
 from kernels.formats import PLAIN, Format, levels_int4, levels_int8, pack_int4, scale_int4, scale_int8
 from kernels.linear import is_packed
-from loading import checkpoint
+from loading import checkpoint, writing
+from loading.files import check_writable, read_text, write_json
+from loading.progress import LoadBar, Progress
 from model import Linear, ModelArgs, Transformer, rope_table
 
 WINDOW = 512  # tokens of a text that are looked at together
@@ -60,9 +62,7 @@ def store(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
 
 
 @torch.no_grad()
-def calibrate_weights(
-    model: Transformer, format: Format, tokens: Tensor, progress: checkpoint.Progress | None = None
-) -> None:
+def calibrate_weights(model: Transformer, format: Format, tokens: Tensor, progress: Progress | None = None) -> None:
     """Quantise a model with plain weights, in place and layer by layer, by what each linear sees of a text.
 
     tokens: ids [windows, T]. Layers see what the quantised layers below make of the text.
@@ -200,10 +200,10 @@ def read_tokens(session: cli.Session, path: str | None) -> list[int]:
     """The ids of a text: a file's, else of the checkpoint's own held-out prompts, else of a sample in this project."""
     own = session.source.folder / "heldout_prompts.jsonl"
     if path:
-        text = cli.read_text(path)
+        text = read_text(path)
     elif own.exists():
         try:
-            text = "\n".join(json.loads(line)["prompt"] for line in cli.read_text(own).splitlines() if line.strip())
+            text = "\n".join(json.loads(line)["prompt"] for line in read_text(own).splitlines() if line.strip())
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{own} must hold lines of JSON with a "prompt"; or give --text') from None
     else:
@@ -223,9 +223,9 @@ def run(session: cli.Session, flags: argparse.Namespace, format: Format, output:
     before = None if windows is None else losses_and_choices(session.load(), windows)
     session.model = read = None  # one model at a time
     if seen:
-        whole = checkpoint.load(session.source, cli.PRECISIONS.get(flags.precision), pack=False).model
-        calibrate_weights(whole, format, windows_of(seen, length, CALIBRATION_WINDOWS), cli.LoadBar("calibrating"))
-        read = checkpoint.weights_of(whole)
+        whole = checkpoint.load(session.source, checkpoint.DTYPES.get(flags.precision), pack=False).model
+        calibrate_weights(whole, format, windows_of(seen, length, CALIBRATION_WINDOWS), LoadBar("calibrating"))
+        read = writing.weights_of(whole)
     record = convert_hf_checkpoint.convert(flags.checkpoint_path, output, flags.precision, flags.force, format, read)
     whole = read = None
     report = {"quantize": str(format), "calibrated": bool(seen)} | record
@@ -297,7 +297,7 @@ def main() -> None:
         raise UserError(f"windows must be 1 or more, got {flags.windows}")
     if flags.device != "cpu":
         raise UserError(f"device must be cpu to write a checkpoint, got {flags.device}")
-    cli.check_writable(flags.json)
+    check_writable(flags.json)
     session = cli.open_session(flags, needs_tokenizer=bool(flags.calibrate or flags.text))
     session.quantises(format)
     output = flags.output_path or default_output(flags.checkpoint_path, format)
@@ -305,7 +305,7 @@ def main() -> None:
     report = run(session, flags, format, output)
     print_report(report)
     if flags.json:
-        cli.write_json(flags.json, report)
+        write_json(flags.json, report)
 
 
 def default_output(source: str, format: Format) -> Path:

@@ -27,6 +27,7 @@ from drafting.plan import Round
 from kernels import cpu
 from kernels.exit_head import Exit
 from loading import checkpoint
+from loading.files import write_json
 from loading.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -735,14 +736,14 @@ def test_json_appears_complete_by_rename_or_not_at_all(tmp_path, monkeypatch):
             or replace(source, target)
         ),
     )
-    cli.write_json(file, {"a": Path("x"), "b": "ü"})
+    write_json(file, {"a": Path("x"), "b": "ü"})
     assert renames == [(file, {"a": "x", "b": "ü"}, "old")]
     assert json.loads(file.read_text()) == {"a": "x", "b": "ü"}
     with pytest.raises((TypeError, ValueError)):
-        cli.write_json(file, {"a": 1, ("not", "a key"): 2})
+        write_json(file, {"a": 1, ("not", "a key"): 2})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ValueError, match="No space left"):
-        cli.write_json(file, {"a": 2})
+        write_json(file, {"a": 2})
     assert json.loads(file.read_text())["a"] == "x" and list(tmp_path.iterdir()) == [file]
 
 

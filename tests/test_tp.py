@@ -27,7 +27,7 @@ from generate import decode
 from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
 from kernels.formats import Format
-from loading import checkpoint
+from loading import checkpoint, writing
 from tests.drafting.test_policies import example
 
 ROOT = Path(__file__).parent.parent
@@ -168,9 +168,9 @@ def model_files(tmp_path_factory, skip_file):
 
     folder = tmp_path_factory.mktemp("tp")
     model = random_model(torch.float32, pack=False, sharpness=4.0, ffn_dim=128, seed=2)
-    config = checkpoint.hf_config_from_args(model.args)
-    checkpoint.export_hf(model.state_dict(), model.args, folder / "hf", config, torch.float32)
-    checkpoint.save(model, folder / "ours.safetensors", config)
+    config = writing.hf_config_from_args(model.args)
+    writing.export_hf(model.state_dict(), model.args, folder / "hf", config, torch.float32)
+    writing.save(model, folder / "ours.safetensors", config)
     for mode in ("int8", "int4"):
         convert_hf_checkpoint.convert(str(folder / "hf"), folder / mode, None, False, Format.parse(mode))
     for name in ("skips.json", "learned4.safetensors", "adapter4.safetensors"):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import cli
 from drafting.policy import DraftPolicy
 from errors import UserError
 from loading import checkpoint
+from loading.files import make_folder, read_text, write_text
 
 
 def digest(
@@ -68,7 +68,7 @@ class Journal:
 
     def _complete_lines(self) -> list[str]:
         """Lines, without a last one that a killed run has not finished writing."""
-        *lines, last = cli.read_text(self.path).split("\n")
+        *lines, last = read_text(self.path).split("\n")
         if last and not lines:
             raise UserError("its first line has no end")
         return lines
@@ -81,7 +81,7 @@ class Journal:
         if self.path is None:
             return
         rows = [{"settings": self.settings}, *self.done.values()]
-        cli.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def keep(self, keys: Iterable[tuple]) -> None:
         """Forget all rows but these, also on disk."""
@@ -105,7 +105,7 @@ def claimed(path: str | Path) -> Iterator[None]:
 
     The lock is the system's: it ends with the process, however that ends.
     """
-    handle = os.open(cli.make_folder(path), os.O_RDONLY)
+    handle = os.open(make_folder(path), os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import cli
 from errors import UserError
+from loading.files import read_text, replacing, write_text
 from model import ModelArgs
 from scripts.common.journal import read_state
 from scripts.train.config import TrainConfig
@@ -56,8 +57,8 @@ def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -
         **position,
     }
     if leads:
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        with replacing(path) as file:
+            torch.save(state, file)
     trainer.ranks.agreed(None)  # a disk may take longer than the others may be kept waiting for a message
 
 
@@ -136,12 +137,12 @@ def _open_log(path: Path | None, step: int):
     """Open the log for appending, without what a killed run wrote after its last saved state; None: no log."""
     if path is None:
         return open(os.devnull, "w")
-    rows = cli.read_text(path).splitlines(keepends=True) if path.exists() else []
+    rows = read_text(path).splitlines(keepends=True) if path.exists() else []
     try:
         kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] < step]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what this program writes: delete it, or give another --output_dir") from None
-    cli.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))
     return path.open("a")
 
 

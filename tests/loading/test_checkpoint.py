@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import convert_hf_checkpoint
 from kernels import cpu
 from kernels.linear import is_packed, pack, unpack_rows
-from loading import checkpoint
+from loading import checkpoint, writing
 from model import ModelArgs
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_converted_file_and_folder_load_to_the_same_bits(make_hf, tmp_path, conf
 
 def test_saved_model_loads_to_the_same_bits(folder, tmp_path):
     raw = checkpoint.load(folder, dtype=torch.bfloat16, pack=False)
-    checkpoint.save(raw.model, tmp_path / "saved.safetensors", raw.hf_config, {"temperature": 0.5})
+    writing.save(raw.model, tmp_path / "saved.safetensors", raw.hf_config, {"temperature": 0.5})
     loaded = checkpoint.load(tmp_path / "saved.safetensors")
     assert torch.equal(logits(loaded), logits(raw))
     assert loaded.args == raw.args and loaded.args.dtype == "bfloat16"
@@ -116,7 +116,7 @@ def test_exported_folder_is_read_by_transformers(make_hf, tmp_path, config):
 
     hf_model = make_hf(tmp_path / "hf", num_key_value_heads=2, **config)
     raw = checkpoint.load(tmp_path / "hf", pack=False)
-    checkpoint.export_hf(raw.model.state_dict(), raw.args, tmp_path / "out", raw.hf_config, torch.float32)
+    writing.export_hf(raw.model.state_dict(), raw.args, tmp_path / "out", raw.hf_config, torch.float32)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_exported_folder_is_read_by_transformers(make_hf, tmp_path, config):
 
 def test_config_from_args_reads_back_as_the_same_args(folder):
     args = checkpoint.open_source(folder).args
-    config = checkpoint.hf_config_from_args(args, eos_token_id=7)
+    config = writing.hf_config_from_args(args, eos_token_id=7)
     assert ModelArgs.from_hf_config(config) == args
     assert config["eos_token_id"] == 7
 
@@ -169,7 +169,7 @@ def test_tied_head_is_packed_once_and_read_by_the_embedding(make_hf, tmp_path):
     assert torch.equal(packed.embed(tokens), plain.embed(tokens))
     assert torch.equal(unpack_rows(pack(plain.lm_head.weight), tokens), plain.embed(tokens))
     with pytest.raises(ValueError, match="pack=False"):
-        checkpoint.save(packed, tmp_path / "x.safetensors", {})
+        writing.save(packed, tmp_path / "x.safetensors", {})
 
 
 def test_tied_config_may_come_with_a_second_head_of_the_right_shape(make_hf, tmp_path):
@@ -332,7 +332,7 @@ def test_a_file_that_is_not_ours_points_to_its_folder(folder):
 def test_unknown_format_of_our_own_file_is_refused(folder, tmp_path, key, value):
     file = tmp_path / "ours.safetensors"
     raw = checkpoint.load(folder, pack=False)
-    checkpoint.save(raw.model, file, raw.hf_config)
+    writing.save(raw.model, file, raw.hf_config)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata=metadata | {key: value})
@@ -510,7 +510,7 @@ def test_interrupted_save_keeps_the_old_file(folder, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.delattr(raw.model.layers[2].mlp, "w2")
     with pytest.raises(AttributeError):
-        checkpoint.save(raw.model, file, raw.hf_config)
+        writing.save(raw.model, file, raw.hf_config)
     assert sorted(tmp_path.rglob("*")) == before and file.read_bytes() == b"old"
 
 
@@ -544,7 +544,7 @@ def test_loading_peaks_little_above_the_weights(tmp_path):
     )
     names = checkpoint.our_names(args)
     state = {name: torch.ones(checkpoint.pieces(name, args, True)[name][0], dtype=torch.bfloat16) for name in names}
-    checkpoint.export_hf(state, args, tmp_path, checkpoint.hf_config_from_args(args), torch.bfloat16)
+    writing.export_hf(state, args, tmp_path, writing.hf_config_from_args(args), torch.bfloat16)
     result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     peak, size = map(int, result.stdout.split())
