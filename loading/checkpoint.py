@@ -5,7 +5,6 @@ the model on the meta device, without memory, and then fills it one tensor at a 
 assign. So a model loads in little more memory than its own size.
 """
 
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -402,15 +401,26 @@ def _opened(file: Path) -> Iterator[tuple[Iterable[str], Callable[..., Tensor], 
         raise UserError(f"{file} is missing, though the index of its folder names it")
     try:
         if file.suffix == ".bin":
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = _read_bin(file)
             yield state.keys(), lambda name, window=None: state[name][window] if window else state[name], {}
         else:
             with safe_open(file, framework="pt") as opened:
                 slices = lambda name, window=None: opened.get_slice(name)[window] if window else opened.get_tensor(name)
                 yield opened.keys(), slices, opened.metadata() or {}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} is truncated, corrupt or no weight file ({first_line})") from error
+    except (SafetensorError, RuntimeError, AttributeError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle and torch have a dozen kinds of error for bytes that make no sense
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    first_line = str(error).strip().split("\n")[0]
+    return UserError(f"{file} is truncated, corrupt or no weight file ({first_line})")
 
 
 def _read_into(target: Tensor, file: Path, name: str, window: tuple[slice, ...] | None = None) -> None:

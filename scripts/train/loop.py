@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from tqdm import tqdm
 import cli
 from errors import UserError
 from loading.files import read_text, replacing, write_text
-from model import ModelArgs
 from scripts.common.journal import read_state
 from scripts.train.config import TrainConfig
 from scripts.train.corpus import batch_at
@@ -68,10 +67,10 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     if not path.exists():
         return position
     kinds = {"model": dict, "optimizers": list, "args": dict, "config": dict, "data_hash": str, "step": int}
-    state, present = read_state(path, kinds, mmap=True), trainer.trained.state_dict()
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (state["model"], present)]
-    args = replace(ModelArgs(**state["args"]), dtype=trainer.args.dtype)  # fsdp: the file's, otherwise the weights' own
-    if args != trainer.args or shapes[0] != shapes[1]:
+    state, present = read_state(path, kinds), trainer.trained.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (state["model"], present)]
+    args = state["args"] | {"dtype": trainer.args.dtype}  # with fsdp the file's, otherwise the weights' own
+    if args != asdict(trainer.args) or shapes[0] != shapes[1]:
         raise UserError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
         raise UserError(

@@ -264,6 +264,9 @@ def test_truncated_bin_file_and_one_with_code_in_it_are_named(folder):
     (folder / "model.safetensors").unlink()
     file.write_bytes(file.read_bytes()[:5000])
     assert str(file) in error_of(folder)
+    torch.save({"x": torch.ones(1)}, file)
+    file.write_bytes(file.read_bytes().replace(b"ctorch\nFloatStorage", b"ccollections\nOrdere"))  # no storage
+    assert str(file) in error_of(folder)
     torch.save({"x": subprocess.Popen}, file)
     assert str(file) in error_of(folder)
     torch.save({"x": 1}, file)
