@@ -1,4 +1,4 @@
-"""How far loading or writing a checkpoint has come: a callback for the code that works, a bar for the terminal."""
+"""Progress of reading or writing a checkpoint: a callback for the code that works, a bar for the terminal."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ Progress = Callable[[int, int, str], None]  # (steps done, steps in total, name 
 
 
 class LoadBar:
-    """A Progress that draws a tqdm bar on stderr; silent for models that load at once."""
+    """Draws a tqdm bar on stderr when called as a Progress; work that takes less than a second stays silent."""
 
     def __init__(self, title: str = "loading"):
         self.title, self.bar = title, None
@@ -18,5 +18,10 @@ class LoadBar:
             self.bar = tqdm(total=total, desc=self.title, unit="tensor", delay=1.0, leave=False)
         self.bar.update(done - self.bar.n)
         if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen, at the end or after an error; the next call draws a new one."""
+        if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -1,5 +1,6 @@
 """Checkpoints: every way in gives the same bits, every broken file gives one line that names the culprit."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -10,13 +11,16 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import cli
 import convert_hf_checkpoint
 from kernels import cpu
 from kernels.linear import is_packed, pack, unpack_rows
-from loading import checkpoint, writing
+from loading import checkpoint, hub, writing
+from loading.tokenizer import load_tokenizer
 from model import ModelArgs
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +76,21 @@ def error_of(source, **options):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """convert(*arguments) runs the program in this process -> exit code."""
+
+    def convert(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", *map(str, arguments)])
+        try:
+            cli.run(convert_hf_checkpoint.main)
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return convert
 
 
 def run_converter(*arguments):
@@ -366,6 +385,16 @@ def test_hub_id_is_downloaded_without_bin_files(folder, monkeypatch):
     assert not any("bin" in pattern for pattern in options["allow_patterns"])
 
 
+def test_hub_files_of_a_llama_3_are_those_that_loading_reads():
+    wanted = [
+        *("config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+        *("original/tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"),
+    ]
+    others = ["original/consolidated.00.pth", "original/params.json", "README.md", "onnx/model.onnx", ".gitattributes"]
+    patterns = {"allow_patterns": hub.WANTED, "ignore_patterns": hub.LEFT_OUT}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
+
+
 def test_hub_id_without_safetensors_falls_back_to_bin(folder, monkeypatch):
     file = folder / "pytorch_model.bin"
     tensors = load_file(folder / "model.safetensors")
@@ -448,9 +477,9 @@ def test_converter_writes_a_complete_folder(folder, tmp_path):
         (["--checkpoint_path", "{hf}/config.json"], "{hf}/config.json"),
     ],
 )
-def test_converter_mistakes_are_one_line(folder, capsys, arguments, culprit):
+def test_converter_mistakes_are_one_line(folder, capsys, convert, arguments, culprit):
     before = sorted(folder.rglob("*"))
-    assert convert_hf_checkpoint.main([word.format(hf=folder) for word in arguments]) == 2
+    assert convert(*(word.format(hf=folder) for word in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert culprit.format(hf=folder) in captured.err
@@ -465,44 +494,80 @@ def test_converter_exits_with_2_in_a_process_of_its_own(folder):
     assert not (folder / "skipfast").exists()
 
 
-def test_converter_help_ends_with_an_example(capsys):
-    with pytest.raises(SystemExit) as caught:
-        convert_hf_checkpoint.main(["--help"])
-    assert caught.value.code == 0
+def test_converter_shows_the_traceback_of_what_is_no_users_mistake(folder, convert, monkeypatch):
+    monkeypatch.setattr(writing, "convert", lambda *_: [*zip([1], [], strict=True)])
+    with pytest.raises(ValueError, match="zip"):
+        convert("--checkpoint_path", folder)
+    assert not (folder / "skipfast").exists()
+
+
+def test_converter_reports_a_full_disk_in_one_line(folder, convert, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(convert_hf_checkpoint.shutil, "copyfile", full)
+    assert convert("--checkpoint_path", folder) == 2
+    assert (
+        capsys.readouterr().err == f"error: cannot write output_path {folder / 'skipfast'}: No space left on device\n"
+    )
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ["out", "out/one.safetensors"])
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_converter_takes_metas_tokenizer_along(folder, tmp_path, convert, output, again):
+    """Llama 3 folders have it in a subfolder, beside weights in another format."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "original").mkdir()
+    (folder / "original/params.json").write_text("{}")
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    (folder / "original/tokenizer.model").write_text("".join(lines))
+    expected = load_tokenizer(folder).encode("any text", bos=False)
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / "first" / output) == 0
+    source = checkpoint.open_source(tmp_path / "first" / output)
+    if again:  # what was converted can be a source, too
+        arguments = ("--checkpoint_path", tmp_path / "first" / output, "--output_path", tmp_path / "second")
+        assert convert(*arguments) == 0
+        source = checkpoint.open_source(tmp_path / "second")
+    assert load_tokenizer(source.folder).encode("any text", bos=False) == expected
+    assert [file.name for file in (source.folder / "original").iterdir()] == ["tokenizer.model"]
+
+
+def test_converter_help_ends_with_an_example(capsys, convert):
+    assert convert("--help") == 0
     assert capsys.readouterr().out.strip().split("\n")[-1].strip().startswith("python convert_hf_checkpoint.py --")
 
 
-def test_converter_default_outputs(folder, capsys):
+def test_converter_default_outputs(folder, capsys, convert):
     assert convert_hf_checkpoint.default_output("org/name") == Path("checkpoints/org/name")
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder)]) == 0
+    assert convert("--checkpoint_path", folder) == 0
     assert torch.equal(logits(checkpoint.load(folder / "skipfast")), logits(checkpoint.load(folder)))
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder)]) == 2
+    assert convert("--checkpoint_path", folder) == 2
     assert "--force" in capsys.readouterr().err
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder), "--force", "--precision", "fp16"]) == 0
+    assert convert("--checkpoint_path", folder, "--force", "--precision", "fp16") == 0
     assert checkpoint.load(folder / "skipfast").args.dtype == "float16"
 
 
-def test_converter_does_not_mix_tokenizers(folder, tmp_path, capsys):
+def test_converter_does_not_mix_tokenizers(folder, tmp_path, capsys, convert):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tokenizer.json").write_text('{"another": 1}')
-    arguments = ["--checkpoint_path", str(folder), "--output_path", str(tmp_path / "out/x.safetensors")]
-    assert convert_hf_checkpoint.main(arguments) == 2
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / "out/x.safetensors") == 2
     assert str(tmp_path / "out/tokenizer.json") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
-def test_interrupted_conversion_leaves_nothing(folder, tmp_path, monkeypatch, output):
+def test_interrupted_conversion_leaves_nothing(folder, tmp_path, monkeypatch, convert, output):
     edit_weights(folder, lambda t: t[Q_PROJ][0].__setitem__(0, float("nan")))  # found when half is written
     before = sorted(tmp_path.rglob("*"))
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder), "--output_path", str(tmp_path / output)]) == 2
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / output) == 2
     assert sorted(tmp_path.rglob("*")) == before
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_read_into", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert_hf_checkpoint.convert(str(folder), tmp_path / output, None, force=False)
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / output) == 130
     assert sorted(tmp_path.rglob("*")) == before
 
 
