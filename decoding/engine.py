@@ -107,8 +107,8 @@ class Engine:
         self.config, self.source, self.tokenizer, self.device = config, source, tokenizer, device
         self.group, self.notice, self.progress = group, notice, progress
         self.args: ModelArgs = source.args
-        self.format = self._checked_format(config.quantize, "quantize")
-        self.draft_format = self._checked_format(config.draft_quantize, "draft_quantize")
+        self.format = self.checked_format(config.quantize, "quantize")
+        self.draft_format = self.checked_format(config.draft_quantize, "draft_quantize")
         if self.draft_format.embedding:
             raise UserError(
                 f"draft_quantize {self.draft_format}: copies share the model's embedding, leave out embedding=yes"
@@ -154,7 +154,7 @@ class Engine:
             check_vocabulary(tokenizer, source.args.vocab_size)
         return cls(config, source, tokenizer, device, group, notice, progress)
 
-    def _checked_format(self, text: str | None, flag: str) -> Format:
+    def checked_format(self, text: str | None, flag: str) -> Format:
         """Parse a format and check that the weights can be brought to it; PLAIN for None."""
         ranks = self.group.size if self.group else 1
         if text is None:

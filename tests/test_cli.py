@@ -3,7 +3,6 @@
 import inspect
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -27,7 +26,6 @@ from drafting.plan import Round
 from kernels import cpu
 from kernels.exit_head import Exit
 from loading import checkpoint
-from loading.files import write_json
 from loading.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -722,29 +720,6 @@ def test_an_unwritable_json_path_is_refused_before_any_work(original, tmp_path, 
         cli.run(generate.main)
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.startswith("error: cannot write") and where in err and err.count("\n") == 1
-
-
-def test_json_appears_complete_by_rename_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "out.json"
-    file.write_text("old")
-    renames, replace = [], os.replace
-    monkeypatch.setattr(
-        os,
-        "replace",
-        lambda source, target: (
-            renames.append((Path(target), json.loads(Path(source).read_text()), Path(target).read_text()))
-            or replace(source, target)
-        ),
-    )
-    write_json(file, {"a": Path("x"), "b": "ü"})
-    assert renames == [(file, {"a": "x", "b": "ü"}, "old")]
-    assert json.loads(file.read_text()) == {"a": "x", "b": "ü"}
-    with pytest.raises((TypeError, ValueError)):
-        write_json(file, {"a": 1, ("not", "a key"): 2})
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ValueError, match="No space left"):
-        write_json(file, {"a": 2})
-    assert json.loads(file.read_text())["a"] == "x" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_multiline_mistake_is_still_one_line_and_other_errors_are_not_hidden(capsys):
