@@ -17,16 +17,17 @@ import torch
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.table import Table
-from tqdm import tqdm
 
 import tp
-from decoding.engine import DEMO, DEVICES, DTYPES, Engine, EngineConfig
+from decoding.engine import DEMO, DEVICES, Engine, EngineConfig
 from decoding.sampling import VERIFICATIONS, SamplingConfig
 from decoding.text import TextStream
 from drafting.plan import Round
 from errors import UserError
 from kernels import cpu
 from loading import checkpoint
+from loading.files import read_text
+from loading.progress import LoadBar
 from loading.tokenizer import Tokenizer
 
 STYLES = {"accepted": "green", "target": "blue", "rejected": "red strike"}
@@ -66,7 +67,7 @@ def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quanti
     )
     if device:
         parser.add_argument("--device", default="auto", choices=DEVICES, help="default: cuda where torch sees a GPU")
-    parser.add_argument("--precision", choices=list(DTYPES), help="default: the checkpoint's own")
+    parser.add_argument("--precision", choices=list(checkpoint.DTYPES), help="default: the checkpoint's own")
     if quantize:
         parser.add_argument(
             "--quantize",
@@ -135,21 +136,6 @@ def eos_ids(flags: argparse.Namespace, engine: Engine) -> tuple[int, ...]:
     return () if flags.ignore_eos else engine.eos_ids
 
 
-class LoadBar:
-    """A tqdm bar behind checkpoint.load's progress callback; silent for models that load at once."""
-
-    def __init__(self, what: str = "loading"):
-        self.what, self.bar = what, None
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.what, unit="tensor", delay=1.0, leave=False)
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.bar.close()
-            self.bar = None
-
-
 def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default: str) -> list[int]:
     """Token ids of --prompt, --prompt_file or --prompt_ids, or of `default` if none was given."""
     if flags.prompt_ids is not None:
@@ -161,15 +147,6 @@ def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default:
     if flags.prompt_file is not None:
         text = read_text(flags.prompt_file)
     return tokenizer.apply_chat([{"role": "user", "content": text}]) if flags.chat else tokenizer.encode(text)
-
-
-def read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 class StreamedText:
@@ -252,46 +229,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def shown(value, form: str = ".1f", none: str = "–") -> str:
     """A number for a table."""
     return none if value is None else format(value, form)
-
-
-def write_json(path: str | Path, value: dict) -> None:
-    """Write one JSON object; the file appears complete, by rename, or not at all."""
-    try:
-        checkpoint.write_json(Path(path), value)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file; it appears complete, by rename, or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def make_folder(path: str | Path) -> Path:
-    """Make the folder if it is not there. Raises UserError if nothing can be written into it."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write into the folder {path}")
-    return Path(path)
-
-
-def check_writable(path: str | None) -> None:
-    """Raise UserError now if write_json(path) would fail after long work."""
-    if path is None:
-        return
-    folder = Path(path).resolve().parent
-    if not str(path) or Path(path).is_dir():
-        raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder does not exist or is not writable")
 
 
 def environment() -> dict:

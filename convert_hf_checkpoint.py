@@ -1,28 +1,30 @@
 """Convert a Hugging Face Llama, a folder or a hub id, into a folder (or one file) in our format.
 
-Weights are streamed through `checkpoint.convert`, so a model larger than memory converts, too. The output folder gets
-the tokenizer, chat template and configs beside the weights, everything that `checkpoint.load` and the tokenizer need.
+Weights are streamed one tensor at a time, so a model larger than memory can be converted. The tokenizer, the chat
+template and the configs are put beside them: the output is complete.
 """
 
 import argparse
 import filecmp
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import cli
 from errors import UserError
 from kernels.formats import PLAIN, Format
-from loading import checkpoint
+from loading import checkpoint, writing
+from loading.files import check_writable, write_json
+from loading.progress import LoadBar
 
 COPIED = (
     "tokenizer*",
     "*.model",
+    "original/tokenizer.model",  # where Hugging Face folders of Llama 3 have Meta's own file
     "*.jinja",
     "chat_template*",
     "special_tokens_map.json",
@@ -36,7 +38,7 @@ EXAMPLE = """example:
 
 
 def default_output(source: str) -> Path:
-    """A folder "skipfast" inside a local checkpoint; checkpoints/org/name for a hub id."""
+    """Choose the output folder: "skipfast" inside a local checkpoint, checkpoints/org/name for a hub id."""
     path = Path(source).expanduser()
     if path.exists():
         return (path if path.is_dir() else path.parent) / "skipfast"
@@ -44,8 +46,9 @@ def default_output(source: str) -> Path:
 
 
 def copied_files(source: checkpoint.Source) -> dict[str, Path]:
-    """The files that a converted checkpoint takes over as they are: name -> path."""
-    return {file.name: file for pattern in COPIED for file in source.folder.glob(pattern) if file.is_file()}
+    """List the files that a converted checkpoint takes over as they are: name inside its folder -> path."""
+    files = (file for pattern in COPIED for file in source.folder.glob(pattern) if file.is_file())
+    return {str(file.relative_to(source.folder)): file for file in files}
 
 
 def check_output(source: checkpoint.Source, output: Path, force: bool) -> Path:
@@ -75,50 +78,43 @@ def convert(
     precision: str | None,
     force: bool,
     format: Format = PLAIN,
-    read: checkpoint.ReadWeights | None = None,
+    read: writing.ReadWeights | None = None,
 ) -> dict:
     """Convert `source` to the folder or .safetensors file `output`; returns what was done, for --json.
 
-    format, read: see `checkpoint.convert`. All files are complete in a temporary folder before the first is moved into
+    format, read: see `writing.convert`. All files are complete in a temporary folder before the first one is moved into
     place. Raises UserError for a user's mistake.
     """
     output = Path(output).expanduser()
     opened = checkpoint.open_source(source)
     target = check_output(opened, output, force)
-    folder, as_file, copied = target.parent, target == output, copied_files(opened)
-    dtype = checkpoint.resolve_dtype(opened.args, cli.PRECISIONS.get(precision))
+    copied = copied_files(opened)
+    dtype = checkpoint.resolve_dtype(opened.args, checkpoint.DTYPES.get(precision))
 
-    started = time.perf_counter()
-    beside = folder if folder.exists() else folder.parent
+    started, bar, staging = time.perf_counter(), LoadBar("converting"), None
     try:
+        beside = target.parent if target.parent.exists() else target.parent.parent
         beside.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".tmp", dir=beside))
-    except OSError as error:
-        raise UserError(f"cannot write output_path {output}: {error.strerror}") from None
-    try:
-        with tqdm(unit="tensor", file=sys.stderr, disable=None) as bar:  # None: only on a terminal
-
-            def progress(done: int, total: int, name: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(name, refresh=False)
-                bar.update(1)
-
-            size = checkpoint.convert(opened, staging / target.name, dtype, progress, format, read)
+        size = writing.convert(opened, staging / target.name, dtype, bar, format, read)
         written = checkpoint.open_source(staging / target.name)
         for name, file in copied.items():
+            (staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, staging / name)
-        if not as_file:
-            checkpoint.write_json(staging / "config.json", written.hf_config)
-            checkpoint.write_json(staging / "generation_config.json", written.generation_config)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):  # the weights last
-            file.replace(folder / file.name)
+        if target != output:
+            write_json(staging / "config.json", written.hf_config)
+            write_json(staging / "generation_config.json", written.generation_config)
+        move_files(staging, target)
+    except OSError as error:
+        raise UserError(f"cannot write output_path {output}: {error.strerror}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        bar.close()
+        if staging:
+            shutil.rmtree(staging, ignore_errors=True)
     return {
         "source": source,
         "output": str(output),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": checkpoint.dtype_name(dtype),
         "bytes": size,
         "tensors": len(written.files),
         "copied": sorted(copied),
@@ -127,7 +123,15 @@ def convert(
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def move_files(staging: Path, target: Path) -> None:
+    """Move all files of a folder to the folder of `target`; that one, the weights, comes last."""
+    names = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
+    for name in sorted(names, key=lambda name: str(name) == target.name):
+        (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).replace(target.parent / name)
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert a Hugging Face Llama into skipfast's format.",
         epilog=EXAMPLE,
@@ -137,25 +141,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output_path",
         type=Path,
+        metavar="PATH",
         help="a folder, or a file ending in .safetensors "
         "(default: FOLDER/skipfast, or checkpoints/org/name for a hub id)",
     )
-    parser.add_argument("--precision", choices=cli.PRECISIONS, help="dtype of the weights (default: as they are)")
+    parser.add_argument(
+        "--precision", choices=checkpoint.DTYPES, help="dtype of the weights (default: the checkpoint's own)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--json", type=Path, help="write a record of the conversion to this file")
-    options = parser.parse_args(argv)
-    try:
-        cli.check_writable(options.json)
-        output = options.output_path or default_output(options.checkpoint_path)
-        record = convert(options.checkpoint_path, output, options.precision, options.force)
-        if options.json:
-            checkpoint.write_json(options.json, record)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--json", metavar="PATH", help="write a record of the conversion here as one JSON object")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    flags = parse_flags()
+    check_writable(flags.json)
+    output = flags.output_path or default_output(flags.checkpoint_path)
+    record = convert(flags.checkpoint_path, output, flags.precision, flags.force)
+    if flags.json:
+        write_json(flags.json, record)
     print(f"wrote {record['output']}: {record['tensors']} tensors, {record['bytes'] / 1e9:.3f} GB {record['dtype']}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -22,6 +22,7 @@ from drafting.catalogue import POLICIES
 from drafting.plan import Round, RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
+from loading.files import check_writable, write_json
 
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """Copy a file'
 WATCHED_TOKENS = 64  # at the end of a prompt, see DraftPolicy.see_prompt
@@ -389,14 +390,14 @@ def main() -> None:
         flags, leads = parse_flags(), group is None or group.leads
         config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))  # bad values end before any loading
         if leads:
-            cli.check_writable(flags.json)
+            check_writable(flags.json)
         engine = cli.open_engine(flags, needs_tokenizer=flags.prompt_ids is None, group=group)
         config = dataclasses.replace(config, eos_ids=cli.eos_ids(flags, engine))
         policy = policy_from_flags(flags, engine)
         run = run_interactive if flags.interactive else run_once
         result = run(engine, flags, config, policy)
         if flags.json and leads:
-            cli.write_json(flags.json, result)
+            write_json(flags.json, result)
 
 
 if __name__ == "__main__":

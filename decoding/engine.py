@@ -24,12 +24,12 @@ from errors import UserError
 from kernels import cpu, gpu
 from kernels.formats import PLAIN, Format
 from loading import checkpoint, memory
+from loading.progress import Progress
 from loading.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from model import ModelArgs, Transformer
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_TOKENS = 320  # positions that a policy which measures before it decodes needs
 DEFAULT_LENGTH = 4096  # positions of a cache whose length nobody gave, unless the model's context is shorter
 GREEDY = SamplingConfig()
@@ -62,8 +62,8 @@ class EngineConfig:
     def __post_init__(self):
         if self.device not in DEVICES:
             raise UserError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype is not None and self.dtype not in checkpoint.DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {self.dtype!r}")
         most = 4 * (os.cpu_count() or 1)
         if self.threads is not None and not 1 <= self.threads <= most:
             raise UserError(f"threads must be in 1..{most}, got {self.threads}")
@@ -102,19 +102,19 @@ class Engine:
         device: str,
         group: tp.Group | None = None,
         notice: Notice = silent,
-        progress: checkpoint.Progress | None = None,
+        progress: Progress | None = None,
     ):
         self.config, self.source, self.tokenizer, self.device = config, source, tokenizer, device
         self.group, self.notice, self.progress = group, notice, progress
         self.args: ModelArgs = source.args
-        self.format = self._checked_format(config.quantize, "quantize")
-        self.draft_format = self._checked_format(config.draft_quantize, "draft_quantize")
+        self.format = self.checked_format(config.quantize, "quantize")
+        self.draft_format = self.checked_format(config.draft_quantize, "draft_quantize")
         if self.draft_format.embedding:
             raise UserError(
                 f"draft_quantize {self.draft_format}: copies share the model's embedding, leave out embedding=yes"
             )
         check_draft_vocab(config.draft_vocab, source.args.vocab_size)
-        self.dtype = checkpoint.resolve_dtype(source.args, DTYPES.get(config.dtype))
+        self.dtype = checkpoint.resolve_dtype(source.args, checkpoint.DTYPES.get(config.dtype))
         self.length = 0
         self.model: Transformer | None = None
         self.draft_model: Transformer | None = None
@@ -131,7 +131,7 @@ class Engine:
         needs_tokenizer: bool = True,
         group: tp.Group | None = None,
         notice: Notice = silent,
-        progress: checkpoint.Progress | None = None,
+        progress: Progress | None = None,
     ) -> "Engine":
         """Open a checkpoint: headers and tokenizer, no weights. Raises UserError for any setting that cannot be obeyed.
 
@@ -154,7 +154,7 @@ class Engine:
             check_vocabulary(tokenizer, source.args.vocab_size)
         return cls(config, source, tokenizer, device, group, notice, progress)
 
-    def _checked_format(self, text: str | None, flag: str) -> Format:
+    def checked_format(self, text: str | None, flag: str) -> Format:
         """Parse a format and check that the weights can be brought to it; PLAIN for None."""
         ranks = self.group.size if self.group else 1
         if text is None:

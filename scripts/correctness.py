@@ -14,6 +14,7 @@ from tqdm import tqdm
 import cli
 from drafting.policy import DraftPolicy
 from errors import UserError
+from loading.files import write_json
 from scripts.common import ranks
 from scripts.common.experiment import Experiment, add_flags
 
@@ -154,7 +155,7 @@ def main() -> None:
                 **run.config_json(),
             }
             for path in filter(None, (flags.json, run.folder / "correctness.json")):
-                cli.write_json(path, result)
+                write_json(path, result)
         if any(row["errors"] for row in rows):
             sys.exit(1)
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -697,29 +696,6 @@ def test_an_unwritable_json_path_is_refused_before_any_work(original, tmp_path, 
         cli.run(generate.main)
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.startswith("error: cannot write") and where in err and err.count("\n") == 1
-
-
-def test_json_appears_complete_by_rename_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "out.json"
-    file.write_text("old")
-    renames, replace = [], os.replace
-    monkeypatch.setattr(
-        os,
-        "replace",
-        lambda source, target: (
-            renames.append((Path(target), json.loads(Path(source).read_text()), Path(target).read_text()))
-            or replace(source, target)
-        ),
-    )
-    cli.write_json(file, {"a": Path("x"), "b": "ü"})
-    assert renames == [(file, {"a": "x", "b": "ü"}, "old")]
-    assert json.loads(file.read_text()) == {"a": "x", "b": "ü"}
-    with pytest.raises((TypeError, ValueError)):
-        cli.write_json(file, {"a": 1, ("not", "a key"): 2})
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ValueError, match="No space left"):
-        cli.write_json(file, {"a": 2})
-    assert json.loads(file.read_text())["a"] == "x" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_mistake_of_the_users_is_one_line_and_every_other_exception_keeps_its_traceback(capsys):

@@ -14,7 +14,7 @@ from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from kernels import cpu
 from kernels.formats import Format, dequantised
-from loading import checkpoint
+from loading import checkpoint, writing
 from loading.tokenizer import load_tokenizer
 from model import Linear
 from quantize import calibrate_weights, gptq, losses_and_choices, quantise, weight_sizes, windows_of
@@ -63,7 +63,7 @@ def test_a_quantised_file_and_quantising_while_loading_are_one_model(make_hf, tm
     in_memory.pack_weights()
     expected = text_of(in_memory)
     assert text_of(loaded.model) == text_of(checkpoint.load(tmp_path / "low").model, "static:1") == expected
-    checkpoint.save(plain.model, tmp_path / "again.safetensors", plain.hf_config, format=wanted)
+    writing.save(plain.model, tmp_path / "again.safetensors", plain.hf_config, format=wanted)
     again = checkpoint.load(tmp_path / "again.safetensors", pack=False).model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in plain.model.state_dict().items())
 
@@ -73,7 +73,7 @@ def test_a_model_is_not_saved_under_a_format_that_it_does_not_have(original, tmp
     quantise(loaded.model, "int8")
     for format in (Format(), Format.parse("int4")):
         with pytest.raises(ValueError, match="is not what the format|has shape"):
-            checkpoint.save(loaded.model, tmp_path / "x.safetensors", loaded.hf_config, format=format)
+            writing.save(loaded.model, tmp_path / "x.safetensors", loaded.hf_config, format=format)
     assert not list(tmp_path.glob("*x.safetensors*")), "half a file was left"
 
 

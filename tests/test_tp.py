@@ -26,7 +26,7 @@ from generate import decode
 from kernels import cpu, gpu
 from kernels.exit_head import Draw, Exit, Head, Shard, exit_stats_reference, merge, partials_of
 from kernels.formats import Format
-from loading import checkpoint
+from loading import checkpoint, writing
 from tests.helpers.models import random_model
 from tests.helpers.policies import example
 from tests.helpers.processes import DEMO, ROOT, outputs_of, start_ranks
@@ -135,9 +135,9 @@ def model_files(tmp_path_factory, skip_file):
     """A random model of 4 heads and 2 kv heads in both formats: 2 ranks read a folder, 4 ranks one file of ours."""
     folder = tmp_path_factory.mktemp("tp")
     model = random_model(torch.float32, pack=False, sharpness=4.0, ffn_dim=128, seed=2)
-    config = checkpoint.hf_config_from_args(model.args)
-    checkpoint.export_hf(model.state_dict(), model.args, folder / "hf", config, torch.float32)
-    checkpoint.save(model, folder / "ours.safetensors", config)
+    config = writing.hf_config_from_args(model.args)
+    writing.export_hf(model.state_dict(), model.args, folder / "hf", config, torch.float32)
+    writing.save(model, folder / "ours.safetensors", config)
     for mode in ("int8", "int4"):
         convert_hf_checkpoint.convert(str(folder / "hf"), folder / mode, None, False, Format.parse(mode))
     for name in ("skips.json", "learned4.safetensors", "adapter4.safetensors"):

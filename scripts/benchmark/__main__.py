@@ -28,6 +28,7 @@ from drafting.policy import DraftPolicy
 from errors import UserError
 from generate import CALIBRATION_TOKENS, decode, early_exit
 from kernels.formats import PLAIN, Format
+from loading.files import check_writable, make_folder, read_text, write_json
 from model import Transformer
 from scripts.benchmark import peers, picture
 from scripts.benchmark.peers import Contender
@@ -200,7 +201,7 @@ def read_prompts(path: str | None, session: cli.Session) -> list[list[int]]:
         return [session.tokenizer.encode(prompt) for prompt in PROMPTS]
     if not Path(path).exists() and (known := PROMPT_SETS / f"{path}.jsonl").exists():
         path = str(known)
-    text = cli.read_text(path)
+    text = read_text(path)
     encode = session.tokenizer.encode
     try:
         if path.endswith(".json"):
@@ -460,7 +461,7 @@ def main() -> None:
         flags = parse_flags()
         ranks = Ranks(group, flags.split == "samples")
         for path in (flags.json, flags.picture) if ranks.leads else ():
-            cli.check_writable(path)
+            check_writable(path)
         path_of_picture = picture.wanted_picture(flags.picture, flags.output_dir)
         others = (argparse.Namespace(**vars(flags) | {"device": device}) for device in flags.devices[1:])
         sessions = [ranks.open_session(each) for each in (flags, *others)]
@@ -475,7 +476,7 @@ def main() -> None:
         prompts, quality = choose_prompts(flags, session)
         journal = make_journal(session, prompts, policies, quality, ranks)
         if flags.output_dir and ranks.leads:
-            cli.make_folder(flags.output_dir)
+            make_folder(flags.output_dir)
             journal.start()
         result = run(sessions, formats, policies, prompts, (ranks, journal, quality)) | {"skipped": skipped}
         rows = result["rows"]
@@ -488,7 +489,7 @@ def main() -> None:
         if not ranks.leads:
             return
         for path in filter(None, (flags.json, flags.output_dir and Path(flags.output_dir) / "benchmark.json")):
-            cli.write_json(path, result)
+            write_json(path, result)
         if path_of_picture:
             picture.draw_policies(rows, args.n_layer, path_of_picture, title)
 

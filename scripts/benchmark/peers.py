@@ -22,7 +22,8 @@ import torch
 import cli
 from errors import UserError
 from kernels.formats import PLAIN, Format
-from loading.checkpoint import export_hf, our_names
+from loading.checkpoint import our_names
+from loading.writing import export_hf
 from model import rope_table
 
 ROOT = Path(__file__).parents[2]

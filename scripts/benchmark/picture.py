@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cli
 from errors import UserError
+from loading.files import replacing
 from scripts.common.turns import row_names
 
 INSTALL = "pip install matplotlib"
@@ -95,9 +96,8 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
     label_points(axes, points, [short(name) for name in names], [line])
-    unfinished = picture.with_name(picture.name + ".part")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(picture)
+    with replacing(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 

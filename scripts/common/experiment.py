@@ -12,6 +12,7 @@ from drafting.catalogue import make_policy
 from drafting.policy import DraftPolicy
 from generate import CALIBRATION_TOKENS, decode
 from loading import checkpoint
+from loading.files import check_writable, make_folder
 from scripts.benchmark.__main__ import Runners
 from scripts.common import samples
 from scripts.common.journal import digest
@@ -34,7 +35,7 @@ class Experiment:
         """Raises ValueError for whatever is wrong with the flags, the dataset, or the folder to write to."""
         self.flags, self.ranks = flags, ranks
         if ranks.leads:
-            cli.check_writable(flags.json)
+            check_writable(flags.json)
         config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
         self.session = ranks.open_session(flags)
         self.config = GenerateConfig(config.max_new_tokens, config.sampling, self.session.eos_ids(flags))
@@ -43,7 +44,7 @@ class Experiment:
         self.samples = samples.encoded(self.dataset, flags, self.session, config)
         self.folder = Path(flags.output_dir)
         if ranks.leads:
-            cli.make_folder(self.folder)
+            make_folder(self.folder)
 
     @property
     def n_layer(self) -> int:
@@ -112,7 +113,7 @@ class Experiment:
 
     def title(self) -> str:
         flags = self.flags
-        dtype = checkpoint.resolve_dtype(self.session.args, cli.PRECISIONS.get(flags.precision))
+        dtype = checkpoint.resolve_dtype(self.session.args, checkpoint.DTYPES.get(flags.precision))
         name = Path(flags.checkpoint_path).name
         return f"{name}, {str(dtype)[6:]}, {self.dataset.name}: {len(self.samples)} × {flags.max_new_tokens} tokens"
 

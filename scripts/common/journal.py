@@ -7,17 +7,17 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
+import zipfile
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-import cli
 from drafting.policy import DraftPolicy
 from errors import UserError
 from loading import checkpoint
+from loading.files import make_folder, read_text, write_text
 
 
 def digest(
@@ -68,7 +68,7 @@ class Journal:
 
     def _complete_lines(self) -> list[str]:
         """Lines, without a last one that a killed run has not finished writing."""
-        *lines, last = cli.read_text(self.path).split("\n")
+        *lines, last = read_text(self.path).split("\n")
         if last and not lines:
             raise UserError("its first line has no end")
         return lines
@@ -81,7 +81,7 @@ class Journal:
         if self.path is None:
             return
         rows = [{"settings": self.settings}, *self.done.values()]
-        cli.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def keep(self, keys: Iterable[tuple]) -> None:
         """Forget all rows but these, also on disk."""
@@ -105,7 +105,7 @@ def claimed(path: str | Path) -> Iterator[None]:
 
     The lock is the system's: it ends with the process, however that ends.
     """
-    handle = os.open(cli.make_folder(path), os.O_RDONLY)
+    handle = os.open(make_folder(path), os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,19 +118,26 @@ def claimed(path: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def read_state(path: Path, kinds: dict[str, type | None], mmap: bool = False) -> dict:
-    """What a run has saved with torch.save. kinds: fields that must be there, and their types (None: any).
+def read_state(path: Path, kinds: dict[str, type | None]) -> dict:
+    """Read what a run has saved with torch.save; tensors take no memory until they are touched.
 
-    Raises UserError for a file that is damaged or of another program.
+    kinds: the fields that must be there, and their types (None: any). Raises UserError for a file of another program
+    and for one that is damaged: every part of a torch file has a checksum, which torch itself does not look at.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        wrong = [name for name, kind in kinds.items() if not isinstance(found[name], kind or object)]
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        wrong = [type(error).__name__]
-    if wrong:
-        raise UserError(f"{path} is not what this program writes ({wrong[0]}): give another --output_dir")
-    return found
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()  # the name of the first part that does not fit its checksum
+        if wrong is None:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            wrong = next((name for name, kind in kinds.items() if not isinstance(state[name], kind or object)), None)
+    except Exception as error:  # zip, pickle and torch have a dozen kinds of error for bytes that make no sense
+        wrong = type(error).__name__
+    if wrong is not None:
+        raise UserError(
+            f"{path} is not what this program writes, or is damaged ({wrong!r}): restore or delete it, or give another "
+            "--output_dir"
+        )
+    return state
 
 
 def refuse_others(path: Path, found: dict, wanted: dict) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import cli
 from decoding.generation import GenerateConfig, check_prompt
 from errors import UserError
+from loading.files import read_text
 from scripts.common.metrics import INSTALL
 
 BUNDLED = Path(__file__).parents[2] / "benchmarks" / "samples"
@@ -219,7 +220,7 @@ def read_dataset(flags: argparse.Namespace) -> Dataset:
 def read_rows(path: Path, prompt_field: str, response_field: str | None, template: str | None = None) -> list[Texts]:
     """The lines of a JSON-lines file. response_field None: `response`, where a row has it."""
     rows = []
-    for number, line in enumerate(cli.read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -20,6 +20,7 @@ from drafting.plan import check_exit_layer
 from drafting.policy import DraftPolicy
 from errors import UserError
 from generate import check_unverified, check_unverified_flags, make_runner
+from loading.files import check_writable, make_folder, write_json, write_text
 from model import ModelArgs
 from scripts.common import ranks
 from scripts.eval import harness
@@ -220,8 +221,8 @@ def write_files(results: dict, folder: Path, log_samples: bool) -> dict:
     if log_samples:
         for task, rows in samples.items():
             lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
-            cli.write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
-    cli.write_json(folder / "results.json", plain)
+            write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+    write_json(folder / "results.json", plain)
     return plain
 
 
@@ -311,8 +312,8 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     check_exit_layer(n_layer if flags.exit_layer is None else flags.exit_layer, n_layer)
     policy = wanted_policy(flags, session.args)
     check_limits(flags, session.args.max_seq_len)
-    cli.check_writable(flags.json)
-    folder = cli.make_folder(flags.output_dir)
+    check_writable(flags.json)
+    folder = make_folder(flags.output_dir)
     manager, names = harness.find_tasks(wanted, flags.include_path, flags.metadata)
     tasks = harness.load_tasks(manager, names)
     loaded = manager.load(tasks)["tasks"]
@@ -350,7 +351,7 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     }
     plain = write_files(results, folder, flags.log_samples)
     if flags.json:
-        cli.write_json(flags.json, plain)
+        write_json(flags.json, plain)
     how = f"likelihoods after {model.likelihoods.exit_layer} of {n_layer} layers, texts by {policy}"
     how += " (unverified)" if flags.no_verify else ""
     print_results(plain, decoding, f"{Path(flags.checkpoint_path).name}: {how}")

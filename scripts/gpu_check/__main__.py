@@ -21,6 +21,7 @@ import torch
 
 import cli
 from errors import UserError
+from loading.files import check_writable, make_folder, write_json
 from scripts.gpu_check.baselines import check_baselines
 from scripts.gpu_check.engine import check_engine
 from scripts.gpu_check.kernels import check_environment, check_kernels
@@ -66,7 +67,7 @@ def supervise(path: Path, minutes: float, command: list[str]) -> None:
             section["failures"][name] = message
             section["status"] = "failed"
             cli.notice(f"{name} failed: {message}")
-        cli.write_json(path, result)
+        write_json(path, result)
         if code != WORN and sections_with(result, "not reached") == left:
             break  # it ends like this each time
         if code == 0:
@@ -88,7 +89,7 @@ def finish(path: Path) -> bool:
     """Print the targets and what went wrong -> whether nothing did."""
     result = read(path)
     result["targets"] = judge_all(result["sections"])
-    cli.write_json(path, result)
+    write_json(path, result)
     print_targets(result["targets"])
     sections = result["sections"].values()
     checks = [check for section in sections for check in section.get("checks", ())]
@@ -139,11 +140,11 @@ def parse_flags() -> argparse.Namespace:
 
 
 def new_file(flags: argparse.Namespace) -> Path:
-    cli.make_folder(flags.output_dir)
+    make_folder(flags.output_dir)
     path = free_path(flags.output_dir, flags.device)
-    cli.check_writable(str(path))
+    check_writable(str(path))
     sections = {name: {"status": "not reached"} for name in flags.sections}
-    cli.write_json(path, cli.environment() | {"config": vars(flags), "sections": sections})
+    write_json(path, cli.environment() | {"config": vars(flags), "sections": sections})
     return path
 
 
@@ -159,7 +160,7 @@ def old_file(flags: argparse.Namespace) -> Path:
         raise UserError(f"resume: {path} is of GPU, device, shapes {before}, not {now}")
     for name in sections_with(result, "running"):
         result["sections"][name] = {"status": "not reached"}
-    cli.write_json(path, result)
+    write_json(path, result)
     return path
 
 

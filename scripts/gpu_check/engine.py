@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import cli
 from decoding.calibrate import calibrate
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
@@ -21,6 +20,7 @@ from drafting.catalogue import make_policy
 from drafting.plan import Round
 from drafting.policy import DraftPolicy
 from generate import decode
+from loading.files import write_json
 from model import Transformer
 from scripts.gpu_check.kernels import load_kernels, nbytes
 from scripts.gpu_check.models import make_model, quantise_model, random_prompt, set_dial, weight_bytes
@@ -86,7 +86,7 @@ class Engine:
             skips = [layer for layer in range(exit_layer, args.n_layer) if (layer - exit_layer) % 4 < 3]
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "skips.json"
-                cli.write_json(file, {"skip_attention": skips, "skip_mlp": skips})
+                write_json(file, {"skip_attention": skips, "skip_mlp": skips})
                 policy = make_policy(text.replace("FILE", str(file)), args.n_layer, args.dim)
             calibrate(self.runner, policy, self.prompt, SamplingConfig())
             self.policies[text] = policy

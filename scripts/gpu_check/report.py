@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import cli
+from loading.files import write_json
 from scripts.gpu_check.shapes import Shapes
 from scripts.gpu_check.targets import judge_all
 
@@ -69,7 +70,7 @@ class Report:
 
     def save(self) -> None:
         self.result["targets"] = judge_all(self.result["sections"])
-        cli.write_json(self.path, self.result)
+        write_json(self.path, self.result)
 
     def run(self, name: str, check: Callable, *what: str) -> None:
         """Run one section if there is time, whatever comes of it."""

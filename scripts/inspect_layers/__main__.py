@@ -19,6 +19,7 @@ from decoding.runner import check_num_draft_tokens
 from drafting.catalogue import make_policy
 from errors import UserError
 from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode, early_exit, make_runner
+from loading.files import check_writable, make_folder, write_json, write_text
 from scripts.common import samples
 from scripts.inspect_layers import lens, page
 from scripts.inspect_layers.page import Model
@@ -145,12 +146,12 @@ def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.N
     for each in flags.formats:
         path = folder / WRITERS[each]
         if each == "html":
-            cli.write_text(path, page.write_html(shown, name, title, facts))
+            write_text(path, page.write_html(shown, name, title, facts))
         else:
-            cli.write_text(path, (page.write_latex if each == "latex" else page.write_text)(shown, name))
+            write_text(path, (page.write_latex if each == "latex" else page.write_text)(shown, name))
         files.append(path)
     for path in filter(None, (folder / "layers.json", flags.json)):
-        cli.write_json(path, result)
+        write_json(path, result)
         files.append(Path(path))
     return files
 
@@ -217,7 +218,7 @@ def main() -> None:
         raise UserError(f"num_tables must be 1 or more, got {flags.num_tables}")
     samples.check_sample_flags(flags, without="prompt")
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
-    cli.check_writable(flags.json)
+    check_writable(flags.json)
     session = cli.open_session(flags)
     other = open_other(flags, session)
     config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
@@ -234,7 +235,7 @@ def main() -> None:
             raise UserError(
                 f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, {longest} are needed"
             )
-    cli.make_folder(flags.output_dir)
+    make_folder(flags.output_dir)
 
     lenses, summaries = look_at(session, flags, prompts, config)
     names = model_names(flags)

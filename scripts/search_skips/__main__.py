@@ -22,6 +22,7 @@ from decoding.runner import Runner, check_num_draft_tokens
 from drafting.plan import check_range
 from drafting.policy import DraftPolicy
 from errors import UserError
+from loading.files import write_json
 from scripts.benchmark.__main__ import skipfast_contender
 from scripts.common import policy_sets, ranks, round_costs
 from scripts.common.experiment import Experiment, add_flags
@@ -243,7 +244,7 @@ def finish(run: Experiment, store: Store) -> None:
     print_search(rows, [None, static, *sets], run.title())
     command = command_line(flags, recommended)
     print(*notes, f"fastest: {recommended}, {rows[winner]['speedup']:.2f}× plain decoding", command, sep="\n")
-    cli.write_json(file, skips)
+    write_json(file, skips)
     history = [{"state": "decoded" if trial.decoded else "screened", **asdict(trial)} for trial in trials]
     result = {
         "title": run.title(),
@@ -257,7 +258,7 @@ def finish(run: Experiment, store: Store) -> None:
         **run.config_json(),
     }
     for path in filter(None, (flags.json, run.folder / "search.json")):
-        cli.write_json(path, result)
+        write_json(path, result)
     charts.draw(trials, static, chosen, run.folder / "search.png", run.title())
     print(f"written: {run.folder}/skips.json, search.json, search.png")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+from loading.files import replacing
 from scripts.search_skips.study import Trial
 
 
@@ -26,9 +27,8 @@ def draw(trials: Sequence[Trial], static: Trial, chosen: Trial, picture: Path, t
     draw_values(values, trials, static)
     draw_set(grid, chosen)
     figure.suptitle(title)
-    unfinished = picture.with_name(picture.name + ".part")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(picture)
+    with replacing(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 

@@ -23,6 +23,7 @@ from decoding.generation import Generation, ideal_speedup
 from drafting.plan import RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
+from loading.files import write_json, write_text
 from scripts.common import policy_sets, ranks
 from scripts.common.experiment import Experiment, add_flags
 from scripts.common.journal import Journal
@@ -305,7 +306,7 @@ def finish(run: Experiment, rows: list[dict], axes: list[Axis]) -> None:
             print(f"best by {what}: {best[name]} ({' and '.join(map(str, apart[name]))} cells from the measured best)")
     speedup = max(row["speedup"] for row in rows)
     print(f"best measured: {best['measured']}, {speedup:.2f}× plain decoding\n{command}")
-    cli.write_text(run.folder / "sweep.csv", csv_text(rows, axes))
+    write_text(run.folder / "sweep.csv", csv_text(rows, axes))
     result = {
         "title": run.title(),
         "axes": {axis.key: axis.values for axis in axes},
@@ -316,7 +317,7 @@ def finish(run: Experiment, rows: list[dict], axes: list[Axis]) -> None:
         **run.config_json(),
     }
     for path in filter(None, (run.flags.json, run.folder / "sweep.json")):
-        cli.write_json(path, result)
+        write_json(path, result)
     contour.draw(rows, [(axis.key, axis.values) for axis in axes], best, run.folder / "sweep.png", run.title())
     print(f"written: {run.folder}/sweep.csv, sweep.json, sweep.png")
 

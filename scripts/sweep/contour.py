@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+from loading.files import replacing
 
 MARKS = {
     "measured": ("*", 320, "tab:red", "fastest as measured"),
@@ -68,7 +69,6 @@ def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict
     plot.set_xticks(range(len(xs)), xs)
     plot.set_yticks(range(len(ys)), ys)
     figure.legend(loc="outside lower center", fontsize=9)
-    unfinished = picture.with_name(picture.name + ".part")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(picture)
+    with replacing(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)

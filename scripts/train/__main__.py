@@ -14,6 +14,7 @@ from pathlib import Path
 import cli
 from errors import UserError
 from loading import checkpoint
+from loading.files import check_writable, write_json
 from scripts.common import ranks
 from scripts.common.journal import claimed
 from scripts.common.ranks import Ranks
@@ -31,7 +32,7 @@ def run(config: TrainConfig, ranks: Ranks) -> None:
     config.validate(ranks.size)
     ranks.take_gpu(config.device)
     if ranks.leads:
-        cli.check_writable(config.json)
+        check_writable(config.json)
     source = open_checkpoint(config)
     with claimed(config.output_dir) if ranks.leads else nullcontext():
         adapters.run(config, source) if config.adapter_exits else train_model(config, source, ranks)
@@ -64,7 +65,7 @@ def train_model(config: TrainConfig, source: checkpoint.Source | None, ranks: Ra
     if ranks.leads:
         print_report(results, Path(config.output_dir))
         if config.json is not None:
-            cli.write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
+            write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
 
 
 def main() -> None:

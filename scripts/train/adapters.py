@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import cli
 from errors import UserError
 from loading import checkpoint
+from loading.files import make_folder, replacing, write_json
+from loading.progress import LoadBar
 from loading.tokenizer import check_vocabulary
 from model import Transformer
 from scripts.common.ranks import Ranks
@@ -140,21 +142,20 @@ def save_adapters(adapters: nn.ModuleDict, args, path: Path) -> None:
     """Write the adapters by rename: fp32 tensors exit.E.down [r, D] and exit.E.up [D, r]."""
     tensors = {f"exit.{name}": tensor.detach().cpu() for name, tensor in adapters.state_dict().items()}
     metadata = {"format": "skipfast exit adapter", "n_layer": str(args.n_layer), "dim": str(args.dim)}
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(save(tensors, metadata))  # save_file would hide it from other users
-    unfinished.replace(path)
+    with replacing(path) as file:
+        file.write(save(tensors, metadata))  # save_file would hide it from other users
 
 
 def run(config: TrainConfig, source: checkpoint.Source) -> None:
     """Train adapters of a checkpoint, or go on with the run found in output_dir; report, and write them."""
-    args, out = source.args, cli.make_folder(config.output_dir)
+    args, out = source.args, make_folder(config.output_dir)
     depths = parse_exits(config.adapter_exits, args.n_layer)
     if not 2 <= config.adapter_rank <= args.dim:
         raise UserError(f"adapter_rank must be even and in 2..{args.dim} for this model, got {config.adapter_rank}")
     data = Data(config, source, Ranks(None))
     check_vocabulary(data.tokenizer, args.vocab_size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = checkpoint.load(source, dtype, config.device, pack=False, progress=cli.LoadBar()).model
+    model = checkpoint.load(source, dtype, config.device, pack=False, progress=LoadBar()).model
     trainer = AdapterTrainer(model, config, depths)
     optimizers = [make_optimizer(trainer.trained, config)]
     origin = hashlib.sha256(data.hash.encode() + model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()
@@ -170,7 +171,7 @@ def run(config: TrainConfig, source: checkpoint.Source) -> None:
     results = report(trainer, data) | {"parameters": size, "training_tokens": len(data.tokens)} | position
     print_report(results, out / ADAPTER)
     if config.json is not None:
-        cli.write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
+        write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
 
 
 def report(trainer: AdapterTrainer, data: Data) -> dict:

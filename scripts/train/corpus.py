@@ -14,9 +14,9 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-import cli
 from errors import UserError
 from loading import checkpoint
+from loading.files import make_folder, replacing, write_json
 from loading.tokenizer import CANDIDATES, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from scripts.common.ranks import Ranks
 from scripts.train.config import TrainConfig
@@ -115,9 +115,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         )
     except RuntimeError as error:
         raise UserError(f"vocab_size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(buffer.getvalue())
-    unfinished.replace(path)
+    with replacing(path) as file:
+        file.write(buffer.getvalue())
 
 
 def open_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -129,9 +128,8 @@ def open_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 def copy_whole(source: Path, path: Path) -> None:
     """Copy a file; it appears complete, by rename."""
-    unfinished = path.with_name(path.name + ".part")
-    shutil.copyfile(source, unfinished)
-    unfinished.replace(path)
+    with source.open("rb") as original, replacing(path) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder: Path) -> None:
@@ -159,7 +157,7 @@ def write_tokenizer_json(processor: sentencepiece.SentencePieceProcessor, folder
     bos = {"id": "<s>", "ids": [processor.bos_id()], "tokens": ["<s>"]}
     first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    checkpoint.write_json(
+    write_json(
         folder / "tokenizer.json",
         {
             "version": "1.0",
@@ -227,7 +225,7 @@ def prepare_tokenizer(
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     own = {"tokenizer_class": "LlamaTokenizer" if config.tokenizer else "PreTrainedTokenizerFast"}
-    checkpoint.write_json(out / "tokenizer_config.json", own | names | flags | {"model_max_length": config.context})
+    write_json(out / "tokenizer_config.json", own | names | flags | {"model_max_length": config.context})
     if config.tokenizer is None:
         write_tokenizer_json(processor, out)
 
@@ -249,7 +247,7 @@ class Data:
         self.train_texts, self.heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
         out = Path(config.output_dir)
         if ranks.leads:
-            prepare_tokenizer(config, self.train_texts, cli.make_folder(out), source)
+            prepare_tokenizer(config, self.train_texts, make_folder(out), source)
         ranks.agreed(None)  # its files are there
         self.tokenizer = load_tokenizer(source.folder if source else out)
         self.tokens = encode_texts(self.tokenizer, self.train_texts)

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import cli
 from errors import UserError
-from model import ModelArgs
+from loading.files import read_text, replacing, write_text
 from scripts.common.journal import read_state
 from scripts.train.config import TrainConfig
 from scripts.train.corpus import batch_at
@@ -56,8 +56,8 @@ def save_state(path: Path, trainer: Trainer, optimizers: list, position: dict) -
         **position,
     }
     if leads:
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        with replacing(path) as file:
+            torch.save(state, file)
     trainer.ranks.agreed(None)  # a disk may take longer than the others may be kept waiting for a message
 
 
@@ -67,10 +67,10 @@ def load_state(path: Path, trainer: Trainer, optimizers: list, data_hash: str) -
     if not path.exists():
         return position
     kinds = {"model": dict, "optimizers": list, "args": dict, "config": dict, "data_hash": str, "step": int}
-    state, present = read_state(path, kinds, mmap=True), trainer.trained.state_dict()
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (state["model"], present)]
-    args = replace(ModelArgs(**state["args"]), dtype=trainer.args.dtype)  # fsdp: the file's, otherwise the weights' own
-    if args != trainer.args or shapes[0] != shapes[1]:
+    state, present = read_state(path, kinds), trainer.trained.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (state["model"], present)]
+    args = state["args"] | {"dtype": trainer.args.dtype}  # with fsdp the file's, otherwise the weights' own
+    if args != asdict(trainer.args) or shapes[0] != shapes[1]:
         raise UserError(f"output_dir holds a run of another shape ({path}); give its flags or another --output_dir")
     if state["data_hash"] != data_hash:
         raise UserError(
@@ -136,12 +136,12 @@ def _open_log(path: Path | None, step: int):
     """Open the log for appending, without what a killed run wrote after its last saved state; None: no log."""
     if path is None:
         return open(os.devnull, "w")
-    rows = cli.read_text(path).splitlines(keepends=True) if path.exists() else []
+    rows = read_text(path).splitlines(keepends=True) if path.exists() else []
     try:
         kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] < step]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what this program writes: delete it, or give another --output_dir") from None
-    cli.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))
     return path.open("a")
 
 

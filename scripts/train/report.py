@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import cli
-from loading import checkpoint
+from loading import checkpoint, writing
+from loading.files import replacing, write_text
 from loading.tokenizer import Tokenizer
 from scripts.train.parallel import shared_out, whole
 from scripts.train.trainer import Trainer, heldout_losses
@@ -141,9 +142,8 @@ def plot_losses(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    unfinished = picture.with_name(picture.name + ".part")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(picture)
+    with replacing(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 
@@ -160,9 +160,9 @@ def export(
     config, out = trainer.config, Path(trainer.config.output_dir)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0] if tokenizer.eos_ids else None}
-    hf_config = source.hf_config if source else checkpoint.hf_config_from_args(trainer.args, **ids)
-    checkpoint.export_hf(state, trainer.args, out, hf_config, dtype, source and source.generation_config or None)
-    cli.write_text(out / "files.txt", "\n".join(files) + "\n")
+    hf_config = source.hf_config if source else writing.hf_config_from_args(trainer.args, **ids)
+    writing.export_hf(state, trainer.args, out, hf_config, dtype, source and source.generation_config or None)
+    write_text(out / "files.txt", "\n".join(files) + "\n")
     prompts = [json.dumps({"file": sample["file"], "prompt": sample["prompt"]}) for sample in samples]
-    cli.write_text(out / "heldout_prompts.jsonl", "\n".join(prompts) + "\n")
+    write_text(out / "heldout_prompts.jsonl", "\n".join(prompts) + "\n")
     plot_losses(out / "log.jsonl", out / "loss_curve.png")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
 from errors import UserError
 from loading import checkpoint
+from loading.progress import LoadBar
 from loading.tokenizer import Tokenizer, check_vocabulary
 from model import ModelArgs, Transformer, rope_table
 from scripts.common.ranks import Ranks
@@ -53,7 +53,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, source: checkpoint.So
         if config.parallel == "fsdp":
             with torch.device("meta"):
                 return Transformer(source.args)
-        bar = cli.LoadBar()
+        bar = LoadBar()
         return checkpoint.load(source, torch.float32, config.device, pack=False, progress=bar).model.requires_grad_()
     args = ModelArgs(
         dim=config.dim,

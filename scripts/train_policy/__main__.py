@@ -22,6 +22,7 @@ from tqdm import tqdm
 import cli
 from decoding.calibrate import SAMPLE_TEXT
 from errors import UserError
+from loading.files import check_writable, make_folder, replacing, write_json
 from model import Transformer
 from scripts.common.journal import claimed, digest, read_state, refuse_others
 from scripts.common.round_costs import RoundCosts, measure, restored
@@ -70,9 +71,8 @@ class Run:
 
     def save(self) -> None:
         """Write all of it; the file appears complete, by rename."""
-        unfinished = self.path.with_name(self.path.name + ".part")
-        torch.save(self.state, unfinished)
-        unfinished.replace(self.path)
+        with replacing(self.path) as file:
+            torch.save(self.state, file)
 
     def costs(self, measured: Callable[[], RoundCosts]) -> RoundCosts:
         """Of this run: measured once, so that a run that goes on is rewarded by the same numbers."""
@@ -239,7 +239,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def prepare(flags: argparse.Namespace) -> tuple[cli.Session, Tensor, Tensor, Run]:
     """All that can go wrong before the weights are read: texts, checkpoint, folder, the state found there."""
-    cli.check_writable(flags.json)
+    check_writable(flags.json)
     files = find_files(flags.data, flags.glob)
     session = cli.open_session(flags)
     most = session.args.max_seq_len
@@ -249,7 +249,7 @@ def prepare(flags: argparse.Namespace) -> tuple[cli.Session, Tensor, Tensor, Run
         raise UserError(
             f"max_new_tokens must be at most {most - report.PROMPT_TOKENS} for this model, got {flags.max_new_tokens}"
         )
-    folder = cli.make_folder(flags.output_dir)
+    folder = make_folder(flags.output_dir)
     tokens, heldout = (encode_texts(session.tokenizer, texts) for texts in split_texts(files, flags.heldout))
     for what, text in (("training", tokens), ("held-out", heldout)):
         if len(text) <= (least := max(flags.context, report.PROMPT_TOKENS)):
@@ -295,7 +295,7 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
         **cli.environment(),
     }
     for path in filter(None, (flags.json, folder / "policy.json")):
-        cli.write_json(path, result)
+        write_json(path, result)
     report.draw(rows, model.args.n_layer, folder / "policy.png", title)
     print(f"written: {', '.join(row['policy'].partition(':')[2] for row in rows)}, {folder}/policy.json, policy.png")
 

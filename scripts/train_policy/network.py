@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from loading.files import replacing
+
 FORMAT = "skipfast learned policy"
 KEEP_AT_START = 0.9  # chance of keeping a sublayer before anything is learned
 
@@ -48,9 +50,8 @@ class SkipNetwork(nn.Module):
         """Write the file that the policy `learned` reads; it appears complete, by rename."""
         tensors = {"w1": self.w1, "b1": self.b1, "w2": self.sublayers(self.w2.T).T, "b2": self.sublayers(self.b2)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_bytes(save(tensors, {"format": FORMAT, **metadata}))
-        unfinished.replace(path)
+        with replacing(path) as file:
+            file.write(save(tensors, {"format": FORMAT, **metadata}))
 
 
 def draw(logits: Tensor, samples: int, generator: torch.Generator) -> Tensor:

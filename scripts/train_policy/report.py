@@ -22,6 +22,7 @@ from decoding.runner import Runner
 from drafting.catalogue import make_policy
 from drafting.policy import DraftPolicy
 from generate import CALIBRATION_TOKENS, decode
+from loading.files import replacing
 from model import Transformer
 from scripts.common.first_drafts import expected_tokens
 from scripts.common.round_costs import RoundCosts
@@ -286,7 +287,6 @@ def draw(rows: Sequence[dict], n_layer: int, picture: Path, title: str) -> None:
         plot.set(xlabel=f"layers left out (mean, of {n_layer})", xlim=(-0.3, n_layer + 0.3))
         plot.grid(alpha=0.25)
     plots[1].legend(loc="lower left", fontsize=9)
-    unfinished = picture.with_name(picture.name + ".part")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(picture)
+    with replacing(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)

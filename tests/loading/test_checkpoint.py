@@ -1,5 +1,6 @@
 """Checkpoints: every way in gives the same bits, every broken file gives one line that names the culprit."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -10,13 +11,16 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import cli
 import convert_hf_checkpoint
 from kernels import cpu
 from kernels.linear import is_packed, pack, unpack_rows
-from loading import checkpoint
+from loading import checkpoint, hub, writing
+from loading.tokenizer import load_tokenizer
 from model import ModelArgs
 from tests.helpers.processes import ROOT, run_python
 
@@ -74,6 +78,21 @@ def error_of(source, **options):
     return message
 
 
+@pytest.fixture
+def convert(monkeypatch):
+    """convert(*arguments) runs the program in this process -> exit code."""
+
+    def convert(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", *map(str, arguments)])
+        try:
+            cli.run(convert_hf_checkpoint.main)
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return convert
+
+
 def run_converter(*arguments):
     command = [sys.executable, "convert_hf_checkpoint.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -98,7 +117,7 @@ def test_converted_file_and_folder_load_to_the_same_bits(make_hf, tmp_path, conf
 
 def test_saved_model_loads_to_the_same_bits(folder, tmp_path):
     raw = checkpoint.load(folder, dtype=torch.bfloat16, pack=False)
-    checkpoint.save(raw.model, tmp_path / "saved.safetensors", raw.hf_config, {"temperature": 0.5})
+    writing.save(raw.model, tmp_path / "saved.safetensors", raw.hf_config, {"temperature": 0.5})
     loaded = checkpoint.load(tmp_path / "saved.safetensors")
     assert torch.equal(logits(loaded), logits(raw))
     assert loaded.args == raw.args and loaded.args.dtype == "bfloat16"
@@ -116,7 +135,7 @@ def test_exported_folder_is_read_by_transformers(make_hf, tmp_path, config):
 
     hf_model = make_hf(tmp_path / "hf", num_key_value_heads=2, **config)
     raw = checkpoint.load(tmp_path / "hf", pack=False)
-    checkpoint.export_hf(raw.model.state_dict(), raw.args, tmp_path / "out", raw.hf_config, torch.float32)
+    writing.export_hf(raw.model.state_dict(), raw.args, tmp_path / "out", raw.hf_config, torch.float32)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
@@ -133,7 +152,7 @@ def test_exported_folder_is_read_by_transformers(make_hf, tmp_path, config):
 
 def test_config_from_args_reads_back_as_the_same_args(folder):
     args = checkpoint.open_source(folder).args
-    config = checkpoint.hf_config_from_args(args, eos_token_id=7)
+    config = writing.hf_config_from_args(args, eos_token_id=7)
     assert ModelArgs.from_hf_config(config) == args
     assert config["eos_token_id"] == 7
 
@@ -169,7 +188,7 @@ def test_tied_head_is_packed_once_and_read_by_the_embedding(make_hf, tmp_path):
     assert torch.equal(packed.embed(tokens), plain.embed(tokens))
     assert torch.equal(unpack_rows(pack(plain.lm_head.weight), tokens), plain.embed(tokens))
     with pytest.raises(ValueError, match="pack=False"):
-        checkpoint.save(packed, tmp_path / "x.safetensors", {})
+        writing.save(packed, tmp_path / "x.safetensors", {})
 
 
 def test_tied_config_may_come_with_a_second_head_of_the_right_shape(make_hf, tmp_path):
@@ -264,6 +283,9 @@ def test_truncated_bin_file_and_one_with_code_in_it_are_named(folder):
     (folder / "model.safetensors").unlink()
     file.write_bytes(file.read_bytes()[:5000])
     assert str(file) in error_of(folder)
+    torch.save({"x": torch.ones(1)}, file)
+    file.write_bytes(file.read_bytes().replace(b"ctorch\nFloatStorage", b"ccollections\nOrdere"))  # no storage
+    assert str(file) in error_of(folder)
     torch.save({"x": subprocess.Popen}, file)
     assert str(file) in error_of(folder)
     torch.save({"x": 1}, file)
@@ -332,7 +354,7 @@ def test_a_file_that_is_not_ours_points_to_its_folder(folder):
 def test_unknown_format_of_our_own_file_is_refused(folder, tmp_path, key, value):
     file = tmp_path / "ours.safetensors"
     raw = checkpoint.load(folder, pack=False)
-    checkpoint.save(raw.model, file, raw.hf_config)
+    writing.save(raw.model, file, raw.hf_config)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata=metadata | {key: value})
@@ -361,6 +383,16 @@ def test_hub_id_is_downloaded_without_bin_files(folder, monkeypatch):
     [(repo, options)] = calls
     assert repo == "org/name"
     assert not any("bin" in pattern for pattern in options["allow_patterns"])
+
+
+def test_hub_files_of_a_llama_3_are_those_that_loading_reads():
+    wanted = [
+        *("config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+        *("original/tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"),
+    ]
+    others = ["original/consolidated.00.pth", "original/params.json", "README.md", "onnx/model.onnx", ".gitattributes"]
+    patterns = {"allow_patterns": hub.WANTED, "ignore_patterns": hub.LEFT_OUT}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
 def test_hub_id_without_safetensors_falls_back_to_bin(folder, monkeypatch):
@@ -445,9 +477,9 @@ def test_converter_writes_a_complete_folder(folder, tmp_path):
         (["--checkpoint_path", "{hf}/config.json"], "{hf}/config.json"),
     ],
 )
-def test_converter_mistakes_are_one_line(folder, capsys, arguments, culprit):
+def test_converter_mistakes_are_one_line(folder, capsys, convert, arguments, culprit):
     before = sorted(folder.rglob("*"))
-    assert convert_hf_checkpoint.main([word.format(hf=folder) for word in arguments]) == 2
+    assert convert(*(word.format(hf=folder) for word in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert culprit.format(hf=folder) in captured.err
@@ -462,44 +494,80 @@ def test_converter_exits_with_2_in_a_process_of_its_own(folder):
     assert not (folder / "skipfast").exists()
 
 
-def test_converter_help_ends_with_an_example(capsys):
-    with pytest.raises(SystemExit) as caught:
-        convert_hf_checkpoint.main(["--help"])
-    assert caught.value.code == 0
+def test_converter_shows_the_traceback_of_what_is_no_users_mistake(folder, convert, monkeypatch):
+    monkeypatch.setattr(writing, "convert", lambda *_: [*zip([1], [], strict=True)])
+    with pytest.raises(ValueError, match="zip"):
+        convert("--checkpoint_path", folder)
+    assert not (folder / "skipfast").exists()
+
+
+def test_converter_reports_a_full_disk_in_one_line(folder, convert, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(convert_hf_checkpoint.shutil, "copyfile", full)
+    assert convert("--checkpoint_path", folder) == 2
+    assert (
+        capsys.readouterr().err == f"error: cannot write output_path {folder / 'skipfast'}: No space left on device\n"
+    )
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ["out", "out/one.safetensors"])
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_converter_takes_metas_tokenizer_along(folder, tmp_path, convert, output, again):
+    """Llama 3 folders have it in a subfolder, beside weights in another format."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "original").mkdir()
+    (folder / "original/params.json").write_text("{}")
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    (folder / "original/tokenizer.model").write_text("".join(lines))
+    expected = load_tokenizer(folder).encode("any text", bos=False)
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / "first" / output) == 0
+    source = checkpoint.open_source(tmp_path / "first" / output)
+    if again:  # what was converted can be a source, too
+        arguments = ("--checkpoint_path", tmp_path / "first" / output, "--output_path", tmp_path / "second")
+        assert convert(*arguments) == 0
+        source = checkpoint.open_source(tmp_path / "second")
+    assert load_tokenizer(source.folder).encode("any text", bos=False) == expected
+    assert [file.name for file in (source.folder / "original").iterdir()] == ["tokenizer.model"]
+
+
+def test_converter_help_ends_with_an_example(capsys, convert):
+    assert convert("--help") == 0
     assert capsys.readouterr().out.strip().split("\n")[-1].strip().startswith("python convert_hf_checkpoint.py --")
 
 
-def test_converter_default_outputs(folder, capsys):
+def test_converter_default_outputs(folder, capsys, convert):
     assert convert_hf_checkpoint.default_output("org/name") == Path("checkpoints/org/name")
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder)]) == 0
+    assert convert("--checkpoint_path", folder) == 0
     assert torch.equal(logits(checkpoint.load(folder / "skipfast")), logits(checkpoint.load(folder)))
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder)]) == 2
+    assert convert("--checkpoint_path", folder) == 2
     assert "--force" in capsys.readouterr().err
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder), "--force", "--precision", "fp16"]) == 0
+    assert convert("--checkpoint_path", folder, "--force", "--precision", "fp16") == 0
     assert checkpoint.load(folder / "skipfast").args.dtype == "float16"
 
 
-def test_converter_does_not_mix_tokenizers(folder, tmp_path, capsys):
+def test_converter_does_not_mix_tokenizers(folder, tmp_path, capsys, convert):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tokenizer.json").write_text('{"another": 1}')
-    arguments = ["--checkpoint_path", str(folder), "--output_path", str(tmp_path / "out/x.safetensors")]
-    assert convert_hf_checkpoint.main(arguments) == 2
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / "out/x.safetensors") == 2
     assert str(tmp_path / "out/tokenizer.json") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
-def test_interrupted_conversion_leaves_nothing(folder, tmp_path, monkeypatch, output):
+def test_interrupted_conversion_leaves_nothing(folder, tmp_path, monkeypatch, convert, output):
     edit_weights(folder, lambda t: t[Q_PROJ][0].__setitem__(0, float("nan")))  # found when half is written
     before = sorted(tmp_path.rglob("*"))
-    assert convert_hf_checkpoint.main(["--checkpoint_path", str(folder), "--output_path", str(tmp_path / output)]) == 2
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / output) == 2
     assert sorted(tmp_path.rglob("*")) == before
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_read_into", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert_hf_checkpoint.convert(str(folder), tmp_path / output, None, force=False)
+    assert convert("--checkpoint_path", folder, "--output_path", tmp_path / output) == 130
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -510,7 +578,7 @@ def test_interrupted_save_keeps_the_old_file(folder, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.delattr(raw.model.layers[2].mlp, "w2")
     with pytest.raises(AttributeError):
-        checkpoint.save(raw.model, file, raw.hf_config)
+        writing.save(raw.model, file, raw.hf_config)
     assert sorted(tmp_path.rglob("*")) == before and file.read_bytes() == b"old"
 
 
@@ -544,7 +612,7 @@ def test_loading_peaks_little_above_the_weights(tmp_path):
     )
     names = checkpoint.our_names(args)
     state = {name: torch.ones(checkpoint.pieces(name, args, True)[name][0], dtype=torch.bfloat16) for name in names}
-    checkpoint.export_hf(state, args, tmp_path, checkpoint.hf_config_from_args(args), torch.bfloat16)
+    writing.export_hf(state, args, tmp_path, writing.hf_config_from_args(args), torch.bfloat16)
     result = run_python(MEASURE, tmp_path)
     assert result.returncode == 0, result.stderr
     peak, size = map(int, result.stdout.split())

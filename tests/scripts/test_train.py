@@ -278,7 +278,8 @@ def test_what_else_is_in_the_folder_is_refused_and_other_settings_are_told(run, 
     with pytest.raises(ValueError, match="log.jsonl is not what this program writes"):
         run(out, "--max_steps", "3")
     whole = (out / "state.pt").read_bytes()
-    for content in (b"", b"mine", whole[: len(whole) // 2], {"settings": {}}, {"model": 3}):
+    renamed = whole.replace(b"vocab_size", b"vocab_shze")
+    for content in (b"", b"mine", whole[: len(whole) // 2], renamed, {"settings": {}}, {"model": 3}):
         (out / "state.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, out / "state.pt")
         with pytest.raises(ValueError, match="state.pt is not what this program writes"):
             run(out, "--max_steps", "2")

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from loading import checkpoint
+from loading import checkpoint, writing
 from scripts.common.ranks import Ranks
 from scripts.train import __main__ as train
 from scripts.train import adapters, loop, report
@@ -153,7 +153,7 @@ def test_a_run_of_another_model_or_of_other_adapters_is_refused(adapted, base, t
     shutil.copytree(base, other)
     loaded = checkpoint.load(base, torch.float32, pack=False)
     state = loaded.model.state_dict() | {"norm.weight": loaded.model.norm.weight * 2}
-    checkpoint.export_hf(state, loaded.args, other, loaded.hf_config, torch.float32)
+    writing.export_hf(state, loaded.args, other, loaded.hf_config, torch.float32)
     with pytest.raises(ValueError, match="another checkpoint"):
         train.run(replace(config, checkpoint_path=str(other)), Ranks(None))
 
