@@ -1,4 +1,4 @@
-.PHONY: demo test lint benchmark ci
+.PHONY: demo test lint ci
 
 demo:
 	python generate.py
@@ -8,9 +8,7 @@ test:
 
 lint:
 	ruff check .
-
-benchmark:
-	python -m scripts.benchmark --against transformers,llama.cpp
+	ruff format --check .
 
 ci:
 	bash .ci/run

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from errors import UserError
 
-INSTALL = "pip install -r requirements-eval.txt"
+INSTALL = 'pip install -e ".[eval]"'
 ROUGE = ("rouge1", "rouge2", "rougeL")
 NEEDS = {"rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}
 

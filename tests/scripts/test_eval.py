@@ -29,7 +29,7 @@ LAYERS, VOCAB = 4, 380
 @pytest.fixture(scope="module")
 def lm_eval():
     """The harness, or a reason to skip."""
-    return pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -r requirements-eval.txt")
+    return pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install -e ".[eval]"')
 
 
 @pytest.fixture(scope="module")
@@ -379,4 +379,4 @@ def test_an_unknown_task_is_refused_with_near_names(lm_eval, tmp_path, monkeypat
 def test_without_the_harness_there_is_one_line_that_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     *_, err = run(code=2)
-    assert err == "error: scripts.eval needs the package lm_eval: pip install -r requirements-eval.txt\n"
+    assert err == 'error: scripts.eval needs the package lm_eval: pip install -e ".[eval]"\n'

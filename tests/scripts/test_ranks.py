@@ -49,7 +49,7 @@ COUNTS = (
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_two_ranks_have_the_totals_of_one(program, folder, tmp_path):
     for package in metrics.NEEDS if program == "benchmark" else ():
-        pytest.importorskip(package, reason="pip install -r requirements-eval.txt")
+        pytest.importorskip(package, reason='pip install -e ".[eval]"')
     (one, one_lines), (two, two_lines) = (result_of(program, folder, tmp_path, size) for size in (1, 2))
     rows = "cells" if program == "sweep" else "rows"
     facts = lambda result: [{key: row[key] for key in COUNTS if key in row} for row in result[rows]]

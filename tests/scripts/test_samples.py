@@ -135,7 +135,7 @@ def test_a_row_of_the_hub_becomes_a_prompt_and_its_responses(name, monkeypatch):
 
 
 def test_rows_are_loaded_with_the_real_library_from_a_folder(tmp_path, monkeypatch):
-    pytest.importorskip("datasets", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("datasets", reason='pip install -e ".[eval]"')
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)]
@@ -147,11 +147,11 @@ def test_rows_are_loaded_with_the_real_library_from_a_folder(tmp_path, monkeypat
 
 
 def test_without_network_or_package_one_line_says_what_to_do(monkeypatch, capsys):
-    pytest.importorskip("datasets", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("datasets", reason='pip install -e ".[eval]"')
     with pytest.raises(ValueError, match="gsm8k: cannot load openai/gsm8k .*give a file or one of code, questions"):
         read("--dataset", "gsm8k")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match="needs the package datasets: pip install -r requirements-eval.txt"):
+    with pytest.raises(ValueError, match=r'needs the package datasets: pip install -e "\.\[eval\]"'):
         read("--dataset", "gsm8k")
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 import pytest
 
-pytest.importorskip("optuna", reason="pip install -r requirements-search.txt")
-pytest.importorskip("scipy", reason="pip install -r requirements-search.txt")
+pytest.importorskip("optuna", reason='pip install -e ".[search]"')
+pytest.importorskip("scipy", reason='pip install -e ".[search]"')
 
 import torch  # noqa: E402
 

@@ -9,7 +9,7 @@ from scripts.benchmark import __main__ as benchmark
 from scripts.common import metrics, turns
 
 for package in metrics.NEEDS:
-    pytest.importorskip(package, reason="pip install -r requirements-eval.txt")
+    pytest.importorskip(package, reason='pip install -e ".[eval]"')
 
 FLAGS = ("--dataset", "questions", "--num_samples", 2, "--max_new_tokens", 6, "--repeats", 2, "--policy", "static:1")
 
