@@ -18,7 +18,7 @@ from decoding.generation import GenerateConfig, Generation, check_prompt, until_
 from decoding.rounds import Drafter, Rows, agreement
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
-from drafting.catalogue import POLICIES
+from drafting.catalogue import policy_names
 from drafting.plan import Round, RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
@@ -361,7 +361,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--policy",
         metavar="NAME:key=value,…",
-        help="where drafts leave the model (default: auto): " + ", ".join(POLICIES),
+        help="where drafts leave the model (default: auto): " + ", ".join(policy_names()),
     )
     parser.add_argument(
         "--no_verify",

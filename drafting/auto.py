@@ -1,58 +1,72 @@
-"""The policy that needs no tuning: each round it drafts as promises most tokens per second, or not at all.
+"""The policy that needs no tuning: each round it drafts in the way that promises most tokens per second, or not at all.
 
-Three things are known of a round: what it costs (whole rounds, timed at start-up), how often an exit at each depth
-agrees with the full model (on a sample text at start-up, and on the end of the prompt), and, learned while decoding,
-how many times as often as that foretells drafts fail in this text: of all exits together, and of each exit as far as
-it has been used. A text is too short to tell exits apart from nothing, and a wrong exit costs more than a wrong K.
+It knows three things about a round:
+
+* its cost: whole rounds are timed at start-up;
+* how often an exit agrees with the full model: compared on a sample text at start-up, and on the end of the prompt;
+* a correction learned while decoding: failed drafts ÷ predicted failures, pooled over all exits and, once an exit has
+  enough data, for that exit. One text is too short to judge every exit by itself from the start.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from drafting.adapters import Adapters
 from drafting.lookup import NgramIndex
-from drafting.plan import Depths, DraftPlan, Round, RoundContext, candidates_or_default
-from drafting.policy import DraftPolicy
+from drafting.plan import DraftPlan, Round, RoundContext
+from drafting.policy import Depths, DraftPolicy, candidates_or_default
 from errors import UserError
 
 PLAIN = DraftPlan()
 NGRAMS = (4, 2)
-FORGET = 0.99  # what a draft still counts when one more has been judged
-SAMPLE_WEIGHT = 20.0  # tokens of the prompt that count as much as the whole sample text
-TEXT_PRIOR, EXIT_PRIOR = 16.0, 64.0  # drafts to be judged before the text, then an exit in it, is believed by half
-MOST_AGREEMENT = 0.98  # of a few hundred tokens, all right say no more
-HITS_PRIOR = 1.5, 2.0  # of continued n-grams: right, judged
-REFRESH = 4  # rounds after which exit and K are chosen anew: choosing costs as much as a small model's layer
-RETRY = 16  # rounds of plain decoding after which one draft is tried again
+KEEP = 0.99  # weight of the past after one more draft was verified
+SAMPLE_WEIGHT = 20.0  # the sample text counts as much as this many tokens of the prompt
+TEXT_PRIOR, EXIT_PRIOR = 16.0, 64.0  # verified drafts after which half of the pooled, of an exit's correction counts
+MOST_AGREEMENT = 0.98  # believed of an exit, even where a few hundred tokens were all right
+LOOKUP_PRIOR = 1.5, 2.0  # right and verified tokens that every n-gram size starts with
+REFRESH = 4  # rounds between choices of exit and K: a choice costs as much as a layer of a small model
+RETRY = 16  # rounds of plain decoding before drafting is tried again
 TIMED_DRAFTS = 3  # K of the rounds that are timed at start-up
 
 
-def expected_tokens(acceptance: float, k: int) -> float:
-    """Tokens of a round of k drafts, each right with this probability if the one before was: 1 + a + … + a^k."""
-    return k + 1 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
+def expected_tokens(acceptance: Tensor | float, num_draft_tokens: int) -> Tensor | float:
+    """Return the mean number of tokens of a round whose drafts are right with probability a: 1 + a + … + a^K.
+
+    acceptance: a, the probability of each draft if the one before it was right.
+    """
+    total = power = acceptance * 0 + 1.0
+    for _ in range(num_draft_tokens):
+        power = power * acceptance
+        total = total + power
+    return total
 
 
-class Tally:
-    """Two counts that are compared, forgetting what lies long back: `seen` events, and `base` to measure them by."""
+class DecayedRatio:
+    """Keep a ratio seen ÷ base of two sums in which older entries count less and less."""
 
     def __init__(self, seen: float = 0.0, base: float = 0.0):
         self.seen, self.base = seen, base
 
-    def add(self, seen: float, base: float, judged: int) -> None:
-        keep = FORGET**judged
+    def add(self, seen: float, base: float, verified: int) -> None:
+        """Add to both sums what `verified` drafts contributed."""
+        keep = KEEP**verified
         self.seen, self.base = keep * self.seen + seen, keep * self.base + base
 
-    def ratio(self, prior: float = 0.0, weight: float = 0.0) -> float:
+    def value(self, prior: float = 0.0, weight: float = 0.0) -> float:
+        """Return the ratio, drawn towards `prior` as if a base of `weight` had shown that."""
         return (self.seen + weight * prior) / (self.base + weight)
 
 
 @dataclass
 class Auto(DraftPolicy):
-    """Choose the exit layer, K, n-gram proposals or plain decoding anew each round, by expected tokens per second
-    (the objective of DEL, arXiv 2504.05598, in measured time instead of layers).
+    """Choose the exit layer, K, n-gram proposals or plain decoding for each round, by expected tokens per second.
 
-    num_draft_tokens: the most tokens of a round. candidates: exit layers to choose from (default: five up to L/2, or
+    The objective is that of DEL (arXiv 2504.05598), in measured time instead of layers.
+
+    num_draft_tokens: the most tokens of a draft. candidates: exit layers to choose from (default: five up to L/2, or
     those of the adapters). adapter: a file of exit adapters.
     """
 
@@ -69,7 +83,7 @@ class Auto(DraftPolicy):
             )
         if self.adapter:
             self.adapters = Adapters(self.adapter)
-            self.contents = [self.adapters.content]
+            self.file_hashes = [self.adapters.file_hash]
 
     def check_model(self, n_layer: int, dim: int | None) -> None:
         if self.adapters:
@@ -81,13 +95,12 @@ class Auto(DraftPolicy):
             if self.adapters
             else {max(1, round(share * n_layer / 24)) for share in (3, 4, 6, 8, 12)}
         )
-        self.exits = candidates_or_default(self.candidates or spread, n_layer)
-        # Until something is measured: cost by layers, the head as one, and early exits as those of LayerSkip models.
+        self.exits = self.watched_depths = candidates_or_default(self.candidates or spread, n_layer)
+        # Assumed until measured: costs in layers, the LM head as one, and early exits as good as a LayerSkip model's.
         self.verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
         self.draft_s = {depth: depth + 1.0 for depth in self.exits}
         self.sampled_agreement = {depth: min(0.9, 0.4 + 1.2 * depth / n_layer) for depth in self.exits}
-        self.watched_depths = self.exits
-        self.known: dict[tuple[int, int | None], tuple[float, int]] = {}
+        self.best_by_percent: dict[tuple[int, int | None], tuple[float, int]] = {}
         self.start_prompt(())
 
     def draft_depth(self, n_layer: int) -> int:
@@ -109,27 +122,27 @@ class Auto(DraftPolicy):
                 self.draft_s[plan.exits[0]] = max(0.0, s - self._verify_s(k + 1)) / k
         for depth in self.exits:
             self.sampled_agreement[depth] = min(sum(agreement[depth]) / len(agreement[depth]), MOST_AGREEMENT)
-        self.known.clear()
+        self.best_by_percent.clear()
         self.start_prompt(())
 
     def _verify_s(self, rows: int) -> float:
-        """Seconds of verifying so many rows, between the timed ones on a straight line."""
+        """Return the seconds of verifying so many rows, by linear interpolation between those that were timed."""
         if rows in self.verify_s:
             return self.verify_s[rows]
-        low = max(r for r in self.verify_s if r < rows)
-        high = min(r for r in self.verify_s if r > rows)
+        low = max(timed for timed in self.verify_s if timed < rows)
+        high = min(timed for timed in self.verify_s if timed > rows)
         share = (rows - low) / (high - low)
         return (1 - share) * self.verify_s[low] + share * self.verify_s[high]
 
     def start_prompt(self, prompt: Sequence[int]) -> None:
         self.index = NgramIndex(NGRAMS)
         self.agreement = dict(self.sampled_agreement)
-        self.failures = Tally()  # drafts that failed in this text, by how many were foreseen to
-        self.exit_failures = {depth: Tally() for depth in self.exits}
-        self.hits = {size: Tally(*HITS_PRIOR) for size in NGRAMS}  # right tokens of continued n-grams, by those judged
+        self.failures = DecayedRatio()  # failed drafts ÷ predicted failures, of all exits
+        self.exit_failures = {depth: DecayedRatio() for depth in self.exits}
+        self.lookups = {size: DecayedRatio(*LOOKUP_PRIOR) for size in NGRAMS}  # right ÷ verified tokens
         self.since_draft = 0
         self.rounds = 0
-        self.chosen: Counter[tuple[tuple[int, ...], int]] = Counter()  # rounds by exits and drafts
+        self.chosen: Counter[tuple[tuple[int, ...], int]] = Counter()  # rounds by (exits, K)
 
     def see_prompt(self, agreement: dict[int, list[bool]]) -> None:
         for depth in self.exits:
@@ -138,24 +151,24 @@ class Auto(DraftPolicy):
             self.agreement[depth] = min(right / (SAMPLE_WEIGHT + len(agreed)), MOST_AGREEMENT)
 
     def acceptance(self, depth: int) -> float:
-        """The probability that a draft from an exit at `depth` is right if the one before it was."""
-        foreseen = 1 - self.agreement[depth]
-        in_text = self.failures.ratio(1.0, TEXT_PRIOR * foreseen)
-        return 1 - foreseen * self.exit_failures[depth].ratio(in_text, EXIT_PRIOR * foreseen)
+        """Return the probability that a draft from an exit at `depth` is right if the one before it was."""
+        predicted = 1 - self.agreement[depth]
+        pooled = self.failures.value(1.0, TEXT_PRIOR * predicted)
+        return 1 - predicted * self.exit_failures[depth].value(pooled, EXIT_PRIOR * predicted)
 
     def best(self, acceptance: float, depth: int | None) -> tuple[float, int]:
-        """(expected tokens/s, K) of drafts from an exit at `depth`; None: of proposals, which cost nothing to make."""
+        """Return (expected tokens/s, K) of drafts from an exit at `depth`; None: of n-grams, which cost nothing."""
         percent = min(max(round(100 * acceptance), 0), 99)
-        if (percent, depth) not in self.known:  # thousands of rounds ask for the same few
+        if (percent, depth) not in self.best_by_percent:  # thousands of rounds ask for the same few
             draft_s = self.draft_s[depth] if depth else 0.0
-            self.known[percent, depth] = max(
+            self.best_by_percent[percent, depth] = max(
                 (expected_tokens(percent / 100, k) / (k * draft_s + self._verify_s(k + 1)), k)
                 for k in range(1, self.num_draft_tokens + 1)
             )
-        return self.known[percent, depth]
+        return self.best_by_percent[percent, depth]
 
     def best_drafting(self) -> tuple[float, DraftPlan]:
-        """(expected tokens/s, plan) of the best exit and K."""
+        """Return (expected tokens/s, plan) of the best exit and K."""
         (rate, k), depth = max((self.best(self.acceptance(depth), depth), depth) for depth in self.exits)
         return rate, DraftPlan((depth,), k, adapters=self.adapters)
 
@@ -164,48 +177,49 @@ class Auto(DraftPolicy):
             self.drafting = self.best_drafting()
         self.rounds += 1
         rate, plan = self.drafting
-        if rate < 1 / self.verify_s[1]:
-            rate = 1 / self.verify_s[1]
+        plain_rate = 1 / self.verify_s[1]
+        if rate < plain_rate:
+            rate = plain_rate
             plan = PLAIN if self.since_draft < RETRY else plan
-        self.size, self.guess = self.index.find(context.tokens, self.num_draft_tokens)
+        self.ngram, self.guess = self.index.find(context.tokens, self.num_draft_tokens)
         if self.guess:
-            guessing, k = self.best(self.hits[self.size].ratio(), None)
-            plan = DraftPlan(proposed=self.guess[:k]) if guessing > rate else plan
+            lookup_rate, k = self.best(self.lookups[self.ngram].value(), None)
+            plan = DraftPlan(proposed=self.guess[:k]) if lookup_rate > rate else plan
         self.since_draft = self.since_draft + 1 if plan is PLAIN else 0
         self.chosen[plan.exits, len(plan.proposed) or plan.num_draft_tokens] += 1
         return plan
 
     def end_round(self, round: Round) -> None:
-        if self.guess:  # whether or not it was used
-            right = [a == b for a, b in zip(self.guess, round.tokens, strict=False)]
-            judged = right.index(False) + 1 if False in right else len(right)
-            self.hits[self.size].add(sum(right[:judged]), judged, judged)
+        if self.guess:  # the text judges it, even if it was not drafted
+            right = [guess == token for guess, token in zip(self.guess, round.tokens, strict=False)]
+            verified = right.index(False) + 1 if False in right else len(right)
+            self.lookups[self.ngram].add(sum(right[:verified]), verified, verified)
         if round.exit_layers:
             depth, failed = round.exit_layers[0], round.accepted < len(round.drafted)
-            judged = round.accepted + failed
-            foreseen = judged * (1 - self.agreement[depth])
-            self.failures.add(failed, foreseen, judged)
-            self.exit_failures[depth].add(failed, foreseen, judged)
+            verified = round.accepted + failed
+            predicted = verified * (1 - self.agreement[depth])
+            self.failures.add(failed, predicted, verified)
+            self.exit_failures[depth].add(failed, predicted, verified)
 
     def explain(self) -> list[str]:
-        plain = self._verify_s(1)
+        plain_s = self._verify_s(1)
         exits = (
-            f"{depth}: agrees {self.agreement[depth]:.2f}, a draft costs {self.draft_s[depth] / plain:.2f}"
+            f"{depth}: agrees {self.agreement[depth]:.2f}, a draft costs {self.draft_s[depth] / plain_s:.2f}"
             for depth in self.agreement
         )
-        rows = (f"{rows}: {seconds / plain:.2f}" for rows, seconds in self.verify_s.items())
-        return [
+        rows = (f"{rows}: {seconds / plain_s:.2f}" for rows, seconds in self.verify_s.items())
+        lines = [
             "auto: exit layers, agreement with the model before decoding, cost in plain steps: " + "; ".join(exits),
             "auto: rows of a verification, cost in plain steps: " + "; ".join(rows),
             "auto: acceptance expected at the end: "
             + "; ".join(f"{depth}: {self.acceptance(depth):.2f}" for depth in self.exits),
-            *(
-                ["auto: rounds: " + ", ".join(f"{describe(*plan)} {n}" for plan, n in self.chosen.most_common())]
-                if self.chosen
-                else []
-            ),
         ]
+        if self.chosen:
+            counts = (f"{describe(*choice)} {count}" for choice, count in self.chosen.most_common())
+            lines.append("auto: rounds: " + ", ".join(counts))
+        return lines
 
 
 def describe(exits: tuple[int, ...], drafts: int) -> str:
+    """Name the way a round drafted: "E=3 K=5", "lookup K=7" or "plain"."""
     return f"E={exits[0]} K={drafts}" if exits else f"lookup K={drafts}" if drafts else "plain"

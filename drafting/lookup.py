@@ -1,4 +1,4 @@
-"""Prompt lookup: draft the continuation of an earlier occurrence of the text's last tokens. No model pass at all."""
+"""Prompt lookup: draft what followed the text's last tokens where they stood before. It needs no model pass at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from errors import UserError
 
 
 class NgramIndex:
-    """Where each n-gram of a growing text occurred last. Sizes are n-gram lengths, longest first."""
+    """Remember where each n-gram of a growing text occurred last. sizes: n-gram lengths, longest first."""
 
     def __init__(self, sizes: Sequence[int]):
         self.sizes = sizes
@@ -17,22 +17,23 @@ class NgramIndex:
         self.indexed = 1
 
     def find(self, tokens: Sequence[int], count: int) -> tuple[int, tuple[int, ...]]:
-        """The last tokens of the text -> (length of the longest match, `count` ids that followed it).
+        """Find the longest n-gram that ends `tokens` and occurred before -> its length, and `count` ids that followed.
 
-        A match that reaches into the continuation goes round: after a b a b come a b a b … as often as wanted.
+        Ids that reach the end of the text go on from their own start: a b a b is continued by a b a b …
+        Returns 0 and no ids if no n-gram occurred before.
         """
-        for end in range(self.indexed, len(tokens)):  # n-grams that something follows
+        for end in range(self.indexed, len(tokens)):  # only n-grams that another token follows
             for size in self.sizes:
                 if size <= end:
                     self.after[tuple(tokens[end - size : end])] = end
         self.indexed = max(self.indexed, len(tokens))
         for size in self.sizes:
-            at = self.after.get(tuple(tokens[-size:]))
-            if at is not None:
-                found = list(tokens[at : at + count])
-                while len(found) < count:
-                    found.append(found[at - len(tokens)])
-                return size, tuple(found)
+            start = self.after.get(tuple(tokens[-size:]))
+            if start is not None:
+                continuation = list(tokens[start : start + count])
+                while len(continuation) < count:
+                    continuation.append(continuation[start - len(tokens)])
+                return size, tuple(continuation)
         return 0, ()
 
 

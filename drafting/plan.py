@@ -13,7 +13,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drafting.adapters import Adapters
-from errors import UserError
 from kernels.exit_head import Exit, ExitStats
 
 
@@ -134,33 +133,3 @@ class Round:
     seconds: float = 0.0
     layer_visits: float = 0.0
     head_visits: float = 0.0
-
-
-def check_exit_layer(exit_layer: int, n_layer: int, name: str = "exit_layer") -> None:
-    if not 1 <= exit_layer <= n_layer:
-        raise UserError(f"{name} must be in 1..{n_layer} for this model, got {exit_layer}")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name} must be in {low:g}..{high:g}, got {value:g}")
-
-
-class Depths(tuple):
-    """Depths of a model, written 3-6-9."""
-
-    def __new__(cls, text: str | Sequence[int] = ()):
-        return super().__new__(cls, sorted({int(part) for part in text.split("-")} if isinstance(text, str) else text))
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self))
-
-
-def candidates_or_default(candidates: Depths, n_layer: int) -> Depths:
-    """The given candidates, or a quarter, three eighths and half of the layers: every check costs an LM head.
-
-    Raises UserError for a depth that the model does not have.
-    """
-    for depth in candidates:
-        check_exit_layer(depth, n_layer, "candidates")
-    return candidates or Depths({max(1, eighths * n_layer // 8) for eighths in (2, 3, 4)})

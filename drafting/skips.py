@@ -1,4 +1,4 @@
-"""Policies whose drafts leave out sublayers and leave the model at the top: at random, from a file, or learned."""
+"""Policies whose drafts run to the top but leave out sublayers: drawn at random, read from a file, or learned."""
 
 import json
 import math
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from drafting.adapters import check_shape, file_hash, read_tensors
-from drafting.plan import DraftPlan, RoundContext, check_range
-from drafting.policy import SelfDrafting
+from drafting.adapters import check_shape, hash_of, read_tensors
+from drafting.plan import DraftPlan, RoundContext
+from drafting.policy import SelfDrafting, check_range
 from errors import UserError
 
 
 @dataclass
 class LayerSkipProportion(SelfDrafting):
-    """Each draft layer but the first is left out with probability `proportion`, drawn anew each round."""
+    """Leave out each layer but the first with probability `proportion`, drawn anew each round."""
 
     name = "layer_skip_proportion"
     proportion: float = 0.5
@@ -36,41 +36,42 @@ class LayerSkipProportion(SelfDrafting):
         super().start_prompt(prompt)
         self.random = random.Random(self.seed)
 
-    def plan(self, context: RoundContext) -> DraftPlan:
+    def choose_plan(self, context: RoundContext) -> DraftPlan:
         skipped = frozenset(i for i in range(1, self.n_layer) if self.random.random() < self.proportion)
         return self.new_plan(skip_attention=skipped, skip_mlp=skipped)
 
 
 @dataclass
 class SkipSet(SelfDrafting):
-    """Draft with fixed sublayers left out (Draft & Verify, arXiv 2309.08168).
+    """Leave out fixed sublayers (Draft & Verify, arXiv 2309.08168).
 
-    file: JSON with the 0-based layers to leave out, {"skip_attention": [3, 5], "skip_mlp": [4]}; it may also hold the
-    number of layers it is meant for and the num_draft_tokens to use (default: 3), as `scripts.search_skips` writes it.
+    file: JSON that lists the 0-based layers without attention and those without MLP, {"skip_attention": [3, 5],
+    "skip_mlp": [4]}. It may also hold n_layer, of the model it is meant for, and num_draft_tokens (default: 3).
+    `scripts.search_skips` writes such files.
     """
 
-    name = "skip_set"
+    name, example = "skip_set", "skip_set:file=skips.json"
     file: str
-    num_draft_tokens: int = field(default=None, kw_only=True)
+    num_draft_tokens: int | None = field(default=None, kw_only=True)
     skips_sublayers = True
 
     def __post_init__(self):
         try:
-            self.contents = [file_hash(self.file)]
-            self.found = json.loads(Path(self.file).read_text(encoding="utf-8"))
-            self.skips = {key: frozenset(self.found[key]) for key in ("skip_attention", "skip_mlp")}
+            self.file_hashes = [hash_of(self.file)]
+            self.content = json.loads(Path(self.file).read_text(encoding="utf-8"))
+            self.skips = {key: frozenset(self.content[key]) for key in ("skip_attention", "skip_mlp")}
         except OSError as error:
             raise UserError(f"cannot read {self.file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{self.file} must hold {{"skip_attention": [layers], "skip_mlp": [layers]}}') from None
         if self.num_draft_tokens is None:
-            self.num_draft_tokens = self.found.get("num_draft_tokens", 3)
+            self.num_draft_tokens = self.content.get("num_draft_tokens", 3)
             if type(self.num_draft_tokens) is not int:
                 raise UserError(f"{self.file}: num_draft_tokens must be a whole number, got {self.num_draft_tokens!r}")
         super().__post_init__()
 
     def fit(self, n_layer: int) -> None:
-        if (meant := self.found.get("n_layer", n_layer)) != n_layer:
+        if (meant := self.content.get("n_layer", n_layer)) != n_layer:
             raise UserError(f"skip_set: {self.file} is for a model of {meant} layers, this one has {n_layer}")
         for key, layers in self.skips.items():
             wrong = [i for i in layers if type(i) is not int or not 0 <= i < n_layer]
@@ -81,26 +82,25 @@ class SkipSet(SelfDrafting):
 
 @dataclass
 class Learned(SelfDrafting):
-    """Draft without the sublayers that a small network, trained by `scripts.train_policy`, chooses for each round.
+    """Leave out the sublayers that a small network chooses for each round (trained by `scripts.train_policy`).
 
-    It looks at the state that chose the last token, which verification leaves behind anyway, while every sublayer is
-    still ahead; skipr decides layer by layer instead, and pays for it in every layer. Where it would leave out nothing,
-    nothing is drafted.
+    The network reads the hidden state that chose the last token, which verification leaves behind anyway. skipr decides
+    layer by layer instead, and pays for it in every layer. If the network keeps every sublayer, nothing is drafted.
 
-    file: safetensors, fp32 w1 [H, D], b1 [H], w2 [2L, H], b2 [2L]: a sublayer (attention and MLP of each layer in turn)
-    is kept if w2·relu(w1·h/rms(h) + b1) + b2 is above 0. every: rounds until it chooses anew: done in each round, with
-    all of it out of the caches, it would cost 5 % of a model as small as the demo.
+    file: safetensors of fp32 w1 [H, D], b1 [H], w2 [2L, H], b2 [2L]. Attention and MLP of each layer in turn are kept
+    where w2·relu(w1·h/rms(h) + b1) + b2 is above 0. every: rounds between choices. Choosing in each round, with its
+    weights out of the caches, would cost 5 % of a model as small as the demo.
     """
 
-    name = "learned"
+    name, example = "learned", "learned:file=learned.safetensors"
     file: str
-    num_draft_tokens: int = field(default=None, kw_only=True)
+    num_draft_tokens: int | None = field(default=None, kw_only=True)
     every: int = field(default=8, kw_only=True)
     skips_sublayers = reads_hidden = True
 
     def __post_init__(self):
         metadata, tensors = read_tensors(self.file, "skipfast learned policy", "file")
-        self.contents = [file_hash(self.file)]
+        self.file_hashes = [hash_of(self.file)]
         if self.every < 1:
             raise UserError(f"every must be 1 or more, got {self.every}")
         try:
@@ -127,22 +127,21 @@ class Learned(SelfDrafting):
         super().start_prompt(prompt)
         self.rounds, self.chosen = 0, DraftPlan()
 
-    def plan(self, context: RoundContext) -> DraftPlan:
+    def choose_plan(self, context: RoundContext) -> DraftPlan:
         if self.rounds % self.every == 0 and context.hidden is not None:
-            self.chosen = self.choose(context.hidden)
+            self.chosen = self.plan_for(context.hidden)
         self.rounds += 1
         return self.chosen
 
-    def choose(self, hidden: Tensor) -> DraftPlan:
-        """hidden [1, D] -> the plan. numpy: its calls cost a third of torch's, and a round may take 1 ms."""
+    def plan_for(self, hidden: Tensor) -> DraftPlan:
+        """Ask the network: hidden [1, D] -> the plan. numpy, because its calls cost a third of torch's."""
         w1, b1, w2, b2 = self.network
         state = hidden.float().numpy(force=True).reshape(-1)
         scale = math.sqrt(len(state) / max(float(state @ state), 1e-12))
         keep = w2 @ np.maximum(w1 @ state * scale + b1, 0) + b2 > 0
         key = keep.tobytes()
         if key not in self.plans:
-            left_out = [frozenset(np.flatnonzero(~keep[first::2]).tolist()) for first in (0, 1)]
-            self.plans[key] = self.new_plan((), skip_attention=left_out[0], skip_mlp=left_out[1])
-            if keep.all():
-                self.plans[key] = DraftPlan()
+            attention, mlp = (frozenset(np.flatnonzero(~keep[first::2]).tolist()) for first in (0, 1))
+            skipping = self.new_plan(skip_attention=attention, skip_mlp=mlp)
+            self.plans[key] = DraftPlan() if keep.all() else skipping
         return self.plans[key]

@@ -17,15 +17,6 @@ from kernels.exit_head import Exit
 from model import Attention, Transformer, apply_rope, rope_table
 
 
-def expected_tokens(agreement: Tensor | float, num_draft_tokens: int) -> Tensor | float:
-    """Tokens of a round if each draft is accepted with chance `agreement`: 1 + a + a² + … + a^K."""
-    total = power = agreement * 0 + 1.0
-    for _ in range(num_draft_tokens):
-        power = power * agreement
-        total = total + power
-    return total
-
-
 class FirstDrafts:
     """The full model's states on one text, and what drafts would make of each position.
 

@@ -35,7 +35,7 @@ def digest(
         "prompts": sha([list(prompt) for prompt in prompts]),
         "responses": sha(list(responses)),
         "weight_files": sha(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())),
-        "policy_files": [policy.contents for policy in policies if policy.contents],
+        "policy_files": [policy.file_hashes for policy in policies if policy.file_hashes],
         "ranks": ranks,
     }
 

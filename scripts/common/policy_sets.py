@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decoding.runner import check_num_draft_tokens
-from drafting.catalogue import POLICIES, make_policy
+from drafting.catalogue import ALIASES, POLICIES, make_policy
 from drafting.policy import DraftPolicy
 from errors import UserError
 from model import ModelArgs
@@ -21,11 +21,14 @@ def quarter(n_layer: int) -> str:
 
 
 def every_policy(n_layer: int) -> list[str]:
-    """Each policy with its default settings, the ways to stop early, and combinations."""
+    """List each policy (by its example if it has one), the ways to stop early, and combinations."""
     static = quarter(n_layer)
-    settings = {"static": static, "layer_skip_proportion": "layer_skip_proportion:0.3"}
+    texts = {name: kind.example or name for name, kind in POLICIES.items()}
+    texts |= {"static": static, "layer_skip_proportion": "layer_skip_proportion:0.3", "skip_set": "skip_set"}
+    del texts["learned"]  # without a file it is nothing
     return [
-        *(settings.get(name, name) for name in POLICIES if name != "learned"),  # without a file it is nothing
+        *texts.values(),
+        *ALIASES,
         f"{static},num_draft_tokens=5",
         f"{static},stop=0.6",
         f"{static},num_draft_tokens=7,stop=adaptive",

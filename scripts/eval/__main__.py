@@ -15,9 +15,8 @@ from pathlib import Path
 import cli
 from decoding.generation import ideal_speedup
 from decoding.runner import check_num_draft_tokens
-from drafting.catalogue import POLICIES, make_policy
-from drafting.plan import check_exit_layer
-from drafting.policy import DraftPolicy
+from drafting.catalogue import make_policy, policy_names
+from drafting.policy import DraftPolicy, check_exit_layer
 from errors import UserError
 from generate import check_unverified, check_unverified_flags, make_runner
 from loading.files import check_writable, make_folder, write_json, write_text
@@ -238,7 +237,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--policy",
         metavar="NAME:key=value,…",
-        help="writes the texts (default: auto, or static at --exit_layer): " + ", ".join(POLICIES),
+        help="writes the texts (default: auto, or static at --exit_layer): " + ", ".join(policy_names()),
     )
     parser.add_argument(
         "--exit_layer", type=int, metavar="E", help="likelihoods by the LM head after E layers (default: all)"

@@ -19,8 +19,7 @@ import cli
 from decoding.calibrate import SAMPLE_TEXT
 from decoding.compare import fastest_plain
 from decoding.runner import Runner, check_num_draft_tokens
-from drafting.plan import check_range
-from drafting.policy import DraftPolicy
+from drafting.policy import DraftPolicy, check_range
 from errors import UserError
 from loading.files import write_json
 from scripts.benchmark.__main__ import skipfast_contender

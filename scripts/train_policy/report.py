@@ -19,12 +19,12 @@ import cli
 from decoding.compare import fastest_plain
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
+from drafting.auto import expected_tokens
 from drafting.catalogue import make_policy
 from drafting.policy import DraftPolicy
 from generate import CALIBRATION_TOKENS, decode
 from loading.files import replacing
 from model import Transformer
-from scripts.common.first_drafts import expected_tokens
 from scripts.common.round_costs import RoundCosts
 from scripts.train_policy.network import SkipNetwork
 from scripts.train_policy.rewards import Reward, Window, layers_skipped, mean, numbers

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.runner import module_bytes
+from drafting.auto import expected_tokens
 from kernels.exit_head import Exit
 from model import Transformer
-from scripts.common.first_drafts import FirstDrafts, expected_tokens
+from scripts.common.first_drafts import FirstDrafts
 from scripts.common.round_costs import RoundCosts
 
 

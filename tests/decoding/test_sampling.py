@@ -20,7 +20,7 @@ from decoding.sampling import (
     probabilities,
 )
 from drafting.catalogue import DraftPlan, DraftPolicy, make_policy
-from drafting.exits import Autoregressive
+from drafting.policy import Autoregressive
 from generate import decode
 from kernels import cpu
 from kernels.exit_head import Exit, Head

@@ -9,7 +9,7 @@ from decoding import calibrate
 from decoding.rounds import agreement
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, choose, make_sampler
-from drafting.auto import RETRY
+from drafting.auto import RETRY, expected_tokens
 from drafting.catalogue import make_policy
 from drafting.plan import DraftPlan, Round, RoundContext
 from tests.helpers.models import N_LAYER, PROMPT, SAMPLING, random_model, tokens_of
@@ -68,6 +68,11 @@ def test_it_takes_the_exit_and_draft_length_of_most_expected_tokens_per_second(a
     policy.start_prompt(VARIED)
     plan = policy.start_round(RoundContext(VARIED, 50))
     assert plan == (DraftPlan((depth,), k) if depth else DraftPlan())
+
+
+def test_expected_tokens_are_one_and_the_accepted_drafts():
+    assert expected_tokens(0.5, 3) == 1.875
+    assert expected_tokens(torch.tensor([0.0, 1.0]), 4).tolist() == [1, 5]
 
 
 def kind(plan):

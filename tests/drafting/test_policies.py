@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drafting.catalogue import POLICIES, make_policy
-from drafting.exits import Autoregressive, Static
+from drafting.catalogue import ALIASES, POLICIES, make_policy
+from drafting.exits import Static
 from drafting.plan import DraftPlan, Round, RoundContext, Rule
-from drafting.policy import DraftPolicy
+from drafting.policy import Autoregressive, DraftPolicy
 from tests.helpers.policies import EXAMPLES, example
 
 CONTEXT = RoundContext([1, 2, 3], remaining=10)
@@ -70,6 +70,20 @@ def test_a_policy_is_written_as_the_string_that_makes_it(text, skip_file):
     assert parts == same
 
 
+@pytest.mark.parametrize(
+    ("alias", "meant"),
+    [
+        ("logits_current", "confidence:threshold=0.9"),
+        ("logits_current:0.6", "confidence:threshold=0.6"),
+        ("logits_current:threshold=0.6", "confidence:threshold=0.6"),
+        ("logits_current:candidates=1-2,stop=svip", "confidence:threshold=0.9,stop=svip,candidates=1-2"),
+        ("prompt_lookup+logits_current:decay=4", "prompt_lookup+confidence:threshold=0.9,decay=4.0"),
+    ],
+)
+def test_an_alias_is_the_policy_it_stands_for_and_takes_its_keys(alias, meant):
+    assert str(make_policy(alias, 8)) == str(make_policy(meant, 8)) == meant
+
+
 def test_settings_that_are_the_default_are_not_written():
     assert str(make_policy("none", 8)) == "none" and str(make_policy("confidence:0.7", 8)) == "confidence"
     wanted = "confidence:threshold=0.5,num_draft_tokens=4,stop=svip,candidates=2-6"
@@ -84,7 +98,7 @@ def test_the_policy_none_drafts_nothing():
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("fast:3", ["policy must be one of", *POLICIES, "'fast'"]),
+        ("fast:3", ["policy must be one of", *POLICIES, *ALIASES, "'fast'"]),
         ("", ["policy must be one of", "static", "''"]),
         ("Static:3", ["policy must be one of", "'Static'"]),
         ("static:exit=3", ["policy static has the keys", "exit_layer", "num_draft_tokens", "'exit=3'"]),
@@ -251,8 +265,24 @@ def test_a_learned_policy_leaves_out_what_its_network_says_of_the_state_and_keep
         ]
 
 
-def test_there_is_an_example_of_every_policy():
-    assert list(EXAMPLES) == list(POLICIES) and all(text.split(":")[0] == name for name, text in EXAMPLES.items())
+def test_a_policy_with_a_required_key_shows_it_in_an_example_of_its_own():
+    assert set(SETTINGS) <= set(POLICIES), "no settings of policies that are gone"
+    for name, kind in POLICIES.items():
+        required = [key.name for key in dataclasses.fields(kind) if key.default is dataclasses.MISSING]
+        for key in required:
+            assert kind.example.startswith(f"{name}:") and f"{key}=" in kind.example
+            assert f"needs {key}, for example {kind.example}" in error_of(name)
+
+
+def test_the_default_of_every_key_is_of_the_type_that_the_key_says():
+    for name, kind in POLICIES.items():
+        for key in dataclasses.fields(kind):
+            assert key.default is dataclasses.MISSING or isinstance(key.default, key.type), f"{name}: {key.name}"
+
+
+def test_a_key_that_may_be_left_to_a_file_is_still_read_as_a_number(skip_file):
+    assert make_policy(f"skip_set:{skip_file},num_draft_tokens=6", 8).num_draft_tokens == 6
+    assert "num_draft_tokens must be of type int, got 'x'" in error_of(f"skip_set:{skip_file},num_draft_tokens=x")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -260,7 +290,6 @@ def test_every_policy_keeps_the_contract(name, skip_file):
     kind = POLICIES[name]
     assert issubclass(kind, DraftPolicy) and dataclasses.is_dataclass(kind) and kind.__doc__
     for key in dataclasses.fields(kind):
-        assert callable(key.type), f"{name}: the type of {key.name} must turn text into a value"
         assert key.default_factory is dataclasses.MISSING, f"{name}: {key.name} must have a plain default or none"
     policy = example(EXAMPLES[name], skip_file, 8)
     policy.start_prompt([1, 2, 1, 2])

@@ -4,14 +4,14 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafting.catalogue import make_policy
+from drafting.catalogue import POLICIES, make_policy
 from drafting.plan import DraftPlan, Rule
 from drafting.policy import DraftPolicy
 from tests.helpers.models import N_LAYER, VOCAB_SIZE
 
-# One string of each policy, for a model of four layers or more. FILE, LEARNED and ADAPTER stand for paths (`example`).
-EXAMPLES = {
-    "none": "none",
+# Settings that give a model of four layers something to decide; a policy that is not here is played by its example.
+# FILE, LEARNED and ADAPTER stand for paths (`example`).
+SETTINGS = {
     "static": "static:2,num_draft_tokens=5",
     "confidence": "confidence:0.5,candidates=1-2-3,num_draft_tokens=5",
     "margin": "margin:0.3,candidates=1-2-3",
@@ -19,7 +19,6 @@ EXAMPLES = {
     "saturation": "saturation:0.7,candidates=1-2-3",
     "consistent_tokens": "consistent_tokens:2,candidates=1-2-3-4",
     "random": "random:1,num_draft_tokens=5",
-    "logits_current": "logits_current:0.6,candidates=1-2-3-4",
     "logits_future": "logits_future:0.5,candidates=1-2-3",
     "layer_skip_proportion": "layer_skip_proportion:0.4,seed=2",
     "skip_set": "skip_set:FILE",
@@ -27,6 +26,7 @@ EXAMPLES = {
     "prompt_lookup": "prompt_lookup:5,min_ngram=1",
     "auto": "auto:5,candidates=1-2-3",
 }
+EXAMPLES = {name: SETTINGS.get(name, kind.example or name) for name, kind in POLICIES.items()}
 COMBINATIONS = (
     "prompt_lookup+static:2",
     "skip_set:FILE+confidence:0.6",

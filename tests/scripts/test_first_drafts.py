@@ -8,7 +8,7 @@ import torch
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
-from scripts.common.first_drafts import FirstDrafts, expected_tokens
+from scripts.common.first_drafts import FirstDrafts
 from tests.helpers.models import N_LAYER, PROMPT, random_model, tokens_of
 
 
@@ -42,8 +42,3 @@ def test_rows_have_sets_of_their_own_and_may_come_twice():
         assert torch.allclose(together[i], alone[0], atol=1e-5), i
     full = drafts.draft_states(torch.ones(2 * N_LAYER, dtype=torch.bool))
     assert torch.equal(full, drafts.states[-1])
-
-
-def test_expected_tokens_are_one_and_the_accepted_drafts():
-    assert expected_tokens(0.5, 3) == 1.875
-    assert expected_tokens(torch.tensor([0.0, 1.0]), 4).tolist() == [1, 5]
