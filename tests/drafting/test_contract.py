@@ -16,7 +16,7 @@ from drafting.catalogue import POLICIES, Combined, make_policy
 from drafting.plan import DraftPlan, Round, RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
-from tests.decoding.test_exactness import N_LAYER, PROMPT, SAMPLING, random_model, tokens_of
+from tests.helpers.models import N_LAYER, PROMPT, SAMPLING, random_model, tokens_of
 
 
 def policy_in_the_docstring() -> type[DraftPolicy]:

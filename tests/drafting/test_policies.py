@@ -13,7 +13,7 @@ from drafting.catalogue import ALIASES, POLICIES, make_policy
 from drafting.exits import Static
 from drafting.plan import DraftPlan, Round, RoundContext, Rule
 from drafting.policy import Autoregressive, DraftPolicy
-from tests.helpers.policies import EXAMPLES, example
+from tests.helpers.policies import EXAMPLES, SETTINGS, example
 
 CONTEXT = RoundContext([1, 2, 3], remaining=10)
 STATE = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
