@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.environments import fresh_environment, run_in
+from tests.helpers.environments import fresh_environment, run_in
 
 ROOT = Path(__file__).parent.parent
 SKIPPED_FOLDERS = {".git", ".venv", "build"}
