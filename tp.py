@@ -35,7 +35,7 @@ from model import Linear, ModelArgs, Transformer
 #   colwise: by outputs, in whole heads
 #   rowwise: by inputs, and the ranks' outputs are summed
 #   vocab: by outputs, of which the ranks exchange only what `kernels.exit_head.merge` needs
-# Every rank has the norms and the embedding whole: cutting the embedding would save memory, but cost a message per token.
+# Every rank has the norms and the embedding whole: cutting the embedding saves memory but costs a message per token.
 TABLE = (
     ("attention.wqkv", "colwise"),
     ("attention.wo", "rowwise"),
@@ -45,7 +45,7 @@ TABLE = (
 )
 TIMEOUT_SECONDS = 60  # a rank that keeps the others waiting longer has failed
 MEETING_SECONDS = 1800  # the same while weights are read
-PARTING_SECONDS = 10
+PARTING_SECONDS = 10  # the same at the end of the program
 # The messages of the errors that a rank gets when another one has gone.
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|read error|timed out", re.IGNORECASE)
 POLL_SECONDS = 0.02
