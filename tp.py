@@ -1,16 +1,17 @@
 """Tensor parallelism: every rank runs the same program with a part of each layer's heads and features.
 
-`torchrun --nproc_per_node=N generate.py …` starts N ranks; `joined` makes them one Group. What is cut, and how, stands
-in TABLE; loading/checkpoint.py reads each rank's part of the file, and `parallelize` makes the model's linears fit. A
-rank's model is a smaller Llama of the same width and depth, so everything above it, from the runner to the policies, is
-the same with any number of ranks.
+`torchrun --nproc_per_node=N generate.py …` starts N ranks; `joined` makes them one Group. TABLE says which linears are
+cut, and how. loading/checkpoint.py reads each rank's part of the file, and `parallelize` gives the model linears that
+fit it. A rank's model is a smaller Llama of the same width and depth, so everything above it, from the runner to the
+policies, is the same for any number of ranks.
 
-Exact: a row's bits may not depend on how many rows a call has, so nothing is all-reduced (a ring adds in an order that
-depends on the size of the message): partial sums are gathered and added in rank order. In step: all ranks run one
-decoding loop on the same tokens. A greedy or coupled choice compares numbers that were gathered, so every rank makes
-the same one, and a plan is Python's arithmetic on tokens and counts: a static plan needs no word between ranks. What
-vector units compute (statistics, hidden states, other samplers) might differ between unlike machines, and time always
-does: there `Group.agreed` lets rank 0 decide.
+The sums are exact: a row's bits must not depend on how many rows a call has. An all-reduce would break this, because a
+ring adds in an order that depends on the size of the message. So partial sums are gathered and added in rank order.
+
+The ranks stay in step: all run one decoding loop on the same tokens. They make the same greedy and coupled choices,
+because these compare numbers that were gathered. They make the same static plans, because these are Python's arithmetic
+on tokens and counts. But statistics, hidden states and other samplers come from vector units and may differ between
+unlike machines, and measured times always differ: there `Group.agreed` lets rank 0 decide.
 """
 
 import os
@@ -30,9 +31,11 @@ from errors import UserError
 from kernels.exit_head import Shard
 from model import Linear, ModelArgs, Transformer
 
-# How a linear is cut. colwise: its outputs (whole heads); rowwise: its inputs, and outputs are summed; vocab: its
-# outputs, of which ranks exchange what `kernels.exit_head.merge` needs. Whatever is not here every rank has whole: the
-# norms, and the embedding, of which a token reads one row: cut, it would save memory and cost a message per token.
+# How a linear is cut.
+#   colwise: by outputs, in whole heads
+#   rowwise: by inputs, and the ranks' outputs are summed
+#   vocab: by outputs, of which the ranks exchange only what `kernels.exit_head.merge` needs
+# Every rank has the norms and the embedding whole: cutting the embedding saves memory but costs a message per token.
 TABLE = (
     ("attention.wqkv", "colwise"),
     ("attention.wo", "rowwise"),
@@ -42,8 +45,9 @@ TABLE = (
 )
 TIMEOUT_SECONDS = 60  # a rank that keeps the others waiting longer has failed
 MEETING_SECONDS = 1800  # the same while weights are read
-PARTING_SECONDS = 10
-LOST = re.compile(r"gloo|nccl|connection (closed|reset)|read error|timed out", re.IGNORECASE)  # what others then see
+PARTING_SECONDS = 10  # the same at the end of the program
+# The messages of the errors that a rank gets when another one has gone.
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|read error|timed out", re.IGNORECASE)
 POLL_SECONDS = 0.02
 all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # before torch 2.13
 
@@ -64,13 +68,16 @@ def check(args: ModelArgs, size: int) -> None:
 
 
 def span(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Which of `count` things (heads, features, tokens) a rank has, first and end; fewer things than ranks repeat."""
+    """Return which of `count` heads, features or tokens a rank has, as first and end.
+
+    Where there are more ranks than things, neighbouring ranks have the same one.
+    """
     first = count * rank // size
     return first, max(first + 1, count * (rank + 1) // size)
 
 
 class Group:
-    """The ranks that run one model, seen from one of them."""
+    """Connects the ranks that run one model; each holds one Group, with its own rank."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size, self.leads = rank, size, rank == 0
@@ -81,13 +88,13 @@ class Group:
     # ---- numbers ----
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """A tensor of every rank, all of one shape, in rank order: [...] -> [ranks, ...]."""
-        found = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        all_gather(found, tensor.contiguous())
-        return found.view(self.size, *tensor.shape)
+        """Return the tensors of all ranks, which have one shape, in rank order: [...] -> [ranks, ...]."""
+        gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        all_gather(gathered, tensor.contiguous())
+        return gathered.view(self.size, *tensor.shape)
 
     def summed(self, partial: Tensor) -> Tensor:
-        """The sum of every rank's tensor, in fp32 and rank order, rounded to its dtype."""
+        """Add the tensors of all ranks, in fp32 and in rank order, and round the sum to their dtype."""
         first, *others = self.gather(partial)
         total = first.float()
         for other in others:
@@ -95,13 +102,13 @@ class Group:
         return total.to(partial.dtype)
 
     def everyones(self, value) -> list:
-        """What every rank passes here, anything that can be pickled, in rank order; on every rank."""
-        found = [None] * self.size
-        distributed.all_gather_object(found, value)
-        return found
+        """Return the values that all ranks pass here, in rank order; anything that can be pickled."""
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
 
     def agreed(self, value):
-        """Rank 0's value: a bool or an int in one small message, anything that can be pickled in two."""
+        """Return rank 0's value. A bool or an int takes one small message, anything else that can be pickled two."""
         if isinstance(value, bool | int):
             number = torch.tensor([value])
             distributed.broadcast(number, 0)
@@ -113,13 +120,13 @@ class Group:
     # ---- the model ----
 
     def local_args(self, args: ModelArgs) -> ModelArgs:
-        """The shape of this rank's model: its heads and features; width, depth and vocabulary are the whole model's."""
+        """Return the shape of this rank's model: fewer heads and features; width, depth and vocabulary are whole."""
         check(args, self.size)
-        of = lambda count: max(1, count // self.size)
-        return replace(args, n_head=of(args.n_head), n_kv_head=of(args.n_kv_head), ffn_dim=of(args.ffn_dim))
+        share = lambda count: max(1, count // self.size)
+        return replace(args, n_head=share(args.n_head), n_kv_head=share(args.n_kv_head), ffn_dim=share(args.ffn_dim))
 
     def parallelize(self, model: Transformer) -> Transformer:
-        """Give a model of `local_args` linears that sum over ranks, and a part of the LM head; weights are empty."""
+        """Give a model of `local_args` linears that sum over ranks, and a part of the LM head, without weights."""
         model.group, args = self, model.args
         bounds = tuple(args.vocab_size * rank // self.size for rank in range(self.size + 1))
         model.shard = Shard(bounds, self.rank, self.gather)
@@ -134,9 +141,9 @@ class Group:
         return model
 
     def window(self, name: str, args: ModelArgs, shape: tuple[int, ...], keys: str) -> tuple[slice, ...]:
-        """Which part of a tensor of the whole model's file this rank has, as slices of its dimensions.
+        """Return the part of a file's tensor that this rank needs, as a slice of each dimension.
 
-        name: our parameter that the tensor is in; shape, keys: of the tensor, see `checkpoint.pieces`.
+        name: our parameter that the tensor belongs to. shape, keys: of the tensor, see `checkpoint.pieces`.
         """
         kind = next((kind for module, kind in TABLE if name.endswith(module + ".weight")), None)
         window = [slice(0, count) for count in shape]
@@ -150,14 +157,14 @@ class Group:
     # ---- waiting without a limit of seconds, and failing ----
 
     def meet(self, seconds: float = MEETING_SECONDS) -> None:
-        """Wait until every rank is here, longer than a message may take: one may have slow files."""
+        """Wait until every rank is here. This may take longer than a message, as one rank may have slow files."""
         self.meetings += 1
         name, end = f"meeting {self.meetings}", time.monotonic() + seconds
         self.store.add(name, 1)
         self._wait(lambda: self.store.add(name, 0) == self.size or time.monotonic() > end)
 
     def led(self, make: Callable[[], str]) -> str:
-        """What `make` returns on rank 0, which alone calls it; the others wait as long as a human types."""
+        """Call `make` on rank 0 alone and return its result on every rank; the others wait as long as a human types."""
         self.meetings += 1
         name = f"line {self.meetings}"
         if self.leads:
@@ -172,15 +179,15 @@ class Group:
             time.sleep(POLL_SECONDS)
 
     def failed_first(self) -> bool:
-        """Report that this rank failed; whether no other did before. Those in its wake have nothing to say."""
+        """Tell the other ranks that this one failed. Returns True if it is the first, whose error is to be printed."""
         try:
             return self.store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
-        except RuntimeError:  # distributed.DistError: the store has gone with the rank that failed
+        except RuntimeError:  # distributed.DistError: the store went with the rank that failed
             return False
 
 
 class SummedLinear(Linear):
-    """A linear of which each rank has some inputs: its output is summed over the ranks."""
+    """Computes a linear of which each rank has some inputs; the outputs are summed over the ranks."""
 
     def __init__(self, whole: Linear, group: Group):
         super().__init__(whole.weight.shape[1], whole.out_features)
@@ -192,11 +199,11 @@ class SummedLinear(Linear):
 
 @contextmanager
 def joined() -> Iterator[Group | None]:
-    """The group of the ranks that torchrun started, of which only rank 0 speaks; None, and no cost, for one process.
+    """Join the ranks that torchrun started in a group, of which only rank 0 prints; None, at no cost, for one process.
 
-    A rank that fails says so and leaves, at once; the others find it gone (a closed connection, torchrun's signal, or
-    at the latest TIMEOUT_SECONDS of silence) and leave without a word: exit code 2 for a user's mistake, else 1. With
-    several ranks the process ends with the block.
+    With several ranks the process ends with the block. A rank that fails prints its error and ends at once. The others
+    notice that it has gone, by a closed connection, torchrun's signal, or at the latest TIMEOUT_SECONDS of silence, and
+    end without a word. The exit code is 2 for a user's mistake, else 1.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "WORLD_SIZE" in os.environ and not all(os.environ.get(name) for name in names):
@@ -213,15 +220,15 @@ def joined() -> Iterator[Group | None]:
     try:
         yield group
         _leave(group, 0)
-    except SystemExit as error:  # argparse has spoken, on every rank
+    except SystemExit as error:  # from argparse, on every rank
         _leave(group, error.code)
     except BaseException as error:
         _fail(group, error)
 
 
 def _leave(group: Group, code: int) -> None:
-    """End the process once all ranks are done, without destroying the process group, which may crash or wait."""
-    with suppress(RuntimeError):  # rank 0 may hold the store, and is gone first
+    """End the process once all ranks are done. Destroying the process group is left out: it may crash or wait."""
+    with suppress(RuntimeError):  # the store may live in rank 0, which may have ended already
         group.meet(PARTING_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a model and its cache take of a GPU's memory and, if that is too much, what would fit."""
+"""Counting the memory that a model and its cache take on a GPU, before they are loaded, and finding what would fit."""
 
 import math
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ from loading.checkpoint import check_format, head_is_shared
 from model import ModelArgs, Transformer
 from tp import Group
 
-SPARE = 2**29  # bytes for the states of a prefill chunk, captured graphs and the kernels' workspaces
+SPARE = 2**29  # bytes left for the hidden states of a prefill chunk, captured graphs and the kernels' workspaces
 
 
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, format: Format, group: Group | None = None) -> int:
-    """Bytes of a model's weights, or of this rank's part of them, in a format."""
+    """Count the bytes of a model's weights in a format, or of this rank's part of them."""
     args = replace(args, tie_embeddings=head_is_shared(args, format))
     with torch.device("meta"):
         model = group.parallelize(Transformer(group.local_args(args))) if group else Transformer(args)
     stored = lambda name, shape: format.shapes(*shape) if format.covers(name) else ((shape, dtype),)
     return sum(
-        math.prod(shape) * kind.itemsize
+        math.prod(shape) * stored_dtype.itemsize
         for name, weight in model.named_parameters()
-        for shape, kind in stored(name, weight.shape)
+        for shape, stored_dtype in stored(name, weight.shape)
     )
 
 
 def token_bytes(args: ModelArgs, dtype: torch.dtype, group: Group | None = None) -> int:
-    """Bytes of the keys and values of a token, or of this rank's heads of it."""
+    """Count the bytes of a token's keys and values in all layers' caches; with ranks, those of this rank's heads."""
     args = group.local_args(args) if group else args
     return 2 * args.n_layer * args.n_kv_head * args.head_dim * dtype.itemsize
 
@@ -43,17 +43,17 @@ def check_fits(
     group: Group | None = None,
     quantised: bool = False,
 ) -> None:
-    """Raise UserError, saying what would fit, unless weights and a cache of `length` tokens fit `free` bytes.
+    """Raise UserError, saying what would fit, unless weights and a cache of `length` tokens fit into `free` bytes.
 
-    format: of the weights, a file's own if it is `quantised`.
+    format: of the weights. quantised: the file has this format already, so that no other can be proposed.
     """
     weights, token = weight_bytes(args, dtype, format, group), token_bytes(args, dtype, group)
     if weights + length * token + SPARE <= free:
         return
     fits = [
-        f"{name} for {min(room, args.max_seq_len)} tokens"
-        for name, room in alternatives(args, dtype, format, free - SPARE, group, quantised)
-        if room >= 1
+        f"{flags} for {min(tokens, args.max_seq_len)} tokens"
+        for flags, tokens in alternatives(args, dtype, format, free - SPARE, group, quantised)
+        if tokens >= 1
     ]
     gigabytes = lambda count: f"{count / 1e9:.3g} GB"
     raise UserError(
@@ -66,15 +66,19 @@ def check_fits(
 def alternatives(
     args: ModelArgs, dtype: torch.dtype, format: Format, room: int, group: Group | None, quantised: bool
 ) -> Iterator[tuple[str, int]]:
-    """How many tokens fit in `room` bytes beside the weights as they are, in half precision, and quantised."""
+    """Yield flags that make weights smaller, and how many tokens then fit beside them in `room` bytes.
+
+    "this" stands for the weights as they are; then come half precision, int8 and int4, where the model can have them.
+    """
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     tries = [("this", dtype, format), *([("--precision bf16", half, format)] if half is not dtype else [])]
     tries += [(f"--quantize {mode}", half, Format(mode)) for mode in ("int8", "int4") if not quantised]
-    for name, kind, how in tries:
-        if how and how != format:
+    for flags, tried_dtype, tried_format in tries:
+        if tried_format and tried_format != format:
             try:
-                check_format(how, args, group.size if group else 1)
-            except ValueError:
+                check_format(tried_format, args, group.size if group else 1)
+            except UserError:
                 continue
-            name = name if half is dtype else f"--precision bf16 {name}"
-        yield name, (room - weight_bytes(args, kind, how, group)) // token_bytes(args, kind, group)
+            flags = flags if half is dtype else f"--precision bf16 {flags}"
+        tokens = (room - weight_bytes(args, tried_dtype, tried_format, group)) // token_bytes(args, tried_dtype, group)
+        yield flags, tokens

@@ -1,17 +1,19 @@
-"""Text to token ids and back, for the three file formats that Llama checkpoints ship with.
+"""Turning text into token ids and back, for the three file formats that Llama checkpoints ship with.
 
 `load_tokenizer(folder)` looks at the content of the files, never at the model's name:
 
     tokenizer.model           a sentencepiece model (Llama 2), or lines of base64 token and rank for tiktoken (Llama 3)
-    tokenizer.json            of the `tokenizers` library, used when there is no usable tokenizer.model beside it
-    original/tokenizer.model  where Meta's own Llama 3 file lies in a Hugging Face folder
+    tokenizer.json            of the `tokenizers` library
+    original/tokenizer.model  Meta's own Llama 3 file in a Hugging Face folder
 
-A format gives us a *vocabulary*: how to cut text into ids, and the bytes of each id. Everything else is shared. Because
-every token is just bytes, decoding is one join, and streaming is the same join fed to an incremental UTF-8 decoder: a
+The first of them that is there is used. One that needs a package which is not installed is passed over.
+
+Each format gives a *vocabulary*: how to cut text into ids, and the bytes of each id. Everything else is shared. Because
+every token is just bytes, decoding is one join. Streaming is the same join, fed to an incremental UTF-8 decoder: a
 character whose bytes are spread over several tokens comes out when its last byte has arrived, at O(1) per token.
 
 Special tokens (<s>, <|eot_id|>, ...) written in a prompt are ordinary text; only a chat template's output is read with
-`allow_special=True`. Messages go through the template, as in transformers: strangers' special tokens in them count.
+`allow_special=True`. As in transformers, special tokens that stand in a chat message are therefore read as such, too.
 """
 
 import base64
@@ -25,9 +27,10 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from errors import UserError
+from loading.files import read_json, read_text
 
 CANDIDATES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
-TOKENIZER_FILES = (  # everything read here: what must be copied along when a checkpoint moves to another folder
+TOKENIZER_FILES = (  # all files read here, to be copied along when a checkpoint moves to another folder
     *CANDIDATES,
     "tokenizer_config.json",
     "added_tokens.json",
@@ -36,7 +39,7 @@ TOKENIZER_FILES = (  # everything read here: what must be copied along when a ch
     "config.json",
     "generation_config.json",
 )
-OWN_BOS = ("<|begin_of_text|>", "<s>")  # what the tokens are called where no JSON file says so
+OWN_BOS = ("<|begin_of_text|>", "<s>")  # the usual names, for checkpoints whose JSON files give none
 OWN_EOS = ("<|end_of_text|>", "<|eot_id|>", "</s>")
 
 LLAMA3_SPLIT = (  # how Llama 3 cuts text into words before it merges bytes; \p{L} are letters, \p{N} digits
@@ -44,7 +47,7 @@ LLAMA3_SPLIT = (  # how Llama 3 cuts text into words before it merges bytes; \p{
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIAL_TOKENS = 256
-LLAMA3_NAMED = {  # offset from the first special id: name (Llama 3.1; where 3.0 differs it has unused reserved tokens)
+LLAMA3_NAMED = {  # offset from the first special id -> name, in Llama 3.1; 3.0 has reserved tokens for some of them
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
     4: "<|finetune_right_pad_id|>",
@@ -54,11 +57,11 @@ LLAMA3_NAMED = {  # offset from the first special id: name (Llama 3.1; where 3.0
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
-MAX_RUN_CHARS, MAX_CHUNK_CHARS = 20_000, 200_000  # tiktoken's regex gets slow or overflows its stack beyond these
+MAX_RUN_CHARS, MAX_CHUNK_CHARS = 20_000, 200_000  # beyond these tiktoken's regex gets slow or overflows its stack
 
 
 class Tokenizer:
-    """A vocabulary together with what the checkpoint's JSON files say about it."""
+    """Encodes and decodes text: a vocabulary together with what the checkpoint's JSON files say about it."""
 
     def __init__(self, vocabulary: "Vocabulary", folder: Path):
         self.vocabulary = vocabulary
@@ -66,7 +69,7 @@ class Tokenizer:
         self.settings = _read_json(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, int] = vocabulary.special_tokens
         self.vocab_size = len(vocabulary.token_bytes)  # largest id + 1
-        # A chat model often lists its end-of-turn token in one of the two files only, so all of them count.
+        # A chat model often lists its end-of-turn token in only one of the two files, so the ids of both count.
         configs = [_read_json(folder / name) for name in ("config.json", "generation_config.json")]
         bos_ids = _ids_named(configs, "bos_token_id") or self._own_ids("bos_token", OWN_BOS)
         eos_ids = _ids_named(configs, "eos_token_id") or self._own_ids("eos_token", OWN_EOS)
@@ -77,27 +80,34 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
         """Return the ids of `text`, after BOS where the checkpoint wants one; never two BOS in a row.
 
-        `allow_special` reads special tokens written in the text as such, instead of as ordinary characters.
+        allow_special: read special tokens written in the text as such, instead of as ordinary characters. Raises
+        UserError for text that is not UTF-8.
         """
         try:
             text.encode()
-        except UnicodeEncodeError:  # bytes of another encoding, which Python smuggles through as surrogates
+        except UnicodeEncodeError:  # Python carries undecodable bytes of the command line as surrogates
             raise UserError(f"text is not UTF-8: {text[:40]!r}") from None
         ids = self.vocabulary.encode(text, allow_special)
         return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], continues: bool = False) -> str:
-        """Return the text of `ids`; special tokens, and ids the tokenizer does not know, have none."""
+        """Return the text of `ids`; special tokens, and ids that the tokenizer does not know, have none.
+
+        continues: see decode_stream.
+        """
         stream = self.decode_stream(continues)
         return stream.push(ids) + stream.flush()
 
     def decode_stream(self, continues: bool = False) -> "DecodeStream":
-        """Start decoding token by token; `continues` keeps the space before the first word, to print after a prompt."""
+        """Start decoding token by token.
+
+        continues: keep the space before the first word, because the text will be printed after a prompt.
+        """
         strip = self.vocabulary.strips_first_space and not continues
         return DecodeStream(self.vocabulary.token_bytes, strip)
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """Return `messages` ([{"role": ..., "content": ...}]) as the checkpoint's own chat template writes them."""
+        """Write `messages` ([{"role": ..., "content": ...}]) as text, by the checkpoint's own chat template."""
         source = _chat_template(self.folder, self.settings)
         id_names = {token_id: name for name, token_id in self.special_tokens.items()}
         names = {"bos_token": id_names.get(self.bos_id), "eos_token": id_names.get(next(iter(self.eos_ids), None))}
@@ -108,43 +118,44 @@ class Tokenizer:
         )
 
     def apply_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Return the ids of a conversation. BOS is up to the template: adding one here could double it."""
+        """Return the ids of a conversation. BOS is left to the template: adding one here could double it."""
         return self.encode(self.render_chat(messages, add_generation_prompt), bos=False, allow_special=True)
 
     def _own_name(self, key: str) -> str | None:
-        """Return the name of "bos_token" and the like: in tokenizer_config.json a string, or {"content": string}."""
+        """Look up "bos_token" or the like in tokenizer_config.json, where it is a string or {"content": string}."""
         name = self.settings.get(key)
         return name.get("content") if isinstance(name, dict) else name
 
     def _own_ids(self, key: str, usual_names: tuple[str, ...]) -> list[int]:
+        """Return the ids of the token named under `key`, or of the usual names that the vocabulary has."""
         name = self._own_name(key)
         names = [name] if name in self.special_tokens else usual_names
         return [self.special_tokens[name] for name in names if name in self.special_tokens]
 
 
 class DecodeStream:
-    """Turns ids into text as they arrive and never lets half a character out; the pieces join to `decode(all ids)`."""
+    """Turns ids into text as they arrive, never half a character; the pieces join to `decode(all ids)`."""
 
     def __init__(self, token_bytes: list[bytes], strip_first_space: bool):
         self.token_bytes = token_bytes
         self.strip_first_space = strip_first_space
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # broken bytes become U+FFFD, incomplete ones wait
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # wrong bytes become U+FFFD, incomplete ones wait
 
     def push(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` complete; possibly ""."""
-        known = len(self.token_bytes)  # a model's vocabulary may be padded beyond the tokenizer's
+        """Take the next ids; return the text that they complete, possibly ""."""
+        known = len(self.token_bytes)  # a model's vocabulary may be padded to more ids than the tokenizer has
         data = b"".join(self.token_bytes[i] for i in map(int, ids) if i < known)
         if self.strip_first_space and data:
             data, self.strip_first_space = data.removeprefix(b" "), False
         return self.utf8.decode(data)
 
     def flush(self) -> str:
-        """Return what is left of a character that never got complete: "" or U+FFFD."""
+        """Return what is left of a character that was never completed: "" or U+FFFD."""
         return self.utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder. UserError if there is none, it is corrupt or a package is missing."""
+    """Load the tokenizer of a checkpoint folder. Raises UserError if it is missing or damaged, or needs a package."""
     folder, missing = Path(folder), []
     for file in (folder / name for name in CANDIDATES):
         if file.is_file():
@@ -158,7 +169,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError when the tokenizer can emit ids that a model with `vocab_size` embeddings does not have."""
+    """Raise UserError if the tokenizer has ids for which a model with `vocab_size` embeddings has none."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} ids but the model's vocab_size is "
@@ -167,14 +178,17 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class Vocabulary:
-    """What a file format has to provide: these three, and `encode_plain(text) -> ids` or an `encode` of its own."""
+    """Cuts text into ids and knows the bytes of each id; the base of one class a file format.
+
+    A subclass sets these three, and defines `encode_plain(text) -> ids` or an `encode` of its own.
+    """
 
     token_bytes: list[bytes]  # by id; special tokens have none
     special_tokens: dict[str, int]
-    strips_first_space: bool  # encoding puts a space before every text, so decoding takes it away
+    strips_first_space: bool  # encoding puts a space before every text, which decoding takes away
 
     def add_tokens(self, tokens: dict[int, dict]) -> None:
-        """Enter {id: {"content": str, "special": bool}} in the tables, over what the ids stood for."""
+        """Enter tokens, {id: {"content": str, "special": bool}}, into the tables; they replace what had these ids."""
         self.token_bytes += [b""] * (max(tokens, default=-1) + 1 - len(self.token_bytes))
         for token_id, token in tokens.items():
             self.special_tokens[token["content"]] = token_id
@@ -183,6 +197,7 @@ class Vocabulary:
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
+        """Return the ids of `text`; special tokens in it are looked for only with `allow_special`."""
         ids, start = [], 0
         for match in self.special_pattern.finditer(text) if allow_special else ():
             ids += self.encode_plain(text[start : match.start()]) + [self.special_tokens[match[0]]]
@@ -191,16 +206,16 @@ class Vocabulary:
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """Llama 2: pieces of text in which "▁" is a space, and <0x00>..<0xFF> for bytes that no piece covers.
+    """Reads Llama 2's format: pieces of text in which "▁" is a space, and <0x00>..<0xFF> for bytes in no other piece.
 
-    Each stretch between special tokens gets a leading space of its own: that is how Meta tokenizes turns of a dialog.
+    Each stretch between special tokens gets a leading space of its own, as Meta encodes the turns of a dialog.
     """
 
     def __init__(self, data: bytes, added: dict[int, dict]):
         processor = SentencePieceProcessor(model_proto=data)
         pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
         self.token_bytes = [_piece_bytes(piece) for piece in pieces]
-        self.token_bytes[processor.unk_id()] = " ⁇ ".encode()  # as sentencepiece itself prints it
+        self.token_bytes[processor.unk_id()] = " ⁇ ".encode()  # as sentencepiece prints it
         self.special_tokens = {}
         control = {i: {"content": piece, "special": True} for i, piece in enumerate(pieces) if processor.is_control(i)}
         self.add_tokens(control | added)
@@ -209,7 +224,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 class TiktokenVocabulary(Vocabulary):
-    """Llama 3: byte sequences by rank, and 256 special ids after the last of them."""
+    """Reads Llama 3's format: byte sequences by rank; 256 special ids follow after the last rank."""
 
     def __init__(self, data: bytes, added: dict[int, dict]):
         import tiktoken
@@ -234,9 +249,9 @@ class TiktokenVocabulary(Vocabulary):
 
 
 class JsonVocabulary(Vocabulary):
-    """A Hugging Face tokenizer.json, of either kind of Llama: the library cuts the text, we keep the bytes.
+    """Reads a Hugging Face tokenizer.json, of either kind of Llama: the library cuts the text, we keep the bytes.
 
-    Added tokens that the file does not mark as special are recognised in plain text too: the library decides.
+    The library also recognises, in plain text, added tokens that the file does not mark as special.
     """
 
     def __init__(self, data: bytes):
@@ -259,12 +274,12 @@ class JsonVocabulary(Vocabulary):
         self.strips_first_space = "Strip" in steps or metaspace.get("prepend_scheme") != "never"
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
-        self.backend.encode_special_tokens = not allow_special  # the library's word for "as ordinary text"
+        self.backend.encode_special_tokens = not allow_special  # True means "encode them as ordinary text"
         return self.backend.encode(text, add_special_tokens=False).ids  # its post-processor would add another BOS
 
 
 def _read_vocabulary(file: Path, added: dict[int, dict]) -> Vocabulary:
-    """Tell the format of `file` from its content and read it; UserError naming the file if it is none of the three."""
+    """Recognise the format of `file` by its content and read it. Raises UserError if it is none of the three."""
     data = file.read_bytes()
     try:
         if file.suffix == ".json":
@@ -282,7 +297,7 @@ def _read_vocabulary(file: Path, added: dict[int, dict]) -> Vocabulary:
 
 
 def _piece_bytes(piece: str, alphabet: dict[str, int] | None = None) -> bytes:
-    """Return the bytes a piece stands for, written sentencepiece's way or, given its alphabet, GPT-2's."""
+    """Return the bytes that a piece stands for, in sentencepiece's notation or, with an alphabet, in GPT-2's."""
     if alphabet is not None:
         return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else piece.encode()
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
@@ -291,14 +306,14 @@ def _piece_bytes(piece: str, alphabet: dict[str, int] | None = None) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's characters for bytes: printable Latin-1 as itself, the other 68 bytes in order from U+0100."""
+    """Map GPT-2's characters to bytes: printable Latin-1 stands for itself, U+0100 and on for the other 68 in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
 
 
 def _bounded_chunks(text: str) -> Iterator[str]:
-    """Cut `text` only where it is too long, or has too long a run of space or of non-space, for tiktoken's regex."""
+    """Yield `text` whole, or cut where it or a run of (non-)space in it is too long for tiktoken's regex."""
     start = 0
     for run in re.finditer(r"\s+|\S+", text) if len(text) > MAX_RUN_CHARS else ():
         if run.end() - start > MAX_CHUNK_CHARS:
@@ -311,36 +326,28 @@ def _bounded_chunks(text: str) -> Iterator[str]:
 
 
 def _read_json(file: Path) -> dict:
-    """Return the object in a JSON file, {} if the file does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, got a {type(content).__name__}")
-    return content
+    """Read the object in a JSON file, {} if there is no such file."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _ids_named(configs: list[dict], key: str) -> list[int]:
-    """Return all token ids under `key`, a number or a list in each of `configs`, in order and once each."""
+    """Collect the token ids under `key`, a number or a list in each of `configs`: in order, each id once."""
     values = [config.get(key) for config in configs]
     ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys(i for i in ids if isinstance(i, int) and i >= 0))
 
 
 def _added_tokens(folder: Path) -> dict[int, dict]:
-    """Return the tokens that JSON files add to tokenizer.model, by id; added_tokens.json is the old way to do it."""
+    """Collect, by id, the tokens that JSON files add to tokenizer.model; added_tokens.json is the old way to do so."""
     old = {i: {"content": content} for content, i in _read_json(folder / "added_tokens.json").items()}
     new = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     return old | {int(i): token for i, token in new.items()}
 
 
 def _chat_template(folder: Path, settings: dict) -> str:
-    """Return the source of the checkpoint's chat template; a file of its own wins, as in transformers."""
+    """Return the text of the checkpoint's chat template; a file of its own comes first, as in transformers."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     template = _read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -350,7 +357,7 @@ def _chat_template(folder: Path, settings: dict) -> str:
 
 
 def _render(source: str, **variables) -> str:
-    """Render a chat template in the environment that transformers gives it; templates are untrusted: sandboxed."""
+    """Render a chat template as transformers does; in a sandbox, because templates come from strangers."""
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -360,7 +367,7 @@ def _render(source: str, **variables) -> str:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # without escaping HTML
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja's own escapes HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
@@ -369,9 +376,9 @@ def _render(source: str, **variables) -> str:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    for tag, harmless in {"generation": "if true", "endgeneration": "endif"}.items():  # tags that only training uses
+    for tag, harmless in {"generation": "if true", "endgeneration": "endif"}.items():  # only training needs these tags
         source = re.sub(rf"(\{{%[-+]?\s*){tag}(?=\s*[-+]?%\}})", rf"\1{harmless}", source)
     try:
         return environment.from_string(source).render(**variables)
-    except (jinja2.TemplateError, TypeError) as error:  # TypeError: say, a template that adds to a content of None
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: for example, text + None
         raise UserError(f"the chat template refused the messages: {error}") from error

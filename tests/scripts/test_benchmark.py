@@ -135,7 +135,7 @@ def test_the_set_all_has_a_row_of_every_policy_and_all_write_the_same_texts(benc
     lookup = row_of(result, "prompt_lookup")
     assert lookup["mean_exit_layer"] is None and lookup["layer_visits_per_token"] <= 3
     if has_matplotlib:
-        assert picture.read_bytes().startswith(b"\x89PNG") and [*tmp_path.glob("*.part")] == []
+        assert picture.read_bytes().startswith(b"\x89PNG") and [*tmp_path.glob("*.tmp")] == []
 
 
 def test_the_grid_ends_with_how_near_auto_came_to_the_best_static_exit(bench):

@@ -124,7 +124,7 @@ def test_the_file_holds_both_matrices_of_each_exit_in_fp32_and_says_for_which_sh
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {"exit.1.down": [16, 48], "exit.1.up": [48, 16], "exit.2.down": [16, 48], "exit.2.up": [48, 16]}
     assert all(tensor.dtype == torch.float32 and tensor.abs().max() > 0 for tensor in tensors.values())
-    assert not list(Path(config.output_dir).glob("*.part"))
+    assert not list(Path(config.output_dir).glob("*.tmp"))
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(adapted, tmp_path, monkeypatch):
