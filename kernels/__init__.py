@@ -1,5 +1,5 @@
-"""Kernels: one file per operation, each with a reference in pure torch and one public function that dispatches.
+"""Kernels: one file per operation, each with a reference in pure torch and one public function that picks a kernel.
 
-`cpu/build.py` builds and loads the C++ operations, whose rows are bit-identical at every row count. Nothing is built
-at import.
+`cpu/` holds the C++ operations, which `cpu/build.py` builds and loads on first use, `gpu/` the Triton kernels. Either
+gives a row the same bits at every number of rows.
 """

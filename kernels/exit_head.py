@@ -1,9 +1,9 @@
-"""The exit head: final norm, LM head, the token and how sure the model is, without writing the logits to memory.
+"""The exit head: final norm and LM head -> the token, how sure the model is of it, and a sample.
 
-A policy that asks at an exit whether to stop needs the token and a confidence, a sampler one coupled sample, not V
-numbers. With packed weights on a CPU the C++ op reduces each run of columns while it is near, on a GPU the kernel of
-`gpu/exit_head.py`; elsewhere the reference computes the logits. With tensor parallelism each rank reduces its shard of
-the vocabulary to `Partials`, and every rank merges those of all.
+Nobody at an exit needs V logits: a policy needs the token and a confidence, a sampler needs one coupled sample. So the
+fused kernels reduce the logits on the way and never write them to memory. One is the C++ op, for packed weights; the
+other is `gpu/exit_head.py`. Elsewhere the reference computes the logits. With tensor parallelism each rank reduces its
+shard of the vocabulary to `Partials`, and every rank merges those of all ranks.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,11 @@ LOWEST = -1.0e30  # below every logit, and exp(LOWEST - anything) is 0 where tha
 
 
 class ExitStats(NamedTuple):
-    """Of T rows: `tokens` int64 [T], the argmax (ties to the lowest id); and fp32 [T] each, of softmax(logits):
-    `top1` its largest probability, `margin` top-1 minus top-2 (CALM), `entropy` in nats; `logsumexp` of the logits."""
+    """Hold statistics of T rows of logits: `tokens` int64 [T], the others fp32 [T].
+
+    tokens: the argmax, ties to the lowest id. top1: the largest probability. margin: top-1 minus top-2 probability
+    (CALM). entropy: of the probabilities, in nats. logsumexp: of the logits.
+    """
 
     tokens: Tensor
     top1: Tensor
@@ -33,11 +36,11 @@ class ExitStats(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a coupled sample depends on besides its logits: `sampling.choose` adds the noise of seed and position.
+    """Hold what a coupled sample depends on besides its logits: the noise of seed and position, and a temperature.
 
-    positions: of the token that each row chooses, int64 [T], or the int of the first of consecutive rows. seed: int64
-    [1] or int, 0 or more. temperature: fp32 [1] or float, above 0 (1e-6 and more, as in sampling.py). Tensors lie on
-    the exit's device, so that a captured graph reads today's values.
+    positions: of the token that each row chooses, int64 [T]; an int is that of the first of consecutive rows. seed:
+    int64 [1] or int, 0 or more. temperature: fp32 [1] or float, at least 1e-6. Tensors lie on the exit's device, where
+    a captured graph reads their values of the moment.
     """
 
     positions: Tensor | int
@@ -45,7 +48,7 @@ class Draw(NamedTuple):
     temperature: Tensor | float
 
     def on(self, device: torch.device, rows: int) -> "Draw":
-        """This draw as tensors."""
+        """Return this draw as tensors on `device`, for so many rows."""
         if isinstance(self.positions, Tensor):
             return self
         return Draw(
@@ -56,12 +59,12 @@ class Draw(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What is known of m rows after some runs of the vocabulary: all that `merge` needs of them.
+    """Hold what `merge` needs of m rows of logits z whose vocabulary was reduced in several runs.
 
-    values: fp32 [4, m, runs], or [5, m, runs] when sampling: the largest logit, the second largest, the sum of
-    exp(z - largest), the sum of exp(z - largest)·(z - largest), the largest logit / temperature + Gumbel noise.
-    ids: int32 [1 or 2, m, runs]: global ids of the largest logit and of the largest noisy score, ties to the lowest.
-    Runs of several ranks go side by side in the last dimension, in any order.
+    values: fp32 [4, m, runs], of each run the largest logit, the second largest, the sum of exp(z - largest) and the
+    sum of exp(z - largest)·(z - largest). When sampling [5, m, runs], also the largest of z / temperature + Gumbel
+    noise. ids: int32 [1, m, runs], the token of the largest logit; when sampling [2, m, runs], also that of the largest
+    noisy score. Ids are global, ties go to the lowest. Runs of several ranks stand side by side, in any order.
     """
 
     values: Tensor
@@ -69,9 +72,9 @@ class Partials(NamedTuple):
 
 
 def partials_of(logits: Tensor, v_offset: int, draw: Draw | None, want_stats: bool = True) -> Partials:
-    """The partials [4 or 5, m, 1] and [1 or 2, m, 1] of one run, of fp32 logits [m, n]; its first token is v_offset.
+    """Reduce one run: fp32 logits [m, n], whose first token is v_offset -> [4 or 5, m, 1] and [1 or 2, m, 1].
 
-    Without want_stats only tokens and samples mean anything. A run may be empty.
+    Without want_stats only tokens and samples have a meaning. A run may be empty.
     """
     n = logits.shape[-1]
     if n < 2:  # tokens that do not exist are never chosen and add nothing to a sum
@@ -85,8 +88,8 @@ def partials_of(logits: Tensor, v_offset: int, draw: Draw | None, want_stats: bo
         values = [top, torch.full_like(top, LOWEST), torch.ones_like(top), torch.zeros_like(top)]
     ids = [logits.argmax(-1)]
     if draw is not None:
-        every = torch.arange(v_offset, v_offset + logits.shape[-1], device=logits.device)
-        noise = torch.stack([gumbel_noise(draw.seed, position, every) for position in draw.positions])
+        token_ids = torch.arange(v_offset, v_offset + logits.shape[-1], device=logits.device)
+        noise = torch.stack([gumbel_noise(draw.seed, position, token_ids) for position in draw.positions])
         scores = logits / draw.temperature + noise
         values, ids = [*values, scores.amax(-1)], [*ids, scores.argmax(-1)]
     return Partials(torch.stack(values)[..., None], (torch.stack(ids)[..., None] + v_offset).int())
@@ -95,8 +98,8 @@ def partials_of(logits: Tensor, v_offset: int, draw: Draw | None, want_stats: bo
 def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the `Partials` of runs that together are the vocabulary.
 
-    Returns tokens int64 [m]; statistics fp32 [m, 4], the numbers of ExitStats in order; samples int64 [m], or none.
-    Tokens and samples come from comparisons alone, so they are the same wherever the same partials are merged.
+    Returns tokens int64 [m]; fp32 [m, 4], the fields of ExitStats in order; samples int64 [m], or [0] if none were
+    drawn. Tokens and samples come from comparisons alone: whoever merges the same partials gets the same ones.
     """
     top, second, total, weighted = values[:4]
     best = top.amax(-1, keepdim=True)
@@ -117,9 +120,9 @@ def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Shard(NamedTuple):
-    """Which part of the vocabulary a rank's head has: token ids bounds[rank] .. bounds[rank + 1] - 1.
+    """Say which part of the vocabulary a rank's head has: token ids bounds[rank] .. bounds[rank + 1] - 1.
 
-    gather: a tensor of every rank, of one shape, in rank order: [...] -> [ranks, ...].
+    gather: stack a tensor of every rank, all of one shape, in rank order: [...] -> [ranks, ...].
     """
 
     bounds: tuple[int, ...]
@@ -128,27 +131,28 @@ class Shard(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """How many tokens each rank has."""
+        """Count the tokens of each rank."""
         return [end - first for first, end in zip(self.bounds, self.bounds[1:], strict=False)]
 
     def trimmed(self, n_vocab: int) -> "Shard":
+        """Return the shard of a vocabulary that ends after n_vocab tokens."""
         return self._replace(bounds=tuple(min(bound, n_vocab) for bound in self.bounds))
 
     def gather_partials(self, values: Tensor, ids: Tensor) -> Partials:
-        """A rank's Partials of one run -> those of all ranks side by side, in one message."""
-        found = self.gather(torch.cat((values.view(torch.int32), ids))[..., 0]).movedim(0, -1).contiguous()
-        return Partials(found[: len(values)].view(torch.float32), found[len(values) :])
+        """Gather, in one message, every rank's Partials of one run -> side by side, a run each."""
+        gathered = self.gather(torch.cat((values.view(torch.int32), ids))[..., 0]).movedim(0, -1).contiguous()
+        return Partials(gathered[: len(values)].view(torch.float32), gathered[len(values) :])
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """A rank's logits [..., n] -> those of the whole vocabulary."""
+        """Gather every rank's logits [..., n] -> those of the whole vocabulary."""
         parts = self.gather(F.pad(logits, (0, max(self.sizes) - logits.shape[-1])))
         return torch.cat([part[..., :n] for part, n in zip(parts, self.sizes, strict=True)], -1)
 
 
 class Head(NamedTuple):
-    """The end of a model: final norm [D] and its epsilon; LM head, plain, packed or quantised, of n_vocab tokens.
+    """Hold the end of a model: final norm [D] and its epsilon; LM head, plain, packed or quantised, of n_vocab tokens.
 
-    shard: where these are a part of the vocabulary.
+    shard: says which tokens these are, if ranks share the vocabulary; else None.
     """
 
     norm: Tensor
@@ -159,7 +163,7 @@ class Head(NamedTuple):
     shard: Shard | None = None
 
     def trimmed(self, n_vocab: int) -> "Head":
-        """The head over the first n_vocab tokens only, a view. Raises ValueError unless 2 <= n_vocab <= its own."""
+        """Return a view of the head over the first n_vocab tokens. Raises ValueError for fewer than 2 or too many."""
         most, shard = self.n_vocab, self.shard
         if shard:
             most, shard = shard.bounds[-1], shard.trimmed(n_vocab)
@@ -172,17 +176,18 @@ class Head(NamedTuple):
         return self._replace(weight=weight, scale=scale, n_vocab=n_vocab, shard=shard)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> fp32 logits [..., n_vocab], of the whole vocabulary where ranks share it."""
+        """Return fp32 logits [..., n_vocab] of hidden [..., D]; of the whole vocabulary even if ranks share it."""
         return self.shard.gather_logits(self.own_logits(hidden)) if self.shard else self.own_logits(hidden)
 
     def own_logits(self, hidden: Tensor) -> Tensor:
-        if not self.n_vocab:  # a trimmed vocabulary lies on other ranks
+        """Return fp32 logits [..., n_vocab] of hidden [..., D], of this rank's tokens."""
+        if not self.n_vocab:  # all of a trimmed vocabulary lies on other ranks
             return hidden.new_empty(*hidden.shape[:-1], 0, dtype=torch.float32)
         return linear(rms_norm(hidden, self.norm, self.eps), self.weight, self.n_vocab, self.scale).float()
 
 
 def exit_stats_reference(logits: Tensor) -> ExitStats:
-    """The statistics of fp32 logits [T, V], V >= 2."""
+    """Return the statistics of fp32 logits [T, V], V >= 2."""
     log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
     top1, second = probs.topk(2).values.unbind(-1)
@@ -192,11 +197,11 @@ def exit_stats_reference(logits: Tensor) -> ExitStats:
 def exit_head(
     hidden: Tensor, head: Head, want_stats: bool = True, draw: Draw | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, D] -> tokens int64 [T], fp32 [T, 4] of ExitStats, samples int64 [T]: one pass of a packed LM head.
+    """Pass hidden [T, D] once through a packed LM head -> tokens int64 [T], ExitStats fp32 [T, 4], samples int64 [T].
 
-    The token is the argmax of `Exit.logits`, bit for bit: sums round to the head's dtype before they are compared. The
-    sample is that of `draw` (of consecutive positions), as `sampling.choose` draws it but for the last bits of
-    logarithms. Statistics and samples that were not wanted are empty.
+    The token is exactly the argmax of `Exit.logits`: sums round to the head's dtype before they are compared. The
+    sample is that of `draw` (at consecutive positions); it is what `sampling.choose` draws but for the last bits of
+    logarithms. Statistics and samples that were not asked for are empty.
     """
     position, seed, temperature = (
         (0, 0, 0.0)
@@ -212,30 +217,31 @@ def exit_head(
 
 
 class Exit:
-    """What the LM head says about T rows of hidden states. Each answer is computed once, when it is first asked for.
+    """Apply the LM head to T rows of hidden states, each answer once and only when it is asked for.
 
-    Tokens, statistics and samples come from a fused kernel where there is one, in one pass. On a CPU its token is the
-    argmax of the logits; on a GPU the sums may differ in the last bits, so nobody may mix the two for one decision.
-    `draw` says how the samples are drawn, and may be set later; so may `wants_stats`: that a pass made for something
-    else should find the statistics, too, because they will be asked for.
+    Tokens, statistics and samples come from one pass of a fused kernel if there is one. On a CPU its token is the
+    argmax of the logits. On a GPU its sums may differ from them in the last bits, so one decision must not mix the two.
+
+    draw: how the samples are drawn. wants_stats: find the statistics in the first pass, because they will be asked for.
+    Both may be set later.
     """
 
     def __init__(self, hidden: Tensor, head: Head, rows: int, draw: Draw | None = None):
-        """hidden: [>= rows, D], those behind `rows` being padding."""
+        """hidden: [>= rows, D]; what comes after `rows` is padding."""
         self.hidden, self.head, self.rows, self.draw = hidden, head, rows, draw
         self.wants_stats = False
         self._logits = self._tokens = self._stats = self._samples = None
 
     @classmethod
     def of_logits(cls, logits: Tensor) -> "Exit":
-        """An exit whose logits [T, V] are known."""
-        known = cls(logits, None, len(logits))
-        known._logits = logits
-        return known
+        """Make an exit whose logits [T, V] are known."""
+        exit = cls(logits, None, len(logits))
+        exit._logits = logits
+        return exit
 
     @property
     def asked(self) -> bool:
-        """Whether the LM head has been applied."""
+        """Tell whether the LM head has been applied."""
         return self._logits is not None or self._tokens is not None
 
     def _fused_on(self, device: str) -> bool:
@@ -246,13 +252,13 @@ class Exit:
         return gpu.supports(self.hidden) and self.head.weight.dtype in (torch.bfloat16, torch.int8)
 
     def logits(self) -> Tensor:
-        """fp32 [T, V]."""
+        """Return the logits, fp32 [T, V]."""
         if self._logits is None:
             self._logits = self.head.logits(self.hidden)
         return self._logits[: self.rows]
 
     def token_ids(self) -> Tensor:
-        """The argmax of each row, int64 [T], on the device; ties go to the lowest id."""
+        """Return the argmax of each row, int64 [T], on the device; ties go to the lowest id."""
         if self._tokens is None and (self._logits is not None or not self.can_sample()):
             self._tokens = self.logits().argmax(-1)
         elif self._tokens is None:
@@ -260,9 +266,11 @@ class Exit:
         return self._tokens
 
     def tokens(self) -> list[int]:
+        """Return `token_ids` as numbers. On a GPU this waits for them."""
         return self.token_ids().tolist()
 
     def stats(self) -> ExitStats:
+        """Return the statistics of each row."""
         if self._stats is None and (self._logits is not None or not self.can_sample()):
             self._stats = exit_stats_reference(self.logits())
             self._tokens = self._stats.tokens
@@ -271,14 +279,14 @@ class Exit:
         return self._stats
 
     def can_sample(self) -> bool:
-        """Whether there is a fused kernel or a shard, and so `samples`: the choice of `sampling.choose` without all
-        logits."""
+        """Tell whether `samples` works: with a fused kernel, or a shard. It is `sampling.choose` without all logits."""
         return self._fused_on("cpu") or self._fused_on("cuda") or bool(self.head and self.head.shard)
 
     def samples(self) -> Tensor:
-        """What `draw` chooses in each row, int64 [T]. Always from the fused kernel: one arithmetic for every choice.
+        """Return the token that `draw` chooses in each row, int64 [T].
 
-        Raises ValueError without a draw or where the exit `can_sample` not.
+        It always comes from the fused kernel, so that one arithmetic makes every choice. Raises ValueError without a
+        draw, or if `can_sample()` is false.
         """
         if self.draw is None or not self.can_sample():
             raise ValueError(f"an exit samples with a draw and a fused kernel, got draw {self.draw}")
@@ -290,21 +298,21 @@ class Exit:
         """Find the tokens, the samples if there is a draw, and the statistics if wanted (on a GPU always)."""
         head = self.head
         if head.shard:
-            found = merge(*head.shard.gather_partials(*self._own_partials(want_stats)))
+            answers = merge(*head.shard.gather_partials(*self._own_partials(want_stats)))
         elif self._fused_on("cpu"):  # rows do not depend on one another: no padding
-            found = exit_head(self.hidden[: self.rows], head, want_stats, self.draw)
+            answers = exit_head(self.hidden[: self.rows], head, want_stats, self.draw)
         else:
             rows = rms_norm(self.hidden, head.norm, head.eps)[: self.rows]
             draw = () if self.draw is None else self.draw.on(rows.device, self.rows)
-            found = torch.ops.skipfast.exit_head_rows.default(rows, head.weight, head.scale, head.n_vocab, 0, *draw)
-        self._tokens, stats, samples = found
+            answers = torch.ops.skipfast.exit_head_rows.default(rows, head.weight, head.scale, head.n_vocab, 0, *draw)
+        self._tokens, stats, samples = answers
         if want_stats or (len(stats) and not head.shard):
             self._stats = ExitStats(self._tokens, *stats.unbind(-1))
         if self.draw is not None:
             self._samples = samples
 
     def _own_partials(self, want_stats: bool) -> Partials:
-        """Of this rank's shard of the vocabulary."""
+        """Reduce this rank's shard of the vocabulary."""
         head, offset = self.head, self.head.shard.bounds[self.head.shard.rank]
         draw = None if self.draw is None else self.draw.on(self.hidden.device, self.rows)
         fused = gpu.supports(self.hidden) and head.weight.dtype in (torch.bfloat16, torch.int8) and head.n_vocab > 1

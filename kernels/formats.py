@@ -1,7 +1,7 @@
 """Formats of weights: plain, int8 with a scale per row, int4 with a scale per group of features.
 
-One string is a whole Format, as with policies: `int8`, `int4:group=64,lm_head=no`. It is a flag's value, what a file
-says of itself, and a row's label in tables. This is the arithmetic; loading/checkpoint.py reads and writes weights so.
+One string is a whole Format, as with policies: `int8`, `int4:group=64,lm_head=no`. It is the value of a flag, an entry
+in a checkpoint, and a label in tables. This file holds the arithmetic; `loading/` reads and writes such weights.
 """
 
 import dataclasses
@@ -15,23 +15,24 @@ from errors import UserError
 
 MODES = ("none", "int8", "int4")
 GROUPS = (32, 64, 128)
-ROWS = 256  # quantised at once: bounds the fp32 copies
+ROWS = 256  # of a weight are quantised at once: bounds the fp32 copies
 SWITCHES = {"yes": True, "no": False}
 
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> int8 [N, K] and fp32 scale [N]: the largest magnitude of a row becomes 127."""
+    """Quantise weight [N, K] -> int8 [N, K] and fp32 scale [N]. The largest magnitude of a row becomes 127."""
     weight = weight.float()
     scale = scale_int8(weight)
     return levels_int8(weight, scale).to(torch.int8), scale
 
 
 def scale_int8(weight: Tensor) -> Tensor:
+    """Return the scales [N] of fp32 weight [N, K]."""
     return weight.abs().amax(1).clamp(min=1e-12) / 127
 
 
 def levels_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest whole numbers -127..127 to weight [N, K] / scale [N], still fp32."""
+    """Round weight [N, K] / scale [N] to whole numbers -127..127, still fp32."""
     return (weight / scale[:, None]).round_().clamp_(-127, 127)
 
 
@@ -41,7 +42,7 @@ def dequantise_int8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantise_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> uint8 [N, K/2] and bf16 scale [N, K/group]; the layout is that of `dequantise_int4`.
+    """Quantise weight [N, K] -> uint8 [N, K/2], laid out as in `dequantise_int4`, and bf16 scale [N, K/group].
 
     Raises UserError if the group does not divide K.
     """
@@ -53,21 +54,21 @@ def quantise_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def scale_int4(weight: Tensor) -> Tensor:
-    """Scales bf16 [N, groups] of fp32 weight [N, groups, group]: the value of largest magnitude becomes -8.
+    """Return the scales, bf16 [N, groups], of fp32 weight [N, groups, group].
 
-    That is the one level without a positive twin, so a scale can be negative.
+    The value of largest magnitude becomes -8, the one level without a positive twin. So a scale can be negative.
     """
     largest = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
     return (largest[..., 0] / -8).to(torch.bfloat16)
 
 
 def levels_int4(weight: Tensor, scale: Tensor) -> Tensor:
-    """The nearest whole numbers -8..7 to weight [N, groups, group] / scale [N, groups], still fp32."""
+    """Round weight [N, groups, group] / scale [N, groups] to whole numbers -8..7, still fp32."""
     return (weight / torch.where(scale == 0, 1, scale.float())[..., None]).round_().clamp_(-8, 7)
 
 
 def pack_int4(levels: Tensor) -> Tensor:
-    """Whole numbers -8..7 [N, groups, group] -> uint8 [N, groups * group / 2], as `dequantise_int4` reads them."""
+    """Pack whole numbers -8..7 [N, groups, group] -> uint8 [N, groups * group / 2], as `dequantise_int4` reads them."""
     low, high = (levels + 8).to(torch.uint8).chunk(2, dim=-1)
     return (low | high << 4).flatten(1)
 
@@ -85,11 +86,12 @@ def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the fp32 weight [N, K] that an int8 weight or a packed int4 one (uint8) and its scale stand for."""
+    """Return the fp32 weight [N, K] of an int8 weight or a packed int4 one (uint8), and its scale."""
     return dequantise_int8(weight, scale) if weight.dtype == torch.int8 else dequantise_int4(weight, scale)
 
 
 def check_group(group: int, features: int, of: str = "the weight") -> None:
+    """Raise UserError for a group size that is not allowed, or does not divide the features of `of`."""
     if group not in GROUPS or features % group:
         raise UserError(
             f"group must be one of {', '.join(map(str, GROUPS))} and divide the {features} input features "
@@ -99,9 +101,10 @@ def check_group(group: int, features: int, of: str = "the weight") -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """How a model's linears are stored. group: features that share a scale (int4).
+    """Say how a model's linears are stored.
 
-    lm_head, embedding: whether these are quantised like the layers. Norms never are.
+    mode: none, int8 or int4. group: features that share a scale (int4). lm_head, embedding: quantise these like the
+    layers. Norms never are.
     """
 
     mode: str = "none"
@@ -141,24 +144,24 @@ class Format:
         return self.mode + (":" + settings if settings else "")
 
     def covers(self, name: str) -> bool:
-        """Whether the parameter `name` of a Transformer, as in "layers.0.mlp.w2.weight", is quantised."""
+        """Tell whether a parameter of a Transformer, such as "layers.0.mlp.w2.weight", is quantised."""
         module = name.removesuffix(".weight").rpartition(".")[2]
         return bool(self) and {"lm_head": self.lm_head, "embedding": self.embedding}.get(module, "norm" not in module)
 
     def quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight [N, K] -> the stored weight and its scale, rounded to nearest."""
-        one = quantise_int8 if self.mode == "int8" else functools.partial(quantise_int4, group=self.group)
-        weights, scales = zip(*map(one, weight.split(ROWS)), strict=True)
+        """Quantise weight [N, K] -> the stored weight and its scale, rounded to nearest."""
+        quantise_rows = quantise_int8 if self.mode == "int8" else functools.partial(quantise_int4, group=self.group)
+        weights, scales = zip(*map(quantise_rows, weight.split(ROWS)), strict=True)
         return torch.cat(weights), torch.cat(scales)
 
     def shapes(self, rows: int, features: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """(shape, dtype) of the stored weight and of the scale of a weight [rows, features]."""
+        """Return (shape, dtype) of the stored weight and of its scale, for a weight [rows, features]."""
         if self.mode == "int8":
             return ((rows, features), torch.int8), ((rows,), torch.float32)
         return ((rows, features // 2), torch.uint8), ((rows, features // self.group), torch.bfloat16)
 
     def windows(self, rows: slice, features: slice) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where the rows and features of a weight lie in the stored weight and in its scale."""
+        """Return the slices of the stored weight and of its scale that hold these rows and features of a weight."""
         if self.mode == "int8":
             return (rows, features), (rows,)
         return tuple((rows, slice(features.start // part, features.stop // part)) for part in (2, self.group))

@@ -1,9 +1,9 @@
-"""Linear layer for a few rows: every weight byte is read once, whatever the number of rows.
+"""Linear layers for a few rows: every weight byte is read once, whatever the number of rows.
 
-A weight is either plain, [N, K] as in `torch.nn.Linear`, or packed for the C++ op of `cpp/linear.h`: into strips of 16
-columns by `pack()`, bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]; quantised weights into blocks of 32 columns by
-`pack_quantised()`. The packed op gives each row the same bits at every row count and every thread count, so a verified
-draft token sees the same logits as a token decoded alone.
+A weight is plain, [N, K] as in `torch.nn.Linear`, or packed for the C++ op (`cpu/linear.h`). `pack()` makes strips of
+16 columns: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]. `pack_quantised()` makes blocks of 32 columns. The C++ op gives
+a row the same bits at every number of rows and threads. So a verified draft sees the same logits as a token that is
+decoded alone.
 """
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from kernels import cpu, gpu
 from kernels.formats import dequantised
 
-STRIP = 16  # output features that lie together; cpp/linear.h has the same constants
-BLOCK = 32  # packed weights hold a multiple of these
-DEQUANTISED = 4096  # rows of a quantised weight at once, where no kernel takes it: bounds the memory of a prefill
+STRIP = 16  # columns (output features) that lie together; cpu/weight.h has the same constants
+BLOCK = 32  # packed weights hold a multiple of so many columns
+DEQUANTISED = 4096  # rows of a quantised weight at a time, if no kernel takes it: bounds the memory of a prefill
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -25,8 +25,8 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [..., K] times a plain, packed or quantised weight, [..., out_features], in x's dtype.
 
-    scale: of a quantised weight, see formats.dequantise_int8 (weight int8) and dequantise_int4 (weight uint8); packed
-    ones have their scales within.
+    scale: of a quantised weight that is not packed, see formats.dequantise_int8 (weight int8) and dequantise_int4
+    (weight uint8). A packed weight holds its own scales.
     """
     if weight.dim() > 2:
         return torch.ops.skipfast_cpu.linear.default(x.contiguous(), weight, out_features)
@@ -47,12 +47,12 @@ def _linear_on_gpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | 
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Return whether the weight came out of `pack()` or `pack_quantised()` in packed form."""
+    """Tell whether a weight is packed, by `pack()` or `pack_quantised()`."""
     return weight.dim() > 2
 
 
 def rows_of(weight: torch.Tensor, out_features: int) -> int:
-    """Return how many entries of the weight's first dimension hold its first `out_features` columns."""
+    """Return the length of the weight's first dimension that holds its first `out_features` columns."""
     if not is_packed(weight):
         return out_features
     blocks = -(-out_features // BLOCK)
@@ -62,8 +62,8 @@ def rows_of(weight: torch.Tensor, out_features: int) -> int:
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Pack a CPU weight [N, K] for the C++ op, N padded with zeros to a multiple of 32.
 
-    Returns the weight itself where the op cannot take it: ops not loaded, not on the CPU, not bf16 or fp32, odd K in
-    bf16.
+    Returns the weight as it is if the op cannot take it: the ops are not loaded, it is not on the CPU, not bf16 or
+    fp32, or K is odd in bf16.
     """
     if weight.dim() != 2 or not cpu.supports(weight) or (weight.dtype == torch.bfloat16 and weight.shape[1] % 2):
         return weight
@@ -77,11 +77,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-    """Pack a quantised CPU weight and its scales into one tensor for the C++ op, N padded with zeros to 32's multiple.
+    """Pack a quantised CPU weight and its scales into one tensor for the C++ op.
 
-    int8 [N, K], scale fp32 [N] -> int8 [N/32, K + 4, 32]: 32 columns side by side, and their scales behind them. int4
-    as in dequantise_int4 -> uint8 [N/32, K/group, 64 + 16 group]: the scales of a group, then its values in the order
-    of `cpp/weight.h`. None where the op cannot take it: ops not loaded, not on the CPU, odd K.
+    N is padded with zeros to a multiple of 32. int8 [N, K] with scale fp32 [N] -> int8 [N/32, K + 4, 32], 32 columns
+    side by side, then their scales. int4 as in dequantise_int4 -> uint8 [N/32, K/group, 64 + 16 group], the scales of a
+    group, then its values in the order of `cpu/weight.h`. Returns None if the op cannot take it: the ops are not
+    loaded, it is not on the CPU, or K is odd.
     """
     if weight.dim() != 2 or not cpu.supports(scale) or weight.shape[1] % 2:
         return None
@@ -101,5 +102,5 @@ def pack_quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | 
 
 
 def unpack_rows(packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return rows `ids` of a packed weight, [len(ids), K]: the embedding lookup when the LM head is tied and packed."""
+    """Return rows `ids` of a packed weight, [len(ids), K]: the embedding of a model that shares it with the LM head."""
     return packed[ids // STRIP, :, ids % STRIP].flatten(1)

@@ -1,4 +1,4 @@
-"""RMSNorm as in Llama: statistics in fp32, the normalised row rounded to the model's dtype, then weighted."""
+"""RMSNorm as in Llama: normalise in fp32, round to the model's dtype, then multiply by the weight."""
 
 import torch
 
@@ -12,7 +12,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise x [..., D] with weight [D]; every row has the same bits at every row count on the C++ path."""
+    """Normalise x [..., D] with weight [D]. In C++ a row has the same bits at every number of rows."""
     if (not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad)) and cpu.supports(x):
         return torch.ops.skipfast_cpu.rms_norm.default(x.contiguous(), weight, eps)
     return rms_norm_reference(x, weight, eps)

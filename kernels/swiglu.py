@@ -13,7 +13,7 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Map gate_up [..., 2F] (gate first) to [..., F]; a row has the same bits at every row count on the C++ path."""
+    """Map gate_up [..., 2F], gate first, to [..., F]. In C++ a row has the same bits at every number of rows."""
     if not (torch.is_grad_enabled() and gate_up.requires_grad) and cpu.supports(gate_up):
         return torch.ops.skipfast_cpu.swiglu.default(gate_up.contiguous())
     return swiglu_reference(gate_up)

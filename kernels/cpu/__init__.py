@@ -1,4 +1,4 @@
-"""C++ operations for CPUs whose rows have the same bits at every number of rows."""
+"""C++ operations for CPUs. They give a row the same bits at every number of rows."""
 
 from kernels.cpu.build import DTYPES, load, loaded, supports
 

@@ -1,5 +1,5 @@
-// AMX: 16 rows of bf16 times 16 columns in one instruction. A row's sums do not depend on the rows beside it, and the
-// packed weight, pairs of k in lines of 16 columns, is what its tiles load.
+// AMX: multiply 16 rows of bf16 by 16 columns in one instruction. A row's sums do not depend on the rows beside it. The
+// packed weight, pairs of k in lines of 16 columns, has the layout that its tiles load.
 #pragma once
 #include "vec.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -12,7 +12,7 @@
 namespace skipfast {
 
 #if defined(SKIPFAST_AMX)
-// Whether this process may use the tile registers: Linux gives their memory on request only.
+// Tell whether this process may use the tile registers: Linux gives their memory only on request.
 inline bool have_amx() {
   static const bool granted = [] {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -21,8 +21,8 @@ inline bool have_amx() {
   return granted;
 }
 
-// While a scope stands on a thread, the thread's tiles keep their shape from product to product; the outermost scope
-// gives them back, since other code of the process may want other shapes, and tiles in use slow down task switches.
+// While a scope exists on a thread, the thread's tiles keep their shape from product to product. The outermost scope
+// gives them back: other code of the process may want other shapes, and tiles in use slow down task switches.
 class TileScope {
  public:
   TileScope() { depth++; }

@@ -1,16 +1,16 @@
-// attention: causal, grouped-query, over a static cache addressed by position.
+// attention: causal and grouped-query, over a static cache addressed by position.
 #pragma once
 #include "linear.h"
 #include "rows.h"
 
 namespace skipfast {
 
-// Slots are cut at fixed absolute positions: chunks of 64 inside segments of 512. Inside a segment a row's softmax runs
-// online from chunk to chunk; segments are then merged in order. Both cuts are part of the arithmetic of every row, so
-// computing segments on several threads (long contexts, few rows) gives the same bits as computing them one by one.
+// Slots are cut at fixed absolute positions: segments of 512, and chunks of 64 inside them. Inside a segment a row's
+// softmax runs online from chunk to chunk; segments are then merged in order. Every row is computed with the same cuts.
+// So segments on several threads (long contexts, few rows) give the same bits as segments one after the other.
 //
-// The key cache has the layout of a packed linear weight whose columns are the slots, [G, S/16, E/2, 16, 2] in bf16 and
-// [G, S/16, E, 16] in fp32, so that scores are the product of the queries with a weight: no transposing while decoding.
+// The key cache is laid out like a packed linear weight whose columns are the slots: [G, S/16, E/2, 16, 2] in bf16 and
+// [G, S/16, E, 16] in fp32. Scores are then queries times a weight, and nothing is transposed while decoding.
 constexpr int64_t CHUNK = 64;
 constexpr int64_t SEGMENT = 512;
 constexpr int64_t MAX_QUERIES = 32;               // queries (row, head) of one kv head that share a task
@@ -109,7 +109,7 @@ struct Attention {
     }
   }
 
-  // Softmax of one query over n slots of a chunk, on top of its state: scores become probabilities in place.
+  // Continue the softmax of a query over n slots of a chunk: update its state; scores become probabilities in place.
   void softmax_chunk(float* scores, int64_t n, float* state) const {
     const Vec scale = splat(1.0f / std::sqrt(float(e)));
     const int64_t end = (n + LANES - 1) / LANES * LANES;  // lanes n..end count as minus infinity
@@ -140,7 +140,7 @@ struct Attention {
     peak = new_peak;
   }
 
-  // States of queries first..last over one segment of slots, from scratch.
+  // Compute the states of queries first..last over one segment of slots, from scratch.
   void segment(int64_t g, int64_t first, int64_t last, int64_t index, float* states) const {
     static thread_local Scratch query_scratch, score_scratch;
     const int64_t count = last - first, row_tile = tile_height(count, tile_limit<T>());
@@ -200,7 +200,7 @@ struct Attention {
     }
   }
 
-  // All segments of one task, one after the other.
+  // Do all segments of a task, one after the other.
   void task(int64_t index) const {
     static thread_local Scratch scratch;
     const int64_t g = index / tiles, first = index % tiles * tile, last = std::min(first + tile, queries);
@@ -217,7 +217,7 @@ struct Attention {
     for (int64_t i = first; i < last; i++) finish(g, i, states + (i - first) * state_size());
   }
 
-  // The same with a task per segment, for long contexts and few queries.
+  // The same with a task for each segment, for long contexts and few queries.
   void run_split(int64_t segments, int64_t threads) const {
     static thread_local Scratch scratch;
     float* states = scratch.get(groups * segments * queries * state_size());

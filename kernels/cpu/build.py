@@ -1,8 +1,8 @@
-"""Build `ops.cpp` for this machine on first use and load it: the row-exact CPU ops of skipfast.
+"""Build `ops.cpp` for this machine on first use, and load it.
 
-`load()` compiles with -march=native into ~/.cache/skipfast (a few seconds, once per machine and torch version) and
+`load()` compiles with -march=native into ~/.cache/skipfast, once per machine and torch version, in a few seconds. It
 registers the namespace `torch.ops.skipfast_cpu`. Without a compiler it returns the reason in one line, and every public
-function of this package keeps to its pure-torch reference.
+function of kernels/ keeps to its pure-torch reference.
 
 Environment: SKIPFAST_NO_CPP=1 never builds or loads; SKIPFAST_MARCH replaces "native" (tests: other instruction sets);
 CXX names the compiler; XDG_CACHE_HOME moves the cache.
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).parent  # one translation unit, ops.cpp, and its headers
-BUILD_SECONDS = 15  # what a user should expect
+SOURCES = Path(__file__).parent  # of ops.cpp, the only translation unit, and its headers
+BUILD_SECONDS = 15  # that a user is told to expect
 BUILD_TIMEOUT_SECONDS = 600
 OLDEST_TORCH = (2, 10)  # ops.cpp is written against torch's stable ABI of this version
 DTYPES = (torch.bfloat16, torch.float32)
@@ -33,18 +33,20 @@ _reason: str | None = None  # why loading failed; remembered, so that a failing 
 
 
 def loaded() -> bool:
-    """Return whether the C++ ops are loaded in this process."""
+    """Tell whether the C++ ops are loaded in this process."""
     return _loaded
 
 
 def supports(tensor: torch.Tensor) -> bool:
-    """Return whether the C++ ops are loaded and take this tensor's device and dtype."""
+    """Tell whether the C++ ops are loaded and take this tensor's device and dtype."""
     return _loaded and tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
 def load(progress: Callable[[str], None] | None = None) -> str | None:
-    """Build if needed and load the C++ ops; return None on success, else the reason in one line. Never raises for a
-    machine that cannot build. `progress` gets one line before a compilation starts."""
+    """Build the C++ ops if needed, and load them. Return None on success, else the reason in one line.
+
+    Never raises for a machine that cannot build. progress: called with one line before a compilation starts.
+    """
     global _loaded, _reason
     if _loaded or _reason is not None:
         return _reason
@@ -58,11 +60,11 @@ def load(progress: Callable[[str], None] | None = None) -> str | None:
 
 
 class _Unavailable(Exception):
-    """The C++ ops cannot be had here; the message is one line for the user."""
+    """Say, in one line for the user, why the C++ ops cannot be had here."""
 
 
 def _built_library(progress: Callable[[str], None] | None) -> Path:
-    """Return the path of a library built for this source, machine, compiler and torch."""
+    """Return the path of a library built for this source, machine, compiler and torch; build it if there is none."""
     if os.environ.get("SKIPFAST_NO_CPP", "0") not in ("", "0"):
         return _fail("switched off by SKIPFAST_NO_CPP")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
@@ -86,7 +88,7 @@ def _built_library(progress: Callable[[str], None] | None) -> Path:
         ).encode()
     ).hexdigest()[:20]
     name = f"cpu_ops-{key}.so"
-    for folder in (_user_folder, _private_folder):  # the second only where the first is not writable
+    for folder in (_user_folder, _private_folder):  # the second only if the first is not writable
         try:
             target = folder() / name
             if target.is_file():
@@ -100,7 +102,7 @@ def _built_library(progress: Callable[[str], None] | None) -> Path:
 
 
 def _compile(command: list[str], temporary: Path, target: Path, progress: Callable[[str], None] | None) -> Path:
-    """Compile to a temporary name, then rename: processes that race each put a complete file in place."""
+    """Compile to a temporary name, then rename: of processes that race, each puts a complete file in place."""
     if progress:
         progress(f"building CPU kernels ({Path(command[0]).name}, about {BUILD_SECONDS} s, once)")
     started = time.monotonic()
@@ -130,7 +132,7 @@ def _find_compiler() -> list[str]:
 
 
 def _flags() -> tuple[list[str], list[str]]:
-    """Return compile and link flags. No OpenMP here: threads come from torch's own pool through its stable ABI."""
+    """Return compile and link flags. OpenMP is not among them: threads come from torch's pool, by its stable ABI."""
     root = Path(torch.__file__).parent
     march = os.environ.get("SKIPFAST_MARCH", "native")
     tuning = f"-march={march}" if platform.machine().lower() in ("x86_64", "amd64") else f"-mcpu={march}"
@@ -150,7 +152,7 @@ def _flags() -> tuple[list[str], list[str]]:
 
 
 def _cpu_flags() -> str:
-    """Return what -march=native depends on, so that a cache on a shared home does not serve another machine."""
+    """Return what -march=native depends on, so that a cache in a shared home does not serve another machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -160,7 +162,7 @@ def _cpu_flags() -> str:
 
 
 def _user_folder() -> Path:
-    """Return the user's cache folder for the library, created if needed; OSError where that cannot be."""
+    """Return the user's cache folder for the library; create it if needed. Raises OSError if that fails."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "skipfast"
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def _user_folder() -> Path:
 
 
 def _private_folder() -> Path:
-    """Return a folder under the shared /tmp that only this user can write to: code is loaded from it."""
+    """Return a folder in the shared /tmp that only this user can write to, because code is loaded from it."""
     folder = Path(tempfile.gettempdir()) / f"skipfast-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
@@ -182,7 +184,7 @@ def _fail(reason: str):
 
 
 def _register_fakes() -> None:
-    """Tell torch.compile the result's shape; all results are new contiguous tensors, only the caches are changed."""
+    """Tell torch.compile the shapes of results. All are new contiguous tensors; only the caches are changed."""
 
     @torch.library.register_fake("skipfast_cpu::linear")
     def _(x, packed, out_features):

@@ -1,13 +1,13 @@
-// exit_head: LM head, argmax, confidence and a coupled sample in one pass over the weight; logits never reach memory.
+// exit_head: LM head, argmax, confidence and a coupled sample in one pass over the weight. Logits never reach memory.
 #pragma once
 #include "linear.h"
 #include "noise.h"
 
 namespace skipfast {
 
-constexpr int64_t RUN = 8;  // blocks whose logits are reduced together; part of the arithmetic of the sums
+constexpr int64_t RUN = 8;  // blocks whose logits are reduced together; another number would change bits of the sums
 
-// What a run of columns says about one row. Merged in order of columns, so that ties go to the lowest token.
+// A row's logits reduced over a run of columns. Runs are merged in order, so that ties go to the lowest token.
 struct Partial {
   static constexpr float NONE = -std::numeric_limits<float>::infinity();
   int64_t token = 0, sample = 0;
@@ -15,7 +15,7 @@ struct Partial {
   float sum = 0.0f, weighted = 0.0f;       // over the columns: exp(z - peak), and exp(z - peak) * (z - peak)
   float noisy = NONE;                      // largest of logit / temperature + noise
 
-  static constexpr float LOWEST = -87.3f;  // below it exp is taken as exp(LOWEST)
+  static constexpr float LOWEST = -87.3f;  // below it, exp counts as exp(LOWEST)
 
   void rescale(float new_peak) {
     const float shift = std::max(peak - new_peak, LOWEST), factor = exp_scalar(shift);
@@ -34,8 +34,8 @@ struct Partial {
   }
 };
 
-// Where the answers go. tokens [rows]; stats [rows, 4] = top-1 probability, its lead over the second, entropy in nats,
-// logsumexp; samples [rows]. Null: not wanted; stats come with tokens.
+// Where the answers go: tokens [rows]; stats [rows, 4], the top-1 probability, its lead over the second, the entropy in
+// nats and the logsumexp; samples [rows]. Null: not wanted. Stats need tokens.
 struct Answers {
   int64_t* tokens;
   float* stats;
@@ -51,7 +51,7 @@ struct ExitHead {
 
   int64_t runs() const { return (linear.blocks() + RUN - 1) / RUN; }
 
-  // Of z[0..n): what logits from column `first` on say about a row. z has room for whole vectors and is used up.
+  // Reduce z[0..n), a row's logits from column `first` on. z must have room for whole vectors, and is overwritten.
   Partial reduce(float* z, int64_t n, int64_t first, int64_t row) const {
     Partial out;
     const int64_t end = (n + LANES - 1) / LANES * LANES;
@@ -65,7 +65,7 @@ struct ExitHead {
     Vec total = splat(0.0f), weighted = splat(0.0f);
     for (int64_t i = 0; i < end; i += LANES) {
       Vec shift = max(splat(Partial::LOWEST), sub(load(z + i), splat(out.peak))), e = exp(shift);
-      if (i + LANES > n) {  // columns that do not exist count nothing
+      if (i + LANES > n) {  // columns that do not exist add nothing
         float kept[LANES];
         store(kept, e);
         e = load(kept, int(n - i));
@@ -80,7 +80,7 @@ struct ExitHead {
     return out;
   }
 
-  // z[0..end) as whole vectors.
+  // Find the largest noisy score of z[0..end), whole vectors.
   void reduce_noisy(const float* z, int64_t end, int64_t first, int64_t row, Partial& out) const {
     const Noise noise(draw.seed, draw.position + row);
     const Vec temperature = splat(draw.temperature);
@@ -99,7 +99,7 @@ struct ExitHead {
       for (int64_t b = first; b < last; b += STREAMS)
         linear.whole_blocks(b, std::min(b + STREAMS, last), r, height, z + r * stride + (b - first) * BLOCK, stride);
       for (float* to = z + r * stride; to < z + (r + height) * stride; to += stride)
-        for (int64_t i = 0; i < (last - first) * BLOCK; i += LANES) {  // as the plain head rounds: one token for both
+        for (int64_t i = 0; i < (last - first) * BLOCK; i += LANES) {  // round as the plain head does: the same token
           T rounded[LANES];
           store(rounded, load(to + i)), store(to + i, load(rounded));
         }

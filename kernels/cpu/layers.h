@@ -1,12 +1,12 @@
-// layers: a run of transformer layers in one call, the same operations in the same order as model.Block one by one.
+// layers: a run of transformer layers in one call, with the operations of model.Block in the same order.
 #pragma once
 #include "attention.h"
 #include "rows.h"
 
 namespace skipfast {
 
-// The arguments of every layer, gathered once (see decoding/packed.py) so that a call carries one tensor instead of
-// nine a layer. Pointers stay valid while their owner keeps the tensors.
+// The arguments of every layer, gathered once (see decoding/packed.py), so that a call carries one tensor instead of
+// eight for each layer. Pointers stay valid while their owner keeps the tensors.
 struct LayerTable {
   struct Layer {
     const void* attention_norm;
@@ -65,7 +65,7 @@ struct LayerRun {
     add_to(hidden, normed, rows * d);
   }
 
-  // skips(2 * layer) and skips(2 * layer + 1) tell whether its attention and its MLP are left out.
+  // Run layers start..stop-1. skips(2 * layer): its attention is left out; skips(2 * layer + 1): its MLP is.
   template <typename F>
   void run(int64_t start, int64_t stop, const F& skips) const {
     static thread_local Scratch scratch_positions;

@@ -1,4 +1,4 @@
-// linear: rows times a packed weight. Every element of the result is one sum in order of k, whatever is tiled how.
+// linear: multiply rows by a packed weight. Every element of the result is one sum in order of k, however it is tiled.
 #pragma once
 #include <array>
 #include <utility>
@@ -10,7 +10,7 @@
 
 namespace skipfast {
 
-// What the micro-kernel reads for x: pairs of bf16 where an instruction multiplies them, else fp32.
+// What a micro-kernel reads of x: pairs of bf16 if there is an instruction that multiplies them, else fp32.
 #if defined(SKIPFAST_AVX512) && defined(__AVX512BF16__)
 #define SKIPFAST_BF16_DOT
 constexpr bool BF16_DOT = true;
@@ -22,7 +22,7 @@ using Word = std::conditional_t<BF16_DOT && std::is_same_v<T, bf16>, uint32_t, f
 template <typename T>
 constexpr int64_t PER_WORD = BF16_DOT && std::is_same_v<T, bf16> ? 2 : 1;
 
-// Rows per tile, and rows up to which a tile takes all 32 columns at once: bound by accumulators in registers.
+// Most rows of a tile, and most rows with which a tile takes all 32 columns at once: as many as registers hold sums of.
 constexpr int AMX_TILE = 16, AMX_FEATURES = 32;
 #if defined(SKIPFAST_AVX512)
 constexpr int VECTOR_TILE = 12;  // 24 of 32 registers
@@ -39,13 +39,13 @@ inline bool use_amx() { return std::is_same_v<T, bf16> && have_amx(); }
 template <typename T>
 inline int64_t tile_limit() { return use_amx<T>() ? AMX_TILE : VECTOR_TILE; }
 
-// A tile of x lies interleaved. For vectors, word i of all rows side by side: rows a power of two apart would fight for
-// cache sets. For AMX, 32 features of all rows side by side, and k is rounded up with zeros.
+// The rows of a tile of x are interleaved. For vector instructions, word i of all rows lies side by side, because rows
+// a power of two apart would compete for cache sets. For AMX, 32 features of all rows do, and zeros round k up.
 template <typename T>
 inline int64_t interleaved_features(int64_t k) {
   return use_amx<T>() ? (k + AMX_FEATURES - 1) / AMX_FEATURES * AMX_FEATURES : k;
 }
-// Write row m of a tile of `height` rows; k is even for bf16.
+// Write row m of a tile of `height` rows. k is even for bf16.
 template <typename T>
 inline void interleave_row(const T* row, int64_t k, int64_t m, int64_t height, Word<T>* tile) {
   if constexpr (PER_WORD<T> == 1) {
@@ -86,8 +86,8 @@ struct Sums {
   }
 };
 
-// acc[m][0..16 V) (+)= row m of x over k features * w, V strips that lie `apart` elements apart. `first` starts from
-// zero. k is even for bf16.
+// acc[m][0..16 V) (+)= row m of x, over k features, * V strips of w, which lie `apart` elements apart. `first`: start
+// from zero instead of adding. k is even for bf16.
 template <int M, int V>
 void multiply_strips(const float* w, int64_t apart, const float* x, int64_t k, float* acc, int64_t stride, bool first) {
   Sums<M, V> sums;
@@ -143,7 +143,7 @@ void multiply_strips(const bf16* w, int64_t apart, const float* x, int64_t k, fl
 }
 #endif
 
-// acc[m][0..32) (+)= row m of x * one block, its strips one after the other where the registers do not hold both.
+// acc[m][0..32) (+)= row m of x * one block, strip after strip if registers cannot hold the sums of both.
 template <typename T, int M>
 void multiply_tile(const T* w, int64_t apart, const Word<T>* x, int64_t k, float* acc, int64_t stride, bool first) {
   if constexpr (M <= WIDE_TILE<T>) {
@@ -157,7 +157,7 @@ void multiply_tile(const T* w, int64_t apart, const Word<T>* x, int64_t k, float
 #if defined(SKIPFAST_AMX)
 template <int M>
 void multiply_amx(const bf16* w, int64_t apart, const uint32_t* x, int64_t k, float* acc, int64_t stride, bool first) {
-  auto memory_barrier = [] { __asm__ volatile("" ::: "memory"); };  // the compiler does not see what tiles load and store
+  auto memory_barrier = [] { __asm__ volatile("" ::: "memory"); };  // compilers do not see what tiles load and store
   TileScope::shape(M);
   memory_barrier();
   if (first) {
@@ -200,7 +200,7 @@ inline void multiply_block(const T* w, int64_t apart, const Word<T>* x, int64_t 
   if constexpr (!AMX) multiply_tile<T, M>(w, apart, x, k, acc, stride, first);
 }
 
-// The same with a scale for every `group` features; they begin each group of `scales`. k is a multiple of `group`.
+// The same with a scale for every `group` features; the scales stand first in each group. k is a multiple of `group`.
 template <typename T, int M, bool AMX>
 void multiply_groups(const T* w, int64_t apart, const Word<T>* x, int64_t k, float* acc, int64_t stride, bool first,
                      int64_t group, const uint8_t* scales) {
@@ -229,7 +229,7 @@ template <typename T, bool AMX, size_t... M>
 constexpr std::array<Tile<T>, sizeof...(M)> tile_table(std::index_sequence<M...>) {
   return {Tile<T>{multiply_block<T, int(M) + 1, AMX>, multiply_groups<T, int(M) + 1, AMX>}...};
 }
-// The micro-kernels for a number of rows in 1..tile_limit.
+// Return the micro-kernels for a number of rows in 1..tile_limit.
 template <typename T>
 inline const Tile<T>& tile_of(int64_t rows) {
 #if defined(SKIPFAST_AMX)
@@ -241,17 +241,17 @@ inline const Tile<T>& tile_of(int64_t rows) {
   static constexpr auto table = tile_table<T, false>(std::make_index_sequence<VECTOR_TILE>{});
   return table[rows - 1];
 }
-// Rows per tile. With many registers tiles of equal height are best (13 rows are 7 + 6, not 12 + 1); with few, 4 rows
-// take as long as 6, for want of independent sums, so 8 rows are 6 + 2.
+// Return the rows per tile. With many registers tiles of equal height are best: 13 rows are 7 + 6, not 12 + 1. With few
+// registers 4 rows take as long as 6, because there are too few independent sums: 8 rows are 6 + 2.
 inline int64_t tile_height(int64_t rows, int64_t limit) {
   if (limit < 12) return std::min(rows, limit);
   int64_t tiles = (rows + limit - 1) / limit;
   return (rows + tiles - 1) / tiles;
 }
 
-constexpr int64_t GROUP = 4;            // column blocks that share a pass over x when there are many rows
-constexpr int64_t PANEL_TILES = 8;      // row tiles whose partial sums are held at once
-constexpr int64_t CHUNK_BYTES = 1024;   // of k per pass: 4 blocks of weight stay in the second-level cache
+constexpr int64_t GROUP = 4;           // column blocks that share a pass over x if there are many rows
+constexpr int64_t PANEL_TILES = 8;     // row tiles whose partial sums are held at once
+constexpr int64_t CHUNK_BYTES = 1024;  // of a row of x per pass: so 4 blocks of weight stay in the second-level cache
 constexpr int64_t EXPANDED = 128;      // features of a quantised block expanded at once for few rows: whole groups
 constexpr int64_t LINEAR_BYTES_PER_THREAD = 256 << 10;
 
@@ -272,18 +272,18 @@ struct Linear {
   const Word<T>* words;  // x, tile after tile, each interleaved
 
   int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
-  // The tile of `height` rows that starts at row r, from feature k0 on.
+  // Return the tile of `height` rows that starts at row r, from feature k0 on.
   const Word<T>* words_at(int64_t r, int64_t height, int64_t k0 = 0) const {
     return words + (r * interleaved_features<T>(k) + k0 * height) / PER_WORD<T>;
   }
 
-  // Features of a block as micro-kernels read them, strips `apart` elements apart.
+  // Features of a block as micro-kernels read them: its strips lie `apart` elements apart.
   struct Piece {
     int64_t block, first, features;
     const T* w;
     int64_t apart;
   };
-  // room: [features * BLOCK], for what has to be expanded.
+  // Return a piece of a block. room: [features * BLOCK], for one that must be expanded.
   Piece piece(int64_t block, int64_t first, int64_t features, T* room) const {
     if (w.format == Format::PLAIN)
       return {block, first, features, (const T*)w.data + block * k * BLOCK + first * STRIP, k * STRIP};
@@ -291,7 +291,7 @@ struct Linear {
     else expand_int4(w.int4_group(block, k, first), features, w.group, room);
     return {block, first, features, room, features * STRIP};
   }
-  // acc (+)= `height` rows from row r on, times a piece. Pieces of a block come in order.
+  // acc (+)= `height` rows from row r on * a piece. The pieces of a block must come in order.
   void multiply(const Piece& p, int64_t r, int64_t height, float* acc, int64_t stride) const {
     const Tile<T>& kernels = tile_of<T>(height);
     const Word<T>* rows_of_x = words_at(r, height, p.first);
@@ -300,7 +300,7 @@ struct Linear {
     kernels.multiply_groups(p.w, p.apart, rows_of_x, p.features, acc, stride, p.first == 0, w.group,
                             w.int4_group(p.block, k, p.first));
   }
-  // What the sums of a row still lack.
+  // Multiply the sums of a row by the scales that int8 columns have.
   void finish(float* acc, int64_t block) const {
     if (w.format != Format::INT8) return;
     const float* scales = (const float*)(w.int8_block(block, k) + k * BLOCK);
@@ -309,7 +309,7 @@ struct Linear {
 
   bool streams() const { return use_amx<T>() && rows <= stream_rows_limit(w.format); }
 
-  // acc[m][32 (block - first)..) = a tile of rows times blocks first..last-1, which stream past once.
+  // acc[m][32 (block - first)..) = a tile of rows * blocks first..last-1, each of which is read once.
   void whole_blocks(int64_t first, int64_t last, int64_t r, int64_t height, float* acc, int64_t stride) const {
     const FlushDenormals scope(w.format != Format::PLAIN);
     if (streams()) stream_blocks(w, first, last, k, (const float*)words, height, acc, stride);
@@ -321,7 +321,7 @@ struct Linear {
     for (int64_t b = first; b < last; b++)
       for (int64_t m = 0; m < height; m++) finish(acc + m * stride + (b - first) * BLOCK, b);
   }
-  // Blocks that a task for few rows takes.
+  // Blocks of a task for few rows.
   int64_t blocks_per_task() const { return w.format == Format::PLAIN ? 1 : STREAMS; }
 
   // Few rows: one tile.
@@ -335,7 +335,7 @@ struct Linear {
         store_block(acc + m * stride + (b - first) * BLOCK, y + m * n + b * BLOCK, n - b * BLOCK);
   }
 
-  // Many rows: a group of blocks, k in chunks, so that weight and x are reused from the near caches. Same sums.
+  // Many rows: a group of blocks, with k in chunks, so that weight and x are reused from near caches. Same sums.
   void many_rows(int64_t group) const {
     static thread_local Scratch scratch, scratch_room;
     const FlushDenormals scope(w.format != Format::PLAIN);

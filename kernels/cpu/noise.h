@@ -1,17 +1,17 @@
-// noise: the Gumbel noise of kernels/noise.py, its hash bit for bit, its logarithms to the last bits.
+// noise: the Gumbel noise of kernels/noise.py. Its hash is the same to the bit, its logarithms but for the last bits.
 #pragma once
 #include "vec.h"
 
 namespace skipfast {
 
-// What a coupled sample needs besides logits; rows choose for position, position + 1, …
+// What a coupled sample depends on besides logits. Rows choose the tokens of position, position + 1, …
 struct Draw {
   float temperature = 0.0f;
   uint64_t seed = 0;
   int64_t position = 0;
 };
 
-// mix32 of one integer or of 16.
+// Hash one integer, or 16, as mix32 does.
 template <typename X>
 inline X mixed(X x) {
   x = x ^ (x >> 16);
@@ -29,7 +29,7 @@ class Noise {
     first = mixed(key + uint32_t(position) * 0x9E3779B9u);
     second = mixed(first ^ 0x85EBCA6Bu);
   }
-  // Of the tokens id .. id + 15.
+  // The noise of tokens id .. id + 15.
   Vec at(int64_t id) const {
     const Bits ids = counting() + uint32_t(id), bits = mixed(mixed(ids ^ first) + second);
     const Vec uniform = mul(add(to_floats(bits >> 9), splat(0.5f)), splat(0x1p-23f));  // exact

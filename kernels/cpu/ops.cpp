@@ -1,16 +1,15 @@
-// CPU ops of skipfast: linear, norms, attention, whole layers and the exit head, whose rows do not depend on the rows
-// beside them.
+// The CPU ops of skipfast: linear, norms, attention, whole layers, the exit head and whole rounds of decoding.
 //
-// The rule that makes speculative decoding exact here: the arithmetic of one output element is one fixed sequence of
-// operations, the same for every number of rows, every number of threads and every cache length. Tiling may choose only
-// WHICH elements are computed together, never the order in which one element sums. Partial sums that travel through
-// memory stay fp32, so spilling them is exact too. The build switches floating-point contraction off: what fuses, fuses
-// by name.
+// One rule makes speculative decoding exact here: an output element is one fixed sequence of operations, the same for
+// every number of rows, threads and cache slots. Tiling chooses WHICH elements are computed together, never the order
+// in which one of them sums. Partial sums stay fp32 in memory, so storing them is exact. The build switches
+// floating-point contraction off: products and sums fuse only where the source says fma.
 //
 // How a call gets here: kernels/linear.py etc. -> torch.ops.skipfast_cpu.* -> the functions of this file, which check
-// and dispatch -> the header of the same name, which computes. Read vec.h, threads.h, linear.h, then the others.
-// Written against torch's stable ABI (2.10), whose headers compile in seconds; threads come from torch's own pool, so
-// that torch.set_num_threads governs them and no second OpenMP runtime is loaded.
+// and dispatch -> the header of the same name, which computes. Read vec.h, threads.h and linear.h first.
+//
+// It uses torch's stable ABI (2.10), whose headers compile in seconds. Threads come from torch's own pool, so that
+// torch.set_num_threads governs them and no second OpenMP runtime is loaded.
 //
 // Shapes: K in features, N out features, T rows, H query heads, G kv heads, E head dim, S cache slots.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
@@ -61,7 +60,7 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-// One like x, with another last dimension.
+// A new tensor like x, with another last dimension.
 Tensor new_result(const Tensor& x, int64_t last_size) {
   const auto like = x.sizes();
   std::vector<int64_t> sizes(like.begin(), like.end());
@@ -72,10 +71,10 @@ Tensor new_result(const Tensor& x, int64_t last_size) {
 template <typename T>
 inline T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
 
-// A packed weight as the kernels take it, and its shape.
+// A packed weight as the kernels take it, with its shape.
 struct CheckedWeight {
   Weight weight;
-  int64_t features, columns;  // columns with padding
+  int64_t features, columns;  // columns count the padding
 
   bool fits(int64_t k, int64_t n) const { return features == k && n <= columns && n > columns - BLOCK; }
 };
@@ -253,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor 
 // ---------------------------------------------------------------------------------------------------------------------
 // layers
 // ---------------------------------------------------------------------------------------------------------------------
-// Check the tensors of every layer (decoding.packed.TENSORS each, one after the other) and write down where they are.
+// Check the tensors of every layer (those of decoding.packed.TENSORS, layer after layer) and note where they are.
 Tensor layer_table(std::vector<Tensor> tensors, Tensor cos, Tensor sin, int64_t heads, double eps) {
   constexpr int64_t each = 8;
   const char* op = "layer_table";
@@ -292,7 +291,7 @@ Tensor layer_table(std::vector<Tensor> tensors, Tensor cos, Tensor sin, int64_t 
   return result;
 }
 
-constexpr int64_t TEAM_BYTES = 256 << 10;  // of weights per thread that is worth waking
+constexpr int64_t TEAM_BYTES = 256 << 10;  // of weights, for which a thread is worth waking
 
 const LayerTable& table_of(const char* op, const Tensor& tensor) {
   STD_TORCH_CHECK(dtype_of(tensor) == aoti_torch_dtype_int64() && tensor.numel() > LayerTable::words(0), op,

@@ -1,4 +1,4 @@
-// Arithmetic of single rows between the matrix products: rms_norm, swiglu, rotary embedding, addition.
+// rows: arithmetic between the matrix products, row by row: rms_norm, swiglu, rotary embedding, addition.
 #pragma once
 #include "threads.h"
 
@@ -45,7 +45,7 @@ void swiglu_row(const T* gate, T* y, int64_t f) {
   if (rest) store(y + i, silu_times<T>(load(gate + i, rest), load(up + i, rest)), rest);
 }
 
-// Rotate `heads` vectors of size e in place, halves paired: x * cos + (-second, first) * sin in fp32, no fusing.
+// Rotate `heads` vectors of size e in place, halves paired: x * cos + (-second, first) * sin in fp32, without fusing.
 template <typename T>
 void rope_row(T* x, const float* cos, const float* sin, int64_t heads, int64_t e) {
   const int64_t half = e / 2;

@@ -1,20 +1,20 @@
-// stream: a few rows times quantised blocks without tiles, with the bits that tiles give.
+// stream: multiply a few rows by quantised blocks without AMX tiles, but with the bits that tiles give.
 //
-// A tile's product is waited for, and its operands must be written to memory first: for few rows that takes longer than
-// the weights take to arrive. The instruction is documented as a fixed sequence of fused multiply-adds in fp32, with
-// denormal numbers taken as zero: of 32 features the even and the odd ones are summed apart, in order, then both sums
-// are added to the result. The same sequence runs here, on values that never leave the registers.
+// A tile's operands must be written to memory, and its product must be waited for. For few rows that takes longer than
+// the weights take to arrive. The tile instruction is documented as a fixed sequence of fused multiply-adds in fp32: of
+// 32 features the even and the odd ones are summed apart, in order; both sums are then added to the result. Denormal
+// numbers count as zero. Here that sequence runs on values that never leave the registers.
 #pragma once
 #include "amx.h"
 #include "weight.h"
 
 namespace skipfast {
 
-constexpr int64_t STREAMS = 4;  // blocks that stream side by side: one run of memory alone is not fetched fast enough
+constexpr int64_t STREAMS = 4;  // blocks that are read side by side: one run of memory is not fetched fast enough
 inline int64_t stream_rows_limit(Format format) { return format == Format::INT8 ? 4 : format == Format::INT4 ? 2 : 0; }
 
 #if defined(SKIPFAST_AMX)
-// While it stands, vector instructions take and give zero for denormal numbers, as tiles always do.
+// While it exists, vector instructions read and write zero for denormal numbers, as tiles always do.
 class FlushDenormals {
  public:
   explicit FlushDenormals(bool wanted) : before(_mm_getcsr()) {
@@ -27,7 +27,7 @@ class FlushDenormals {
   const unsigned before;
 };
 
-// Sums of M rows and two strips over up to 32 features, as one tile product makes them.
+// Sums of M rows and two strips over up to 32 features, in the order of one tile product.
 template <int M>
 struct TileSums {
   Vec even[M][2], odd[M][2];
@@ -36,7 +36,7 @@ struct TileSums {
     UNROLL
     for (int m = 0; m < M; m++) even[m][0] = even[m][1] = odd[m][0] = odd[m][1] = splat(0.0f);
   }
-  // x: the feature in M rows `k` apart.
+  // x: points at a feature of the first of M rows, which are `k` apart.
   static void add_product(Vec (&to)[M][2], int v, Vec weight, const float* x, int64_t k) {
     UNROLL
     for (int m = 0; m < M; m++) to[m][v] = fma(weight, splat(x[m * k]), to[m][v]);
@@ -67,7 +67,7 @@ void stream_int8(const int8_t* from, int64_t features, const float* x, int64_t k
   }
 }
 
-// The same with a group of an INT4 block.
+// The same for a group of an INT4 block.
 template <int M>
 void stream_int4(const uint8_t* from, int64_t group, const float* x, int64_t k, float* acc, int64_t stride,
                  bool first) {
@@ -86,7 +86,7 @@ void stream_int4(const uint8_t* from, int64_t group, const float* x, int64_t k, 
       for (int v = 0; v < 2; v++) {
         const __m512i word = _mm512_loadu_si512(from + v * 2 * BLOCK);
         UNROLL
-        for (int j = 0; j < 4; j++) {  // the look-up heeds the low 4 bits
+        for (int j = 0; j < 4; j++) {  // the look-up reads only the low 4 bits
           const Vec even{_mm512_permutexvar_ps(_mm512_srli_epi32(word, 4 * j), values)};
           const Vec odd{_mm512_permutexvar_ps(_mm512_srli_epi32(word, 4 * j + 16), values)};
           sums.add_product(sums.even, v, even, x + i + 2 * j, k);

@@ -1,9 +1,10 @@
-// Threads: a team that stays together for a whole pass through the layers, and scratch memory.
+// threads: a team that stays together for a whole pass through the layers, and scratch memory.
 //
-// Opening and closing an OpenMP region costs a few microseconds; a layer has five parallel stages of a few tens. So one
-// region is opened per op, its first thread (the leader) runs the op's program, and wherever the program has independent
-// tasks the others (the helpers) take some. Nobody waits for a thread to arrive: a stage is over when its tasks are
-// done, whoever did them. A helper that the system has taken away costs its share, not a deadlock.
+// Opening and closing an OpenMP region costs a few microseconds. A layer has five parallel stages, each of which takes
+// only a few tens. So one region is opened per op. Its first thread (the leader) runs the op's program; wherever the
+// program has independent tasks, the other threads (the helpers) take some. A stage is over when its tasks are done,
+// whoever did them, so nobody waits for a thread to arrive. A helper that the system has suspended costs its share, not
+// a deadlock.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -21,7 +22,7 @@ inline void relax() {
 #endif
 }
 
-// Wait for a condition: spin for some tens of microseconds, then let others use the core between looks.
+// Wait for a condition: look for some tens of microseconds, then let others use the core between looks.
 template <typename F>
 inline void wait_until(const F& condition) {
   for (int looks = 0; !condition(); looks++)
@@ -35,7 +36,7 @@ class Team {
   const int64_t size;
   static inline thread_local Team* current = nullptr;  // set on the leader only
 
-  // Leader: have task(i) called once for every i in [0, count); returns when all are done.
+  // For the leader: have task(i) called once for every i in [0, count); return when all are done.
   template <typename F>
   void run(int64_t count, const F& task) {
     task_ = &task, count_ = count;
@@ -55,7 +56,7 @@ class Team {
 
  private:
   // Take one task, if any is left. Stage and tasks left are one word, so a late helper cannot take a task of another
-  // stage; once it has one, the leader waits for it, and the fields above stay as they are.
+  // stage. Once it has a task, the leader waits for it, so the fields of the stage stay as they are.
   bool work() {
     uint64_t seen = open_.load(std::memory_order_acquire);
     do {
@@ -82,7 +83,7 @@ inline void with_team(int64_t size, const F& program) {
   Team team(size);
   torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t) {
     if (begin) return team.help();
-    struct Leader {  // also when the program throws, the helpers must go home
+    struct Leader {  // its destructor sends the helpers home even if the program throws
       Team& team;
       explicit Leader(Team& team) : team(team) { Team::current = &team; }
       ~Leader() { Team::current = nullptr, team.end(); }
@@ -92,15 +93,16 @@ inline void with_team(int64_t size, const F& program) {
   });
 }
 
-// Threads worth using for an amount of work. A team is awake already; without one, waking costs. Never changes a bit.
+// Return how many threads are worth using for an amount of work. A team is awake already; otherwise waking one costs.
+// The number never changes a bit of the result.
 inline int64_t threads_for(int64_t work, int64_t work_per_thread) {
   if (Team::current) return work < work_per_thread / 8 ? 1 : Team::current->size;
   if (work < 2 * work_per_thread) return 1;
   return std::min<int64_t>(torch::stable::get_num_threads(), work / work_per_thread);
 }
 
-// Call task(i) for i in [0, tasks) on up to `threads` threads, handed out one by one: a thread that the system takes
-// away for a moment does not hold up the others' share.
+// Call task(i) for i in [0, tasks) on up to `threads` threads. Tasks are handed out one by one, so that other threads
+// take over the share of a thread that the system suspends for a moment.
 template <typename F>
 inline void for_each_task(int64_t tasks, int64_t threads, const F& task) {
   threads = std::min(threads, tasks);
@@ -111,7 +113,7 @@ inline void for_each_task(int64_t tasks, int64_t threads, const F& task) {
   }
 }
 
-// Grow-only scratch, one per thread and use; 64-byte aligned, contents undefined.
+// Scratch memory that only grows, one for each thread and use; 64-byte aligned, contents undefined.
 struct Scratch {
   std::unique_ptr<float[]> memory;
   int64_t size = 0;

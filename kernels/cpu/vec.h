@@ -1,4 +1,4 @@
-// Vec: 16 floats, and bf16 <-> fp32. On AVX-512 one register, on AVX2 two halves, elsewhere a loop. Bits: 16 integers.
+// vec: Vec, 16 floats: on AVX-512 one register, on AVX2 two halves, elsewhere a loop. Bits, 16 integers. bf16 <-> fp32.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ inline bf16 narrow<bf16>(float value) {  // to nearest even
 
 constexpr int LANES = 16;
 
-// 16 unsigned integers with the usual operators; the compiler knows which instructions there are.
+// 16 unsigned integers with the usual operators; the compiler chooses the instructions.
 using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
 inline Bits counting() { return Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
@@ -216,7 +216,7 @@ inline void store(T* p, Vec a, int n) {
   store(full, a);
   std::memcpy(p, full, n * sizeof(T));
 }
-// Sum or maximum of the lanes, always halved in the same tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+// Sum or maximum of the lanes, always halved in the same order: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 #if defined(SKIPFAST_AVX512) || defined(SKIPFAST_AVX2)
 #define HALVE(op4, op1)                                                           \
   __m128 quarter = op4(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)); \
@@ -244,7 +244,7 @@ inline float max_lanes(Vec a) {
 }
 #endif
 
-// exp to about 1e-7 relative on [-87.3, 88.3], clamped outside (so exp(-inf) is 1e-38: callers mask what must be zero).
+// exp to about 1e-7 relative on [-87.3, 88.3], clamped outside. So exp(-inf) is 1e-38: callers mask what must be zero.
 inline Vec exp(Vec x) {
   x = min(splat(88.3f), max(splat(-87.3f), x));
   Vec n = nearest(mul(x, splat(1.44269504f)));
@@ -284,7 +284,7 @@ inline Vec to_floats(Bits a) {  // of signed integers
   return out;
 }
 
-// The largest of many floats and where it was first. They come 16 at a time; a NaN is never the largest.
+// Find the largest of many floats, which come 16 at a time, and its first place. A NaN is never the largest.
 class Largest {
  public:
   void see(Vec some, int64_t first) {
@@ -307,7 +307,7 @@ class Largest {
   Bits place = Bits{};
 };
 
-// log to about 1e-7 relative, near 1 too, of positive normal numbers; of others anything. The polynomial is Cephes'.
+// log of positive normal numbers to about 1e-7 relative, also near 1; undefined for others. Polynomial of Cephes.
 inline Vec log(Vec x) {
   constexpr uint32_t ONE = 0x3f800000, ROOT_OF_HALF = 0x3f3504f3;
   const Bits bits = bits_of(x) + (ONE - ROOT_OF_HALF);

@@ -1,18 +1,18 @@
-// weight: what a linear multiplies by, and how a piece of a quantised one becomes what a micro-kernel reads.
+// weight: the layouts of packed weights, and the expansion of quantised ones for the micro-kernels.
 //
-// Quantised values are small integers, exact in bf16 and fp32, so a piece of a weight is expanded to the plain packed
-// form and multiplied by the same instructions as a plain weight. Scales are applied to fp32 sums: that of an int8 row
-// to the whole sum, that of an int4 group to the sum over the group, group after group. Activations are never rounded.
+// Quantised values are small integers, exact in bf16 and fp32. So a piece of a weight is expanded to the plain packed
+// form and multiplied by the same instructions as a plain weight. Scales multiply fp32 sums: the scale of an int8 row
+// the whole sum, the scale of an int4 group the sum over that group, group after group. Activations are never rounded.
 #pragma once
 #include "vec.h"
 
 namespace skipfast {
 
-constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels/linear.py: a cache line for every k
+constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels/linear.py: a cache line for each k
 constexpr int BLOCK = 32;  // columns computed together: two strips
-constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight stream: the next page, at which hardware stops
+constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight: into the next page, where hardware stops
 
-// Loops over the rows of a tile must be unrolled early, else the accumulators live in memory (a factor of two).
+// Loops over the rows of a tile must be unrolled early, else their sums live in memory, which takes twice as long.
 #define UNROLL _Pragma("GCC unroll 16")
 
 inline void prefetch_ahead(const void* p) { prefetch((const char*)p + PREFETCH_BYTES); }
@@ -24,7 +24,7 @@ enum class Format : int64_t { PLAIN, INT8, INT4 };
 //   INT8   [N/32, K + 4, 32] bytes: for each block of 32 columns the features, then 32 fp32 scales
 //   INT4   [N/32, K/group, 64 + 16 group] bytes: for each group of a block 32 bf16 scales, then its features, 8 of a
 //          strip in 64 bytes: of column c, feature 2 j + h is in nibble j of 16-bit word 2 c + h, as value + 8
-// Scales lie in the stream, so that a block is one run of memory.
+// Scales lie among the values, so that a block is one run of memory.
 struct Weight {
   const void* data;
   Format format;
@@ -35,7 +35,7 @@ struct Weight {
   const int8_t* int8_block(int64_t block, int64_t k) const {
     return (const int8_t*)data + block * (k * BLOCK + INT8_TAIL);
   }
-  const uint8_t* int4_group(int64_t block, int64_t k, int64_t first) const {  // the one of feature `first`
+  const uint8_t* int4_group(int64_t block, int64_t k, int64_t first) const {  // the group of feature `first`
     return (const uint8_t*)data + (block * k + first) / group * group_bytes();
   }
 };
@@ -50,7 +50,7 @@ inline void store_features(bf16* to, Vec first, Vec second) {  // a line of pair
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
-// to[strip][k * 16] = k features of an INT8 block; k is even.
+// Expand k features of an INT8 block to to[strip][k * 16]; k is even.
 template <typename T>
 inline void expand_int8(const int8_t* from, int64_t k, T* to) {
   for (int64_t i = 0; i < k; i += 2, from += 2 * BLOCK, to += 2 * STRIP) {
@@ -61,7 +61,7 @@ inline void expand_int8(const int8_t* from, int64_t k, T* to) {
   }
 }
 
-// The 8 features in 64 bytes of an INT4 strip.
+// Expand the 8 features in 64 bytes of an INT4 strip.
 template <typename T>
 inline void expand_nibbles(const uint8_t* from, T* to) {
   Bits word;
@@ -75,7 +75,7 @@ inline void expand_nibbles(const uint8_t* from, T* to) {
 }
 #if defined(SKIPFAST_AVX512)
 template <>
-inline void expand_nibbles(const uint8_t* from, bf16* to) {  // by a table; it repeats itself, as 5 bits choose from it
+inline void expand_nibbles(const uint8_t* from, bf16* to) {  // the table holds 16 values twice: 5 bits choose from it
   alignas(64) static constexpr uint16_t VALUES[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0,
       0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
@@ -87,7 +87,7 @@ inline void expand_nibbles(const uint8_t* from, bf16* to) {  // by a table; it r
 }
 #endif
 
-// to[strip][k * 16] = k features of an INT4 block: whole groups.
+// Expand k features of an INT4 block, whole groups, to to[strip][k * 16].
 template <typename T>
 inline void expand_int4(const uint8_t* from, int64_t k, int64_t group, T* to) {
   for (int64_t g = 0; g < k; g += group) {

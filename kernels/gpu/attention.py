@@ -1,13 +1,17 @@
-"""Decode attention on a GPU: 1..16 query rows over a static KV cache addressed by position, grouped queries included.
+"""Decode attention on a GPU: 1..16 rows over a static KV cache addressed by position, with grouped queries.
 
-The cache is cut into segments at fixed multiples of SEGMENT slots. A program takes 16 of the rows x heads that share a
-kv head and every n-th segment: it writes the call's keys and values that fall into the segment, then reduces the
-segment with an online softmax and leaves (maximum, sum, weighted values) per row in a workspace. A second kernel merges
-the segments of each row in order. Grid and workspace are sized by the cache, which a CUDA graph may record; the work is
-sized by the positions, which it reads on the device.
+The cache is cut into segments at multiples of SEGMENT slots. A program takes 16 of the rows x heads that share a kv
+head, and every n-th segment. For each segment it
 
-A row's bits depend neither on the other rows and their positions nor on the length of the cache: cuts and tiles are
-absolute, and a tile of which a row sees nothing multiplies its state by exactly 1 and adds exactly 0.
+1. writes the call's keys and values that belong there,
+2. reduces the segment with an online softmax,
+3. leaves (maximum, sum, weighted values) of each row in a workspace.
+
+A second kernel merges the segments of each row in order. Grid and workspace depend on the length of the cache only, so
+a CUDA graph can record them. How much work is done depends on the positions, which are read on the device.
+
+A row's bits depend neither on the other rows and their positions nor on the length of the cache: segments and tiles are
+cut at absolute slots, and a tile of which a row sees nothing multiplies its state by exactly 1 and adds exactly 0.
 """
 
 import math
@@ -20,21 +24,21 @@ from torch import Tensor
 from kernels.gpu.build import HEAD_DIM, ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, rounded_to_bf16
 
-SEGMENT = 128  # slots: small, so that short contexts spread over the multiprocessors too
-PROGRAMS = 528  # about, of a long cache: 4 per multiprocessor of an H100; those without a live segment cost little
+SEGMENT = 128  # slots: so few that a short context occupies many multiprocessors, too
+PROGRAMS = 528  # about, for a long cache: 4 per multiprocessor of an H100; those without a live segment cost little
 MERGE = Tile(n=64, k=32, warps=2, stages=1)  # segments and features per step of a merging program
 LOWEST = tl.constexpr(-1.0e30)  # below every score; exp2(LOWEST - LOWEST) is 1 where that of -inf - -inf is NaN
 
 
 @triton.jit
 def load_positions(positions, row, live):
-    """int32 positions, -1 for padding and for rows that are not live."""
+    """Load int32 positions: -1 for padding and for rows that are not live."""
     return tl.maximum(tl.load(positions + row, mask=live, other=-1), -1).to(tl.int32)
 
 
 @triton.jit
 def write_slots(source, row_stride, cache, positions, chosen, features, E: tl.constexpr):
-    """Copy the chosen rows of `source`, which starts at one kv head, to their slots of that head's cache."""
+    """Copy the chosen rows of `source`, which starts at a kv head, to their slots in the cache of that head."""
     cells = chosen[:, None] & (features < E)[None, :]
     rows = tl.load(source + tl.arange(0, chosen.shape[0])[:, None] * row_stride + features[None, :], mask=cells)
     tl.store(cache + positions[:, None] * E + features[None, :], rows, mask=cells)
@@ -42,7 +46,7 @@ def write_slots(source, row_stride, cache, positions, chosen, features, E: tl.co
 
 @triton.jit
 def product(a, b, sums, UPCAST: tl.constexpr):
-    """sums + a @ b on tensor cores, in fp32 where the interpreter cannot do bf16."""
+    """Return sums + a @ b: on tensor cores, or in fp32 under the interpreter, which cannot do bf16."""
     if UPCAST:
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     else:
@@ -50,7 +54,7 @@ def product(a, b, sums, UPCAST: tl.constexpr):
     return sums
 
 
-# One binary for all row counts, cache lengths and slices of the positions: nothing of them is specialised on.
+# Not specialised: one binary serves all numbers of rows, cache lengths and slices of the positions.
 @triton.jit(do_not_specialize=["positions", "rows", "slots"])
 def attend_segments(
     q,
@@ -75,7 +79,10 @@ def attend_segments(
     ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (blocks of ROWS rows x heads, kv heads, programs). outs: [T, H, segments, E]. stats: [2, T, H, segments]."""
+    """Reduce the segments of this program. Grid: (blocks of ROWS rows x heads, kv heads, programs).
+
+    outs: [T, H, segments, E], weighted values. stats: [2, T, H, segments], maximum and sum.
+    """
     group = tl.program_id(1)
     features = tl.arange(0, BLOCK_E)
     call_row = tl.arange(0, ROWS)
@@ -96,7 +103,7 @@ def attend_segments(
     heads = tl.num_programs(1) * RATIO
     for segment in range(tl.program_id(2), (last + SEGMENT) // SEGMENT, tl.num_programs(2)):
         first = segment * SEGMENT
-        # Blocks that share a segment all write its new slots, the same bytes, and each waits only for itself.
+        # Every block that shares the segment writes its new slots, the same bytes, so each waits only for itself.
         fresh = (new >= first) & (new < first + SEGMENT)
         if tl.max(fresh.to(tl.int32), axis=0) > 0:
             write_slots(k + group * E, k_stride, k_head, new, fresh, features, E)
@@ -107,7 +114,7 @@ def attend_segments(
         values = tl.zeros([ROWS, BLOCK_E], tl.float32)
         for start in range(first, tl.minimum(last + 1, first + SEGMENT), N):
             slot = start + tl.arange(0, N)
-            # No row sees a slot behind `last`: it may hold a NaN, which a weight of 0 would not silence.
+            # No row sees a slot after `last`. It may hold a NaN, which a weight of 0 would not silence.
             cells = (slot <= last)[:, None] & (features < E)[None, :]
             offsets = slot[:, None] * E + features[None, :]
             keys = tl.load(k_head + offsets, mask=cells, other=0.0)
@@ -149,7 +156,7 @@ def merge_segments(
     K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (T x H, parts of K features): reduce the segments that the row sees, N at a time; none gives zeros."""
+    """Merge the segments that a row sees, N at a time; none gives zeros. Grid: (T x H, parts of K features)."""
     row = tl.program_id(0)
     features = tl.program_id(1) * K + tl.arange(0, K)
     position = load_positions(positions, row // HEADS, True)
@@ -182,7 +189,7 @@ def merge_segments(
 
 
 def attend_constants(ratio: int, head_dim: int) -> dict[str, object]:
-    """The constants of `attend_segments`. A tile holds equally many elements for every head dim."""
+    """Return the constants of `attend_segments`. A tile holds equally many elements for every head dim."""
     tile = TILES["attention"]
     block = max(16, triton.next_power_of_2(head_dim))
     return {
@@ -198,6 +205,7 @@ def attend_constants(ratio: int, head_dim: int) -> dict[str, object]:
 
 
 def merge_constants(heads: int, head_dim: int) -> dict[str, object]:
+    """Return the constants of `merge_segments`."""
     return {"HEADS": heads, "E": head_dim, "SEGMENT": SEGMENT, "N": MERGE.n, "K": MERGE.k, "UPCAST": INTERPRETED}
 
 
@@ -272,12 +280,14 @@ def launch(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
     """Write k, v into the caches at `positions`, in place, and attend with q; return bf16 [T, H, E].
 
-    q: bf16 [T, H, E], T in 1..16, E up to 256. k, v: bf16 [T, G, E]. All three may be slices of a fused projection:
-    only the row stride is free. k_cache, v_cache: bf16 [G, S, E]. positions: int64 [T], below S and, where not
-    negative, all different; neither is checked. Row t attends to slots 0..positions[t], the call's own keys included;
-    slots up to the largest position must hold finite numbers, those behind it are not read. A negative position is
-    padding: nothing is written and the row's output is zeros. Query head h uses kv head h // (H / G), of which there
-    may be 1 to 16; scale 1/sqrt(E); softmax in fp32. Raises ValueError for other shapes, dtypes and strides.
+    q: bf16 [T, H, E], T in 1..16, E up to 256. k, v: bf16 [T, G, E]. The row stride of all three is free, so they may
+    be slices of a fused projection. k_cache, v_cache: bf16 [G, S, E]. positions: int64 [T], below S; those that are not
+    negative must differ. Neither is checked.
+
+    Row t attends to slots 0..positions[t], the call's own keys included. Slots up to the largest position must hold
+    finite numbers; those after it are not read. A negative position is padding: nothing is written, and the row's
+    output is zeros. Query head h uses kv head h // (H / G), H / G in 1..16; scores are scaled by 1/sqrt(E); softmax is
+    in fp32. Raises ValueError for other shapes, dtypes and strides.
     """
     return launch(q, k, v, k_cache, v_cache, positions)
 
@@ -286,7 +296,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: 
 def decode_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
 ) -> Tensor:
-    """What `decode_attention` does, in pure torch: any dtype, any number of rows, any strides."""
+    """Do what `decode_attention` does in pure torch, for any dtype, number of rows and strides."""
     live = positions >= 0
     k_cache.index_copy_(1, positions[live], k[live].transpose(0, 1))
     v_cache.index_copy_(1, positions[live], v[live].transpose(0, 1))
@@ -309,7 +319,7 @@ def decode_attention_fake(q, k, v, k_cache, v_cache, positions):
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels as they are launched; rows, kv heads and cache length are run-time arguments."""
+    """List the kernels as they are launched. Rows, kv heads and cache length are arguments at run time."""
     attend = [attend_case(ratio, head_dim) for head_dim in (64, 96, 128) for ratio in (1, 4, 8)]
     return attend + [merge_case(heads, head_dim) for heads, head_dim in ((32, 64), (32, 96), (32, 128))]
 

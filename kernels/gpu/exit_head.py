@@ -1,10 +1,10 @@
-"""The exit head on a GPU: LM head, token, confidence and a sampled token in one launch, logits never in memory.
+"""The exit head on a GPU: LM head, token, confidence and a sampled token in one launch. Logits are never in memory.
 
-Rows come in final-normed. Each program owns a contiguous run of vocabulary tiles and keeps, for every row and every
-lane of a tile, what `Partials` says; at its end it reduces its lanes, stores its partials in its own slot and takes a
-ticket. Whoever draws the last one reduces all slots by index and writes the answer: one launch, no float atomics, the
-same bits every time. The ticket resets itself, so a CUDA graph can replay the launch; calls on one device must be
-ordered by its streams.
+Rows come in after the final norm. Each program owns a run of vocabulary tiles. For every row and every lane of a tile
+it keeps what `Partials` says. At its end it reduces its lanes, stores its partials in its own slot and takes a ticket.
+The program with the last ticket reduces all slots in order and writes the answer. So there is one launch, there are no
+float atomics, and the bits are the same every time. The last program also resets the ticket, so a CUDA graph can replay
+the launch. The streams of a device must order its calls.
 
 A row's bits depend neither on the other rows nor on their number. Tokens, samples and the two largest logits do not
 depend on the number of programs either; sums may, in the last bit. Logits round to bf16 before they are compared, so
@@ -23,18 +23,18 @@ from kernels.gpu.build import ROWS
 from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors, rounded_to_bf16, tickets_of
 from kernels.linear import linear_reference
 
-PROGRAMS = 2  # per multiprocessor: that many fit together with the shared memory of the tiles in the table
+PROGRAMS = 2  # per multiprocessor: more do not fit into its shared memory with the tiles in the table
 SLOTS = 64  # partials that the last program reads per step
 LOWEST = tl.constexpr(-1.0e30)  # below every logit, and exp(LOWEST - anything) is 0 where that of -inf - -inf is NaN
 NO_ID = tl.constexpr(2**31 - 1)  # above every token id
 
 
-# ---- noise: kernels.noise.gumbel_noise on unsigned 32-bit arithmetic, to the bit up to the logarithm ----
+# ---- noise: kernels.noise.gumbel_noise in unsigned 32-bit arithmetic, the same bits up to the logarithm ----
 
 
 @triton.jit
 def mixed(x):
-    """kernels.noise.mix32 of uint32."""
+    """Hash uint32 as kernels.noise.mix32 does."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -44,7 +44,7 @@ def mixed(x):
 
 @triton.jit
 def row_keys(seed, positions):
-    """int64 seed and positions [rows] -> the two uint32 keys [rows] of each row's noise."""
+    """Make the two uint32 keys [rows] of each row's noise, from int64 seed and positions [rows]."""
     key = mixed(mixed(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
     first = mixed(key + positions.to(tl.uint32) * 0x9E3779B9)
     return first, mixed(first ^ 0x85EBCA6B)
@@ -52,7 +52,7 @@ def row_keys(seed, positions):
 
 @triton.jit
 def uniform(first, second, ids):
-    """Keys [rows, 1] and ids [1, n] -> fp32 [rows, n], midpoints of 2^23 equal parts of (0, 1)."""
+    """Make uniform numbers, fp32 [rows, n], from keys [rows, 1] and ids [1, n]: midpoints of 2^23 parts of (0, 1)."""
     bits = mixed(mixed(ids.to(tl.uint32) ^ first) + second)
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23; exact in fp32
 
@@ -62,9 +62,9 @@ def uniform(first, second, ids):
 
 @triton.jit
 def joined(top, ids, second, total, weighted, top_b, ids_b, second_b, total_b, weighted_b):
-    """Two partials of every lane in one; at a tie the id of the first stays, so its ids must be the lower ones.
+    """Join two partials of every lane. At a tie the id of the first stays, so its ids must be the lower ones.
 
-    A logit that is not a number is higher than none, and makes the sums NaN.
+    A NaN among the logits is never the largest, and makes the sums NaN.
     """
     higher = top_b > top
     best = tl.where(higher, top_b, top)
@@ -78,14 +78,14 @@ def joined(top, ids, second, total, weighted, top_b, ids_b, second_b, total_b, w
 
 @triton.jit
 def highest(scores, ids):
-    """[rows, lanes] -> the largest score of each row and its id, the lowest at a tie."""
+    """Return the largest score of each row of [rows, lanes], and its id, the lowest at a tie."""
     best = tl.max(scores, axis=1)
     return best, tl.min(tl.where(scores == best[:, None], ids, NO_ID), axis=1)
 
 
 @triton.jit
 def across_lanes(top, ids, second, total, weighted):
-    """Partials [rows, lanes] -> partials [rows]."""
+    """Reduce partials [rows, lanes] to partials [rows]."""
     best, token = highest(top, ids)
     second = tl.max(tl.where(ids == token[:, None], second, top), axis=1)
     down = top - best[:, None]
@@ -96,7 +96,7 @@ def across_lanes(top, ids, second, total, weighted):
 
 @triton.jit
 def store_partials(values, ids, slot, plane, live, best, token, second, total, weighted):
-    """`slot`: offset of the slot of each row; `plane`: elements from one kind of partial to the next."""
+    """Store partials. slot: the offset of each row's slot. plane: elements from one kind of partial to the next."""
     tl.store(values + slot, best, mask=live)
     tl.store(values + plane + slot, second, mask=live)
     tl.store(values + 2 * plane + slot, total, mask=live)
@@ -106,6 +106,7 @@ def store_partials(values, ids, slot, plane, live, best, token, second, total, w
 
 @triton.jit
 def store_noisy(values, ids, slot, plane, live, noisy, drawn):
+    """Store the partials of samples, as `store_partials` does the others."""
     tl.store(values + 4 * plane + slot, noisy, mask=live)
     tl.store(ids + plane + slot, drawn, mask=live)
 
@@ -123,7 +124,7 @@ def tile_logits(
     K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Logits [ROWS, N] of the weight rows `columns` [N], fp32 values that are bf16 numbers."""
+    """Return logits [ROWS, N] of the weight rows `columns` [N], rounded to bf16, as fp32."""
     rows, features = tl.arange(0, ROWS)[:, None], tl.arange(0, K)[None, :]
     x_rows = x + rows * D
     weight_rows = weight + columns.to(tl.int64)[:, None] * D
@@ -151,11 +152,11 @@ def tile_logits(
 def finish(
     values, ids, tokens, stats, samples, m, programs, ROWS: tl.constexpr, SLOTS: tl.constexpr, SAMPLE: tl.constexpr
 ):
-    """Reduce the slots of all programs, store the result in the slot behind them, and the answer."""
+    """Reduce the slots of all programs; store the result in the slot after them, and the answer."""
     rows = tl.arange(0, ROWS)
     live = rows < m
     plane = m * (programs + 1)
-    top = tl.full([ROWS, SLOTS], 2 * LOWEST, tl.float32)  # below any slot, so that even one of NaN leaves its id
+    top = tl.full([ROWS, SLOTS], 2 * LOWEST, tl.float32)  # below any slot, so that even a slot of NaN leaves its id
     best_ids = tl.full([ROWS, SLOTS], NO_ID, tl.int32)
     second, noisy, drawn = top, top, best_ids
     total = tl.zeros([ROWS, SLOTS], tl.float32)
@@ -218,7 +219,10 @@ def exit_head_kernel(
     SLOTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """values, ids: Partials with one slot per program and one more for all of them; the rest as in `launch`."""
+    """Reduce the tiles of this program; the last program also makes the answer.
+
+    values, ids: Partials with a slot for each program and one for all of them. The rest as in `launch`.
+    """
     SAMPLE: tl.constexpr = positions is not None
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, ROWS)
@@ -236,9 +240,9 @@ def exit_head_kernel(
     for tile in range(first_tile, end_tile):
         columns = tile * N + tl.arange(0, N)
         inside = (columns < n_vocab)[None, :]
-        # columns behind the vocabulary read its last row again: no mask on the weight's copies
+        # columns after the vocabulary read its last row again, so that loads of the weight need no mask
         logits = tile_logits(x, weight, scale, tl.minimum(columns, n_vocab - 1), m, D, ROWS, N, K, UPCAST)
-        logits = tl.where(inside, logits, LOWEST)  # adds nothing to a sum: every program has a true logit, so exp is 0
+        logits = tl.where(inside, logits, LOWEST)  # adds 0 to a sum, since every program has at least one true logit
         columns = (v_offset + columns)[None, :]
         top, best_ids, second, total, weighted = joined(
             top, best_ids, second, total, weighted, logits, columns, LOWEST, 1.0, 0.0
@@ -265,6 +269,7 @@ def exit_head_kernel(
 
 
 def tile_of(weight_dtype: torch.dtype) -> Tile:
+    """Return the tile for a weight of this dtype."""
     return TILES["exit_head_int8" if weight_dtype == torch.int8 else "exit_head_bf16"]
 
 
@@ -298,10 +303,10 @@ def launch(
     draw: Draw | None,
     programs: int | None = None,
 ) -> tuple[Partials, tuple[Tensor, Tensor, Tensor]]:
-    """Run the kernel on `programs` programs (default: as many as run at once, at most one per tile).
+    """Run the kernel. The other arguments are those of `exit_head_rows`.
 
-    Returns the partials, one slot per program and a last one that holds the merge of all of them, and the (tokens,
-    stats, samples) of `exit_head_rows`, whose arguments these are.
+    programs: how many (default: as many as run at once, at most one per tile). Returns the partials, a slot for each
+    program and a last one for all of them; and what `exit_head_rows` returns.
     """
     check(x, weight, scale, n_vocab, draw)
     x, m, tile = x.contiguous(), len(x), tile_of(weight.dtype)
@@ -342,7 +347,7 @@ def launch(
 def partials_reference(
     x: Tensor, weight: Tensor, scale: Tensor | None, n_vocab: int, v_offset: int, draw: Draw | None
 ) -> Partials:
-    """What `exit_head_partials` does, in pure torch."""
+    """Reduce a shard of the vocabulary in pure torch."""
     check(x, weight, scale, n_vocab, draw)
     weight = weight[:n_vocab]
     if scale is None:
@@ -356,6 +361,7 @@ def partials_reference(
 
 
 def draw_of(positions: Tensor | None, seed: Tensor | None, temperature: Tensor | None) -> Draw | None:
+    """Return the Draw of an op's arguments, None without them. Raises ValueError if only some are given."""
     given = [tensor is not None for tensor in (positions, seed, temperature)]
     if any(given) and not all(given):
         raise ValueError("positions, seed and temperature go together: give all three to sample, none otherwise")
@@ -373,15 +379,15 @@ def exit_head_rows(
     seed: Tensor | None = None,
     temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tokens, their statistics and, if asked, a sample of rows behind the final norm.
+    """Find the token of each row, its statistics and, if there is a draw, a sample. Rows come after the final norm.
 
     x: bf16 [m, D], m in 1..16. weight: bf16 [V, D], or int8 [V, D] with scale fp32 [V] of its rows; only the first
     n_vocab rows count. v_offset: the global id of row 0 (a shard of the vocabulary). positions, seed, temperature: see
     `Draw`; all or none.
-    Returns tokens int64 [m], the argmax of the bf16 logits, ties to the lowest id; stats fp32 [m, 4]: top-1
-    probability, margin (top-1 minus top-2), entropy in nats, logsumexp, as in `kernels.exit_head.ExitStats`; samples
-    int64 [m], the argmax of logit / temperature + kernels.noise.gumbel_noise, empty when not sampling. Ids are global.
-    Raises ValueError naming a shape or dtype that does not fit.
+
+    Returns global ids. Tokens int64 [m]: the argmax of the bf16 logits, ties to the lowest id. Stats fp32 [m, 4]: the
+    fields of `kernels.exit_head.ExitStats` in order. Samples int64 [m]: the argmax of logit / temperature +
+    kernels.noise.gumbel_noise; empty without a draw. Raises ValueError naming a shape or dtype that does not fit.
     """
     return launch(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature))[1]
 
@@ -397,7 +403,7 @@ def exit_head_rows_reference(
     seed: Tensor | None = None,
     temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `exit_head_rows` does, in pure torch."""
+    """Do what `exit_head_rows` does in pure torch."""
     return merge(*partials_reference(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature)))
 
 
@@ -419,10 +425,10 @@ def exit_head_partials(
     seed: Tensor | None = None,
     temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the `Partials` of one shard of the vocabulary as one run: values [4 or 5, m, 1], ids [1 or 2, m, 1].
+    """Reduce a shard of the vocabulary to the `Partials` of one run: values [4 or 5, m, 1], ids [1 or 2, m, 1].
 
-    Arguments and errors of `exit_head_rows`. Ranks gather these few numbers, concatenate along the last dimension and
-    `merge`, each for itself and all alike.
+    Arguments and errors are those of `exit_head_rows`. Every rank gathers these few numbers of all ranks, side by side
+    in the last dimension, and `merge`s them.
     """
     values, ids = launch(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature))[0]
     return values[..., -1:].contiguous(), ids[..., -1:].contiguous()
@@ -439,7 +445,7 @@ def exit_head_partials_reference(
     seed: Tensor | None = None,
     temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `exit_head_partials` does, in pure torch."""
+    """Do what `exit_head_partials` does in pure torch."""
     return tuple(partials_reference(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature)))
 
 
@@ -453,7 +459,7 @@ def exit_head_partials_fake(x, weight, scale, n_vocab, v_offset=0, positions=Non
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernel as it is launched at real widths; rows and vocabulary are run-time arguments."""
+    """List the kernel as it is launched at real widths. Rows and vocabulary are arguments at run time."""
     return [
         compile_case(dtype, d, sampling)
         for dtype in (torch.bfloat16, torch.int8)

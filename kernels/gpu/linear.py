@@ -1,10 +1,12 @@
-"""The Triton linear layer of decoding: y = x @ W^T for 1..16 rows, W plain [N, K] in bf16, int8 or group-wise int4.
+"""The linear layer of decoding on a GPU: y = x @ W^T for 1..16 rows, W plain [N, K] in bf16, int8 or group-wise int4.
 
-A row's bits are the same at every number of rows: one tile shape, and the number of partial sums along K depends on the
-weight's shape and the GPU only. Bandwidth is all that counts: each weight byte is read once, by a 16-byte asynchronous
-copy; x comes from the L2 cache. A weight with few rows cannot occupy the GPU, so K is then split over programs. Their
-partial sums are added in the order of the splits by the program that arrives last, as a ticket tells: a second kernel
-would cost a start-up per layer, which is longer than the addition takes.
+A row's bits are the same at every number of rows: there is one tile shape, and the number of partial sums along K
+depends only on the weight's shape and the GPU.
+
+Bandwidth is all that counts. Each weight byte is read once, by a 16-byte asynchronous copy; x comes from the L2 cache.
+A weight with few rows cannot occupy the GPU, so K is then split over programs. A ticket tells which program is the
+last; it adds the partial sums in the order of the splits. A second kernel instead would take longer to start than the
+addition takes.
 """
 
 import torch
@@ -20,9 +22,10 @@ from kernels.gpu.tiles import INTERPRETED, TILES, CompileCase, Tile, processors,
 GROUPS = (32, 64, 128)  # sizes of an int4 group
 FORMATS = {torch.bfloat16: "linear_bf16", torch.int8: "linear_int8", torch.uint8: "linear_int4"}
 
-# Nibbles to bf16, two at a time. 0x4300 is 128 and its last mantissa bit counts 1: a nibble put there is 128 + nibble,
-# from which 136 is subtracted exactly. A register of two pairs of bytes holds two neighbours of each kind of nibble
-# where they are needed; single bytes must first be spread over two registers: a third more instructions in all.
+# Nibbles to bf16, two at a time. 0x4300 is 128, and its last mantissa bit counts 1. So a nibble in its last bits makes
+# 128 + nibble, from which 136 is subtracted exactly. Of two pairs of bytes, a register already holds two neighbours of
+# each kind of nibble in the right places. Four single bytes must first be spread over two registers, which makes a
+# third more instructions in all.
 PAIRS_ASSEMBLY = tl.constexpr("""{
     .reg .b32 one, bias, next;
     mov.b32 one, 0x3f803f80;
@@ -62,7 +65,7 @@ BYTES_ASSEMBLY = tl.constexpr("""{
 
 @triton.jit
 def products(x, w, total, UPCAST: tl.constexpr):
-    """total + x @ w^T for x [ROWS, k], w [N, k]."""
+    """Return total + x @ w^T for x [ROWS, k], w [N, k]."""
     if UPCAST:
         total = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), total, input_precision="ieee")
     else:
@@ -72,7 +75,7 @@ def products(x, w, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def columns(x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
-    """Part PART of x [HEIGHT, WIDTH] cut into PARTS = 1, 2, 4, … along its width: picks registers, moves nothing."""
+    """Cut x [HEIGHT, WIDTH] into PARTS = 1, 2, 4, … along its width -> part PART. Picks registers and moves nothing."""
     if PARTS == 1:
         return x
     else:
@@ -85,12 +88,13 @@ def columns(x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, P
 
 @triton.jit
 def nibble(word, SHIFT: tl.constexpr):
+    """Return the nibble that starts at bit SHIFT, less 8, in fp32."""
     return ((word >> SHIFT) & 15).to(tl.float32) - 8.0
 
 
 @triton.jit
 def from_pairs(pairs, UPCAST: tl.constexpr):
-    """int16 pairs of bytes -> their nibbles less 8: low of the first, low of the second byte, then high likewise."""
+    """Return the nibbles, less 8, of int16 pairs of bytes: low of the first and of the second byte, then high."""
     if UPCAST:
         return nibble(pairs, 0), nibble(pairs, 8), nibble(pairs, 4), nibble(pairs, 12)
     else:
@@ -101,7 +105,7 @@ def from_pairs(pairs, UPCAST: tl.constexpr):
 
 @triton.jit
 def from_bytes(packed, UPCAST: tl.constexpr):
-    """Bytes -> their nibbles less 8: low, then high."""
+    """Return the nibbles, less 8, of bytes: low, then high."""
     if UPCAST:
         return nibble(packed, 0), nibble(packed, 4)
     else:
@@ -112,9 +116,9 @@ def from_bytes(packed, UPCAST: tl.constexpr):
 
 @triton.jit
 def group_products(x, w, HEIGHT: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr):
-    """x [HEIGHT, GROUP] times one group's integers [N, GROUP]: w holds them as bytes (group 32) or pairs of bytes."""
+    """Multiply x [HEIGHT, GROUP] by the integers [N, GROUP] of a group, held as bytes (group 32) or pairs of bytes."""
     total = tl.zeros([HEIGHT, N], tl.float32)
-    if GROUP == 32:  # a tensor core takes 16 features at a time: too few pairs
+    if GROUP == 32:  # a tensor core takes 16 features at a time: there are too few pairs
         low, high = from_bytes(w, UPCAST)
         total = products(columns(x, HEIGHT, GROUP, 2, 0), low, total, UPCAST)
         total = products(columns(x, HEIGHT, GROUP, 2, 1), high, total, UPCAST)
@@ -130,7 +134,7 @@ def group_products(x, w, HEIGHT: tl.constexpr, N: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def split_of_k(k, K: tl.constexpr, SPLITS: tl.constexpr):
-    """First and last + 1 feature of this program: whole steps of K features, alike for all splits but the last."""
+    """Return where this program's features start and stop: whole steps of K, equally many but for the last program."""
     span = tl.cdiv(tl.cdiv(k, K), SPLITS) * K
     start = tl.program_id(1) * span
     return start, tl.minimum(start + span, k)
@@ -138,6 +142,7 @@ def split_of_k(k, K: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def store_rows(y, total, scale, m, n, rows, features, UPCAST: tl.constexpr):
+    """Scale the sums of a tile, if there is a scale, and store them in bf16."""
     if scale is not None:
         total = total * tl.load(scale + features, mask=features < n, other=0.0)[None, :]
     if UPCAST:
@@ -160,7 +165,7 @@ def finish(
     SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Store the tile, or leave a partial sum; whoever leaves the last one adds them in order and stores."""
+    """Store the tile; if K is split, leave a partial sum, and the last program adds all of them in order."""
     tile = tl.program_id(0)
     rows, features = tl.arange(0, HEIGHT), tile * N + tl.arange(0, N)
     if SPLITS == 1:
@@ -169,7 +174,7 @@ def finish(
         mask = (rows[:, None] < m) & (features[None, :] < n)
         partials += rows[:, None] * n + features[None, :]
         tl.store(partials + tl.program_id(1) * m * n, total, mask=mask)
-        tl.debug_barrier()  # every thread has stored before one of them takes the ticket, which releases the stores
+        tl.debug_barrier()  # every thread has stored before one takes the ticket, which makes the stores visible
         if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLITS - 1:
             total = tl.load(partials, mask=mask, other=0.0, cache_modifier=".cg")
             for split in tl.static_range(1, SPLITS):
@@ -197,7 +202,10 @@ def linear_kernel(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """bf16 or int8 weights. EVEN: k is a multiple of K. Rows behind n are read as the last row: no mask on weights."""
+    """Multiply by bf16 or int8 weights. EVEN: k is a multiple of K.
+
+    Rows after n read the last row again, so that loads of weights need no mask.
+    """
     first = tl.program_id(0) * N
     start, stop = split_of_k(k, K, SPLITS)
     rows, lanes = tl.arange(0, HEIGHT), tl.arange(0, K)
@@ -240,8 +248,11 @@ def linear_int4_kernel(
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """int4 weights: packed holds bytes (group 32) or pairs of bytes. Exact integers, a scale per group's fp32 sum."""
-    NIBBLES: tl.constexpr = 2 if GROUP == 32 else 4  # in one element of packed
+    """Multiply by int4 weights, held as bytes (group 32) or pairs of bytes.
+
+    Products are of exact integers; the scale of a group multiplies its fp32 sum.
+    """
+    NIBBLES: tl.constexpr = 2 if GROUP == 32 else 4  # in an element of packed
     WORDS: tl.constexpr = K // NIBBLES
     PARTS: tl.constexpr = K // GROUP
     first = tl.program_id(0) * N
@@ -249,19 +260,19 @@ def linear_int4_kernel(
     words, parts = tl.arange(0, WORDS), tl.arange(0, PARTS)
     pieces, lanes = tl.arange(0, HEIGHT * K // 16), tl.arange(0, 16)
     weight_rows = tl.minimum(tl.arange(0, N), n - 1 - first)
-    pitch = k // 32 * (32 // NIBBLES)  # k is a multiple of 32: said like this, 16-byte copies are seen to be aligned
+    pitch = k // 32 * (32 // NIBBLES)  # k is a multiple of 32; written so, Triton sees that 16-byte copies are aligned
     scale_pitch = k // K * PARTS if EVEN else k // GROUP
     weights = packed + first.to(tl.int64) * pitch + start // NIBBLES + (weight_rows[:, None] * pitch + words[None, :])
     scales = scale + first.to(tl.int64) * scale_pitch + start // GROUP
     scales += weight_rows[:, None] * scale_pitch + parts[None, :]
-    # 16 features of every row, then the next 16: a warp reads 8 rows at once, and whole ones would share memory banks
+    # 16 features of every row, then the next 16: a warp reads 8 rows at once, and whole rows would share memory banks
     row, place = (pieces % HEIGHT)[:, None], (pieces // HEIGHT * 16)[:, None]
     inputs = x + start + (row * x_stride + place + lanes[None, :])
     live = row < m
     total = tl.zeros([HEIGHT, N], tl.float32)
     next_scale = tl.load(scales, mask=parts[None, :] < (k - start) // GROUP, other=0.0)
     for position in range(start, stop, K):
-        step_scale = next_scale  # loaded a step ahead by hand: too narrow for an asynchronous copy
+        step_scale = next_scale  # loaded a step ahead by hand, because it is too narrow for an asynchronous copy
         scales += PARTS
         if EVEN:
             next_scale = tl.load(scales, mask=parts[None, :] < k - position - K, other=0.0)  # all or none
@@ -289,14 +300,14 @@ def linear_int4_kernel(
 
 
 def splits_of(n: int, k: int, tile: Tile, n_processors: int) -> int:
-    """Return how many programs share the features of one tile of a weight [n, k]: two programs per processor, or 1."""
+    """Return how many programs share the features of a tile of a weight [n, k], to have two programs per processor."""
     tiles, steps = -(-n // tile.n), -(-k // tile.k)
     wanted = min(-(-2 * n_processors // tiles), steps)
-    return -(-steps // -(-steps // wanted))  # equal shares; none is empty
+    return -(-steps // -(-steps // wanted))  # equal shares, of which none is empty
 
 
 def constants_of(tile: Tile, n: int, k: int, n_processors: int, group: int | None) -> dict[str, object]:
-    """Return the constants of the kernel for a weight [n, k]; group is None or that of int4."""
+    """Return the constants of the kernel for a weight [n, k]. group: of int4, else None."""
     return {
         "HEIGHT": ROWS,
         "N": tile.n,
@@ -308,7 +319,7 @@ def constants_of(tile: Tile, n: int, k: int, n_processors: int, group: int | Non
 
 
 def launch(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Run the kernel: on a GPU, or on a CPU under Triton's interpreter. Arguments and errors of the ops below."""
+    """Run the kernel on a GPU, or on a CPU under Triton's interpreter. Arguments and errors are those of the ops."""
     group = check(x, weight, scale)
     (m, k), n, device = x.shape, weight.shape[0], x.device
     tile = TILES[FORMATS[weight.dtype]]
@@ -359,7 +370,7 @@ def linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
 @linear_bf16.register_kernel("cpu")
 def linear_bf16_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """What `linear_bf16` does, in pure torch."""
+    """Do what `linear_bf16` does in pure torch."""
     return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
@@ -371,7 +382,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @linear_int8.register_kernel("cpu")
 def linear_int8_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """What `linear_int8` does, in pure torch."""
+    """Do what `linear_int8` does in pure torch."""
     return F.linear(x.float(), dequantise_int8(weight, scale)).to(x.dtype)
 
 
@@ -386,7 +397,7 @@ def linear_int4(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 @linear_int4.register_kernel("cpu")
 def linear_int4_reference(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """What `linear_int4` does, in pure torch."""
+    """Do what `linear_int4` does in pure torch."""
     return F.linear(x.float(), dequantise_int4(packed, scale)).to(x.dtype)
 
 
@@ -401,7 +412,7 @@ def linear_fake(x, weight, scale=None):
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels as they are launched at real shapes on 132 processors, and with features that do not fill a tile."""
+    """List the kernels as they are launched on 132 processors: real shapes, and features that do not fill a tile."""
     return [
         compile_case(*shape)
         for shape in (
@@ -419,7 +430,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def compile_case(dtype: torch.dtype, n: int, k: int, group: int | None = None) -> CompileCase:
-    """The kernel for a weight [n, k], as `launch` would start it."""
+    """Describe the kernel for a weight [n, k], as `launch` would start it."""
     tile, kernel = TILES[FORMATS[dtype]], linear_kernel if group is None else linear_int4_kernel
     constants = constants_of(tile, n, k, processors(torch.device("cpu")), group) | {"UPCAST": False}
     element = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8" if group == 32 else "*i16"}[dtype]

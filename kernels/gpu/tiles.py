@@ -1,8 +1,8 @@
-"""What the Triton kernels share: the tile table, tickets, rounding under the interpreter, and their compile cases.
+"""What the Triton kernels share: a table of tiles, tickets, rounding under the interpreter, and compile cases.
 
-A result must not depend on how many rows a call has, so a kernel has ONE tile shape per operation and dtype, whatever
-the number of rows: ROWS rows, unused ones masked. The table below is read by the kernels, by their tests and by the
-ahead-of-time compile check (tests/kernels/compile_ahead.py), so what is checked is what runs.
+A result must not depend on the number of rows of a call. So a kernel has one tile shape per operation and dtype: ROWS
+rows, of which unused ones are masked. Kernels, their tests and the check that compiles them without a GPU
+(tests/kernels/compile_ahead.py) all read the table below.
 """
 
 import functools
@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels were decorated
-CPU_PROCESSORS = 132  # what the interpreter pretends to have: those of an H100 or H200
+CPU_PROCESSORS = 132  # multiprocessors that the interpreter pretends to have, as an H100 or H200 has
 
 
 @dataclass(frozen=True)
 class Tile:
-    """n: weight rows (or cache slots) per tile. k: features per step. warps, stages: of Triton's launch."""
+    """Hold a tile's shape: n weight rows (or cache slots), k features per step; and warps and stages for Triton."""
 
     n: int
     k: int
@@ -29,7 +29,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, object]:
-        """Of Triton's launch. Its default for a product and a sum rounded once changes with Triton 3.10."""
+        """Return Triton's launch options. Fusing is set explicitly: its default changes with Triton 3.10."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -45,11 +45,11 @@ TILES = {
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel as it is launched, for compiling it without a GPU.
+    """Describe one kernel as it is launched, to compile it without a GPU.
 
-    types: Triton type of each argument that is not a constant, such as "*bf16" or "i32"; constants: the constexprs.
-    aligned: arguments that are multiples of 16 (pointers and strides). mma: the instruction its products must use.
-    wide_copies: whether weights must arrive by 16-byte asynchronous copies.
+    types: the Triton type of each argument that is not a constant, such as "*bf16" or "i32". constants: the constexprs.
+    aligned: pointers and strides that are multiples of 16. mma: the instruction that its products must use.
+    wide_copies: weights must arrive by 16-byte asynchronous copies.
     """
 
     name: str
@@ -64,15 +64,15 @@ class CompileCase:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors of a GPU; of a CPU, a number that lets tests reach every path."""
+    """Return the number of multiprocessors of a GPU; for a CPU, CPU_PROCESSORS."""
     return CPU_PROCESSORS if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def tickets_of(device: torch.device) -> Tensor:
-    """Return the device's tickets, int32 zeros, two per multiprocessor, which every kernel leaves as it found them.
+    """Return the device's tickets: int32 zeros, two per multiprocessor. Every kernel leaves them zero.
 
-    Kernels share them, so those of one device must be ordered by its streams.
+    All kernels share them, so the streams of a device must order its kernels.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the first call of a kernel on a GPU must come before the capture of a graph")
@@ -81,7 +81,7 @@ def tickets_of(device: torch.device) -> Tensor:
 
 @triton.jit
 def rounded_to_bf16(x):
-    """fp32 -> the nearest bf16 value (ties to even), still fp32: the interpreter's own conversion truncates."""
+    """Round fp32 to the nearest bf16 value, ties to even, still fp32: the interpreter's own conversion truncates."""
     bits = x.to(tl.int32, bitcast=True)
     bits = bits + 0x7FFF + ((bits >> 16) & 1)
     return (bits & -65536).to(tl.float32, bitcast=True)
