@@ -101,9 +101,9 @@ def measure(runner: Runner, sample: Sequence[int], most_drafts: int, seed: int =
     runner.prefill(sample)
     plain, plans = fastest_plain(runner), [DraftPlan((), k, *map(frozenset, skips_of(keep))) for keep, k in rounds]
     none = DraftPlan()
-    took = time_rounds(runner, plain, [none, plain.plan, *plans], sample, SamplingConfig(), BUDGET_S)
+    took = time_rounds(runner, plain, [none, plain.only_plan, *plans], sample, SamplingConfig(), BUDGET_S)
     timed = list(zip(rounds, (took[plan] for plan in plans), strict=True))
     timed += [((rounds[0][0], 0), took[none])] * PLAIN_WEIGHT
     features = torch.tensor([_features(*drafts) for drafts, _ in timed], dtype=torch.float64)
     fitted, error = fit(features, torch.tensor([seconds for _, seconds in timed], dtype=torch.float64))
-    return RoundCosts(took[plain.plan] / plain.steps, fitted, error)
+    return RoundCosts(took[plain.only_plan] / plain.steps, fitted, error)

@@ -171,11 +171,12 @@ def round_cost(experiment: Experiment, policy: DraftPolicy) -> float | None:
     if not plan.is_fixed or plan.first_skip is not None:
         return None
     runner.prefill(tokens)
-    (plain_runner, plain), sampling = experiment.plain, experiment.config.sampling
+    plain_runner, plain = experiment.plain
+    seconds = lambda *which, plan: time_rounds(*which, [plan], tokens, experiment.config.sampling)[plan]
     costs = []
     for _ in range(3):
-        token_s = time_rounds(plain_runner, plain, [plain.plan], tokens, sampling)[plain.plan] / plain.steps
-        costs.append(time_rounds(runner, policy, [plan], tokens, sampling)[plan] / token_s)
+        token_s = seconds(plain_runner, plain, plan=plain.only_plan) / plain.steps
+        costs.append(seconds(runner, policy, plan=plan) / token_s)
     return statistics.median(costs)
 
 
