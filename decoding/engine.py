@@ -143,7 +143,7 @@ class Engine:
             torch.set_num_threads(config.threads)
         source, tokenizer = checkpoint.open_source(config.checkpoint), None
         if group:
-            _take_gpu(group, device)
+            take_gpu(group, device)
             tp.check(source.args, group.size)
         try:
             tokenizer = load_tokenizer(source.folder)
@@ -314,11 +314,13 @@ class Engine:
             runner.choose_threads()
             self._chose_threads = True
 
-    def calibrate(self, policy: DraftPolicy, sampling: SamplingConfig = GREEDY, sample: Sequence[int] = ()) -> None:
-        """Let a policy measure what it wants to know before decoding, on a sample text. See `prepare`."""
+    def calibrate(
+        self, policy: DraftPolicy, sampling: SamplingConfig = GREEDY, sample: Sequence[int] = (), copies: bool = True
+    ) -> None:
+        """Let a policy measure what it wants to know before decoding, on a sample text. See `prepare` and `runner`."""
         if self.tokenizer:
             sample = self.tokenizer.encode(SAMPLE_TEXT)
-        calibrate(self.runner(policy), policy, sample, sampling)
+        calibrate(self.runner(policy, copies=copies), policy, sample, sampling)
 
     def facts(self, policy: DraftPolicy) -> dict:
         """What a run of `policy` was made with, as it stands in JSON files."""
@@ -333,7 +335,7 @@ class Engine:
         }
 
 
-def _take_gpu(group: tp.Group, device: str) -> None:
+def take_gpu(group: tp.Group, device: str) -> None:
     """Give this rank a GPU of its own. Raises UserError where there are too few."""
     if device != "cuda":
         return

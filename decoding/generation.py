@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from decoding.runner import head_bytes, module_bytes
 from decoding.sampling import SamplingConfig
@@ -78,6 +78,18 @@ class Totals:
     def mean_exit_layer(self) -> float | None:
         return rate(sum(depth * count for depth, count in self.exit_layers.items()), self.exit_layers.total())
 
+    @property
+    def layer_visits_per_token(self) -> float | None:
+        return rate(self.layer_visits, self.tokens)
+
+    @property
+    def head_visits_per_token(self) -> float | None:
+        return rate(self.head_visits, self.tokens)
+
+    def without_drafts(self) -> "Totals":
+        """Count no token as drafted: for plain decoding of several tokens a call, which runs every layer for each."""
+        return replace(self, drafted=0, accepted=0, exit_layers=Counter())
+
 
 def rate(count: float, base: float) -> float | None:
     """count ÷ base; None where there is nothing to divide by."""
@@ -96,6 +108,30 @@ def totals(rounds: Iterable[Round]) -> Totals:
         layer_visits=sum(round.layer_visits for round in rounds),
         head_visits=sum(round.head_visits for round in rounds),
         seconds=sum(round.seconds for round in rounds),
+    )
+
+
+def summed(summaries: Iterable[dict]) -> Totals:
+    """Sum up the rounds of several texts from their summaries, as `Generation.summary` makes them and files keep them.
+
+    Another engine's summary may lack what it does not tell, which then counts as 0.
+    """
+    summaries = list(summaries)
+    decoded = [len(summary["tokens"]) - 1 for summary in summaries]  # the prefill makes the first token
+    add = lambda name: sum(summary.get(name, 0) for summary in summaries)
+    weighted = lambda name: sum((s.get(name) or 0) * count for s, count in zip(summaries, decoded, strict=True))
+    exits = Counter()
+    for summary in summaries:
+        exits.update({int(depth): count for depth, count in summary.get("exit_layers", {}).items()})
+    return Totals(
+        rounds=add("rounds"),
+        tokens=sum(decoded),
+        drafted=add("drafted"),
+        accepted=add("accepted"),
+        exit_layers=exits,
+        layer_visits=weighted("layer_visits_per_token"),
+        head_visits=weighted("head_visits_per_token"),
+        seconds=add("decode_s"),
     )
 
 
@@ -137,8 +173,8 @@ class Generation:
             "tokens_per_round": sums.tokens_per_round,
             "mean_exit_layer": sums.mean_exit_layer,
             "exit_layers": {str(depth): sums.exit_layers[depth] for depth in sorted(sums.exit_layers)},
-            "layer_visits_per_token": sums.layer_visits / sums.tokens if rounds else None,
-            "head_visits_per_token": sums.head_visits / sums.tokens if rounds else None,
+            "layer_visits_per_token": sums.layer_visits_per_token,
+            "head_visits_per_token": sums.head_visits_per_token,
             "prefill_s": self.prefill.seconds,
             "decode_s": self.decode_s,
             "tokens_per_s": self.tokens_per_s,

@@ -12,83 +12,102 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 import cli
+from decoding.generation import totals
 from drafting.policy import DraftPolicy
 from errors import UserError
-from loading.files import write_json
-from scripts.common import ranks
+from scripts.common import policy_sets
 from scripts.common.experiment import Experiment, add_flags
+from scripts.common.ranks import joined
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """The first place where two texts differ, the end of the shorter included; None: nowhere."""
+    """Return the first place where two texts differ, the end of the shorter included; None: nowhere."""
     place = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
     return min(len(first), len(second)) if place is None and len(first) != len(second) else place
 
 
 def count_errors(expected: Sequence[int], got: Sequence[int]) -> int:
-    """How many tokens differ, place by place; a missing or a superfluous one is an error, too."""
+    """Count how many tokens differ, place by place; a missing or a superfluous one is an error, too."""
     return sum(a != b for a, b in zip(expected, got, strict=False)) + abs(len(expected) - len(got))
 
 
-def margin(run: Experiment, tokens: Sequence[int], expected: int, got: int) -> dict:
-    """What the full model says after `tokens` -> logits of both tokens and their difference, and of the best two.
+def margin(experiment: Experiment, tokens: Sequence[int], expected: int, got: int) -> dict:
+    """Ask the full model after `tokens` -> logits of both tokens and their difference, and of the best two.
 
     Logits as they are, before temperature and noise. Overwrites the cache.
     """
-    runner = run.runner(run.policy("none"))
+    runner = experiment.engine.runner(experiment.policy("none"))
     logits = runner.exit(runner.prefill(tokens)).logits()[0].float()
-    best = logits.topk(2).values.tolist()
+    best, second = logits.topk(2).values.tolist()
     return {
         "expected_logit": logits[expected].item(),
         "got_logit": logits[got].item(),
         "margin": (logits[expected] - logits[got]).item(),
-        "top2_margin": best[0] - best[1],
+        "top2_margin": best - second,
     }
 
 
-def compare(run: Experiment, number: int, prompt: list[int], policies: dict[str, DraftPolicy]) -> dict[str, dict]:
+def compare(
+    experiment: Experiment, number: int, prompt: list[int], policies: dict[str, DraftPolicy]
+) -> dict[str, dict]:
     """Decode one sample plainly and with each policy -> by policy, how many of its tokens differ, and where first."""
-    expected = run.decode(run.policy("none"), prompt).tokens
-    found = {}
+    expected = experiment.decode(experiment.policy("none"), prompt).tokens
+    results = {}
     for name, policy in policies.items():
-        generation = run.decode(policy, prompt)
-        got, summary = generation.tokens, generation.summary(run.session.model)
-        one = {name: summary[name] for name in ("drafted", "accepted", "rounds")}
-        one |= {"sample": number, "tokens": len(expected), "errors": count_errors(expected, got), "first": None}
-        if (place := first_difference(expected, got)) is not None:
-            a, b = (text[place] if place < len(text) else None for text in (expected, got))
-            one["first"] = {
-                "position": place,
-                "expected": a,
-                "got": b,
-                "expected_text": shown_token(run, a),
-                "got_text": shown_token(run, b),
-            }
-            if a is not None and b is not None:
-                one["first"] |= margin(run, [*prompt, *expected[:place]], a, b)
-        found[name] = one
-    return found
+        generation = experiment.decode(policy, prompt)
+        results[name] = {
+            "sample": number,
+            "tokens": len(expected),
+            "errors": count_errors(expected, generation.tokens),
+            "first": difference(experiment, prompt, expected, generation.tokens),
+            "rounds": generation.rounds,
+        }
+    return results
 
 
-def shown_token(run: Experiment, token: int | None) -> str | None:
-    return None if token is None else run.session.tokenizer.decode([token], continues=True)
+def difference(experiment: Experiment, prompt: list[int], expected: Sequence[int], got: Sequence[int]) -> dict | None:
+    """Describe the first token that differs, with its margin if both texts have one there; None if none differs."""
+    place = first_difference(expected, got)
+    if place is None:
+        return None
+    right, wrong = (text[place] if place < len(text) else None for text in (expected, got))
+    described = {
+        "position": place,
+        "expected": right,
+        "got": wrong,
+        "expected_text": shown_token(experiment, right),
+        "got_text": shown_token(experiment, wrong),
+    }
+    if right is None or wrong is None:
+        return described
+    return described | margin(experiment, [*prompt, *expected[:place]], right, wrong)
 
 
-def summary(name: str, found: Sequence[dict]) -> dict:
-    """The totals of a policy over its samples. error_share: of the tokens that plain decoding wrote."""
-    total = {key: sum(one[key] for one in found) for key in ("tokens", "errors", "drafted", "accepted", "rounds")}
+def shown_token(experiment: Experiment, token: int | None) -> str | None:
+    return None if token is None else experiment.engine.tokenizer.decode([token], continues=True)
+
+
+def summary(name: str, results: Sequence[dict]) -> dict:
+    """Sum up a policy's results over its samples. error_share: of the tokens that plain decoding wrote."""
+    tokens, errors = (sum(result[key] for result in results) for key in ("tokens", "errors"))
+    sums = totals(round for result in results for round in result["rounds"])
     return {
         "policy": name,
-        **total,
-        "error_share": total["errors"] / total["tokens"],
-        "samples": len(found),
-        "samples_that_differ": sum(one["errors"] > 0 for one in found),
-        "acceptance_rate": total["accepted"] / total["drafted"] if total["drafted"] else None,
-        "first_differences": [{"sample": one["sample"], **one["first"]} for one in found if one["first"]],
+        "tokens": tokens,
+        "errors": errors,
+        "drafted": sums.drafted,
+        "accepted": sums.accepted,
+        "rounds": sums.rounds,
+        "error_share": errors / tokens,
+        "samples": len(results),
+        "samples_that_differ": sum(result["errors"] > 0 for result in results),
+        "acceptance_rate": sums.acceptance_rate,
+        "first_differences": [{"sample": r["sample"], **r["first"]} for r in results if r["first"]],
     }
 
 
 def print_rows(rows: Sequence[dict], title: str) -> None:
+    """Print the table of policies, and below it where each that errs does so first."""
     body = [
         [
             row["policy"],
@@ -103,11 +122,11 @@ def print_rows(rows: Sequence[dict], title: str) -> None:
     columns = ("policy", "tokens", "errors", "share", "texts differ", "acceptance")
     cli.print_table(title, columns, body)
     for row in rows:
-        for one in row["first_differences"][:1]:
+        for first in row["first_differences"][:1]:
             print(
-                f"{row['policy']}: first difference in sample {one['sample']}, token {one['position']}: "
-                f"{one['expected_text']!r} became {one['got_text']!r}, logit margin "
-                f"{cli.shown(one.get('margin'), '.4f')}"
+                f"{row['policy']}: first difference in sample {first['sample']}, token {first['position']}: "
+                f"{first['expected_text']!r} became {first['got_text']!r}, logit margin "
+                f"{cli.shown(first.get('margin'), '.4f')}"
             )
 
 
@@ -135,28 +154,21 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    with ranks.joined() as group:
+    with joined() as ranks:
         flags = parse_flags()
-        run = Experiment(flags, group)
-        names = dict.fromkeys(flags.policy or ["auto", f"static:{max(1, run.n_layer // 4)}"])
-        policies = {name: run.policy(name) for name in names}
-        run.load([run.policy("none"), *policies.values()])
-        for policy in policies.values():
-            run.calibrate(policy)
-        work = lambda sample: compare(run, sample[0].number, sample[1], policies)
-        found = list(tqdm(group.each(run.samples, work), total=len(run.samples), desc="samples", leave=False))
-        rows = [summary(name, [one[name] for one in found]) for name in policies]
-        if group.leads:
-            print_rows(rows, run.title())
-            result = {
-                "title": run.title(),
-                "rows": rows,
-                "identical": not any(row["errors"] for row in rows),
-                **run.config_json(),
-            }
-            for path in filter(None, (flags.json, run.folder / "correctness.json")):
-                write_json(path, result)
-        if any(row["errors"] for row in rows):
+        experiment = Experiment(flags, ranks)
+        names = dict.fromkeys(flags.policy or ["auto", policy_sets.quarter(experiment.n_layer)])
+        policies = {name: experiment.policy(name) for name in names}
+        experiment.load([experiment.policy("none"), *policies.values()])
+        work = lambda sample: compare(experiment, sample[0].number, sample[1], policies)
+        samples = experiment.samples
+        results = list(tqdm(ranks.each(samples, work), total=len(samples), desc="samples", leave=False))
+        rows = [summary(name, [result[name] for result in results]) for name in policies]
+        identical = not any(row["errors"] for row in rows)
+        if ranks.leads:
+            print_rows(rows, experiment.title)
+            experiment.write_result("correctness.json", {"rows": rows, "identical": identical})
+        if not identical:
             sys.exit(1)
 
 

@@ -1,38 +1,31 @@
-"""The picture of `scripts.benchmark`: what drafting policies cost per token, and how many of their drafts are right.
+"""The picture of `scripts.benchmark`: what drafting policies cost per token, and how many of their drafts are right."""
 
-matplotlib is optional: it is imported where it draws.
-"""
-
-import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import cli
 from errors import UserError
-from loading.files import replacing
+from scripts.common import pictures
+from scripts.common.contender import is_plain
+from scripts.common.pictures import columns
 from scripts.common.turns import row_names
 
-INSTALL = "pip install matplotlib"
 DISTANCES = (9, 16, 26, 38, 54, 72, 95, 120)  # of a label from its point, in printer's points
 ANGLES = (0, 180, 90, -90, 35, -35, 145, -145)
 
 
 def wanted_picture(path: str | None, output_dir: str | None) -> Path | None:
-    """Where to draw, if at all. Without matplotlib, `path` is a UserError and `output_dir` alone a notice."""
+    """Say where to draw, if at all. Raises UserError for --picture without matplotlib."""
+    if path is not None and not pictures.can_draw():
+        raise UserError(f"--picture needs matplotlib: {pictures.INSTALL}")
     if path is None and output_dir is None:
         return None
-    if importlib.util.find_spec("matplotlib") is not None:
-        return Path(path) if path is not None else Path(output_dir) / "policies.png"
-    if path is not None:
-        raise UserError(f"--picture needs matplotlib: {INSTALL}")
-    cli.notice(f"no policies.png: drawing it needs `{INSTALL}`")
-    return None
+    return Path(path) if path is not None else Path(output_dir) / "policies.png"
 
 
 def short(policy: str) -> str:
-    """A policy string as a label."""
+    """Shorten a policy string to a label."""
     return policy.replace(",num_draft_tokens=", " K=").replace(":num_draft_tokens=", " K=").replace(",", " ")
 
 
@@ -52,26 +45,21 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     rows: of the benchmark. Rows that drafted nothing to be accepted (unverified ones, other engines) have no point, and
     plain decoding is a line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pictures.pyplot(picture)
+    if pyplot is None:
+        return
     plain = next(row for row in rows if row["policy"] == "none")
-    drafting = [row for row in rows if row["acceptance_rate"] is not None and row["policy"].split(":")[0] != "none"]
-    names = [name for name, row in zip(row_names(rows), rows, strict=True) if row in drafting]
-    points = [(row["cost_per_token_layers"], row["acceptance_rate"]) for row in drafting]
+    drafting = [
+        (name, row)
+        for name, row in zip(row_names(rows), rows, strict=True)
+        if row["acceptance_rate"] is not None and not is_plain(row["policy"])
+    ]
+    points = [(row["cost_per_token_layers"], row["acceptance_rate"]) for _, row in drafting]
     figure, axes = pyplot.subplots(figsize=(12, 7.5) if len(points) < 25 else (16, 10), layout="constrained")
-    dots = axes.scatter(
-        *zip(*points, strict=True) if points else ((), ()),
-        c=[row["speedup_over_fastest_ar"] for row in drafting],
-        cmap="viridis",
-        s=45,
-        zorder=3,
-    )
-    front = [points[i] for i in pareto_front(points)]
+    speedups = [row["speedup_over_fastest_ar"] for _, row in drafting]
+    dots = axes.scatter(*columns(points), c=speedups, cmap="viridis", s=45, zorder=3)
     axes.plot(
-        *zip(*front, strict=True) if front else ((), ()),
+        *columns([points[i] for i in pareto_front(points)]),
         "o--",
         color="0.35",
         markersize=12,
@@ -95,10 +83,8 @@ def draw_policies(rows: Sequence[dict], n_layer: int, picture: Path, title: str)
     axes.margins(0.1)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
-    label_points(axes, points, [short(name) for name in names], [line])
-    with replacing(picture) as file:
-        figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
+    label_points(axes, points, [short(name) for name, _ in drafting], [line])
+    pictures.save(figure, picture)
 
 
 def label_points(axes, points: Sequence[tuple[float, float]], labels: Sequence[str], upright: Sequence) -> None:

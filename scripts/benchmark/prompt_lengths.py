@@ -7,13 +7,13 @@ from tqdm import tqdm
 import cli
 from errors import UserError
 from model import Transformer
-from scripts.benchmark.peers import Contender
+from scripts.common.contender import Contender
 
 LENGTH_TOKENS = 32  # decoded after each prompt
 
 
 def check_lengths(lengths: list[int], max_seq_len: int) -> int:
-    """The positions that the longest takes. Raises UserError if they are more than the model's context."""
+    """Return the positions that the longest takes. Raises UserError if they are more than the model's context."""
     most, longest = max_seq_len - LENGTH_TOKENS, max(lengths, default=0)
     if longest > most:
         raise UserError(f"prompt_lengths must be at most {most} for this checkpoint, got {longest}")
@@ -62,6 +62,7 @@ def measure_lengths(
 
 
 def print_lengths(rows: list[dict]) -> None:
+    """Print a line for each engine, device and length."""
     form, several = cli.shown, len({row["device"] for row in rows}) > 1
     body = [
         [

@@ -1,26 +1,25 @@
-"""What the programs that decode samples share: the flags checked, the samples encoded, a model with its runners."""
+"""An experiment: samples and the engine that continues them, made from the flags that such programs share."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import cli
-from decoding.calibrate import SAMPLE_TEXT, calibrate
+from decoding.engine import Engine
 from decoding.generation import GenerateConfig, Generation
-from decoding.runner import Runner, check_draft_vocab, check_num_draft_tokens
-from drafting.catalogue import make_policy
+from decoding.runner import Runner
 from drafting.policy import DraftPolicy
-from generate import CALIBRATION_TOKENS, decode
-from loading import checkpoint
-from loading.files import check_writable, make_folder
-from scripts.benchmark.__main__ import Runners
+from generate import decode
+from loading.files import check_writable, make_folder, write_json
 from scripts.common import samples
+from scripts.common.commands import decode_defaults
 from scripts.common.journal import digest
 from scripts.common.ranks import Ranks
 
 
 def add_flags(parser: argparse.ArgumentParser, output_dir: str, dataset: str = "code", num_samples: int = 8) -> None:
-    """The flags of a program that decodes samples and writes into a folder."""
+    """Add the flags of a program that decodes samples and writes into a folder."""
     cli.add_model_flags(parser)
     cli.add_decode_flags(parser)
     samples.add_sample_flags(parser, dataset, num_samples)
@@ -29,93 +28,78 @@ def add_flags(parser: argparse.ArgumentParser, output_dir: str, dataset: str = "
 
 
 class Experiment:
-    """Samples and the model that continues them. Opening reads no weights; `load` does."""
+    """Samples and the engine that continues them. Opening reads no weights; `load` does.
+
+    Attributes: engine; config, of every text; dataset; samples, each with its token ids; folder, to write into; plain,
+    the runner and the policy of plain decoding at its fastest, after `load`.
+    """
+
+    plain: tuple[Runner, DraftPolicy]
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks):
-        """Raises ValueError for whatever is wrong with the flags, the dataset, or the folder to write to."""
+        """Raises UserError for whatever is wrong with the flags, the dataset, or the folder to write into."""
         self.flags, self.ranks = flags, ranks
         if ranks.leads:
             check_writable(flags.json)
         config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
-        self.session = ranks.open_session(flags)
-        self.config = GenerateConfig(config.max_new_tokens, config.sampling, self.session.eos_ids(flags))
-        check_draft_vocab(flags.draft_vocab, self.session.args.vocab_size)
+        self.engine: Engine = ranks.open_engine(flags)
+        self.config = dataclasses.replace(config, eos_ids=cli.eos_ids(flags, self.engine))
         self.dataset = samples.read_dataset(flags)
-        self.samples = samples.encoded(self.dataset, flags, self.session, config)
+        self.samples = samples.encoded(self.dataset, flags, self.engine, config)
         self.folder = Path(flags.output_dir)
         if ranks.leads:
             make_folder(self.folder)
 
     @property
     def n_layer(self) -> int:
-        return self.session.args.n_layer
+        return self.engine.n_layer
+
+    @property
+    def title(self) -> str:
+        """The model, the samples and the lengths of their texts, in a line."""
+        name, dtype = Path(self.flags.checkpoint_path).name, str(self.engine.dtype).removeprefix("torch.")
+        return f"{name}, {dtype}, {self.dataset.name}: {len(self.samples)} × {self.flags.max_new_tokens} tokens"
 
     def policy(self, text: str) -> DraftPolicy:
-        args = self.session.args
-        policy = make_policy(text, args.n_layer, args.dim, num_draft_tokens=self.flags.num_draft_tokens)
-        check_num_draft_tokens(policy.num_draft_tokens)
-        return policy
+        """Make a policy; --num_draft_tokens is the K of a policy string that has none."""
+        return self.engine.policy(text, num_draft_tokens=self.flags.num_draft_tokens)
 
     def settings(self, policies: Sequence[DraftPolicy]) -> dict:
-        """What tokens and times depend on, but for the policy: results with equal settings may stand in one table."""
-        names = (
-            "checkpoint_path",
-            "device",
-            "precision",
-            "quantize",
-            "threads",
-            "max_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "seed",
-            "verification",
-            "num_draft_tokens",
-            "ignore_eos",
-            "draft_vocab",
-            "draft_quantize",
-            "dataset",
-            "compile",
-        )
-        found = digest([ids for _, ids in self.samples], (), policies, self.session.source, self.ranks.size)
-        return {name: getattr(self.flags, name) for name in names} | found
+        """Return all that tokens and times depend on, but for the policy. Equal settings may share a table."""
+        names = [name for name in decode_defaults() if name != "json"]
+        settings = {name: getattr(self.flags, name) for name in (*names, "dataset", "compile")}
+        prompts = [ids for _, ids in self.samples]
+        contents = digest(prompts, (), policies, self.engine.source, self.ranks.size)
+        return settings | {"device": self.engine.device} | contents
 
     def load(self, policies: Sequence[DraftPolicy]) -> None:
-        """Read the weights and make what the policies, and plain decoding, run on."""
-        flags, most = self.flags, self.session.args.max_seq_len
-        length = max(len(ids) for _, ids in self.samples) + flags.max_new_tokens
-        if any(policy.plans_to_time() for policy in policies):
-            length = max(length, min(CALIBRATION_TOKENS, most))
-        model = self.session.load(length)
-        self.runners = Runners(model, length, flags.draft_vocab, self.session.load_drafter(policies))
-        plain = self.runner(None)
-        if plain.rows_independent and flags.threads is None:
-            plain.choose_threads()
-        for policy in policies:
-            self.runner(policy)
-        self.runners.warm_up()
+        """Read the weights and make ready what the policies, and plain decoding, run on; let policies measure."""
+        length = max(len(ids) for _, ids in self.samples) + self.flags.max_new_tokens
+        self.engine.prepare(policies, length, self.config.sampling)
+        self.plain = self.engine.fastest_plain()
+        self.engine.warm_up()
 
-    def runner(self, policy: DraftPolicy | None) -> Runner:
-        """Where a policy runs; None: plain decoding at its fastest, without the padding that exactness may need."""
-        if policy is None:
-            plain = self.runners.get(1, self.flags.compile)
-            return plain if plain.rows_independent else self.runners.get(1, self.flags.compile, False)
-        copies = bool(self.runners.drafter) and policy.draft_depth(self.n_layer) > 0
-        width, skips = 1 + policy.num_draft_tokens, policy.skips_sublayers
-        return self.runners.get(width, self.flags.compile, skips=skips, copies=copies)
+    def decode(self, policy: DraftPolicy, ids: Sequence[int]) -> Generation:
+        """Continue a prompt by a policy, with the padding that equal bits may need."""
+        return Generation.collect(decode(self.engine.runner(policy), ids, self.config, policy))
 
-    def calibrate(self, policy: DraftPolicy) -> None:
-        """Let a policy measure what it wants to know before decoding."""
-        calibrate(self.runner(policy), policy, self.session.tokenizer.encode(SAMPLE_TEXT), self.config.sampling)
+    def decode_plain(self, ids: Sequence[int]) -> Generation:
+        """Continue a prompt by plain decoding at its fastest."""
+        runner, policy = self.plain
+        return Generation.collect(decode(runner, ids, self.config, policy))
 
-    def decode(self, policy: DraftPolicy, ids: Sequence[int], runner: Runner | None = None) -> Generation:
-        return Generation.collect(decode(runner or self.runner(policy), ids, self.config, policy))
+    def must_equal_plain(self, policy: DraftPolicy) -> bool:
+        """Tell whether a policy's text has to be that of plain decoding at its fastest.
 
-    def title(self) -> str:
-        flags = self.flags
-        dtype = checkpoint.resolve_dtype(self.session.args, checkpoint.DTYPES.get(flags.precision))
-        name = Path(flags.checkpoint_path).name
-        return f"{name}, {str(dtype)[6:]}, {self.dataset.name}: {len(self.samples)} × {flags.max_new_tokens} tokens"
+        Rejection sampling writes another text. So may padded decoding, where bits depend on the number of rows.
+        """
+        sampling = self.config.sampling
+        exact_text = sampling.temperature == 0 or sampling.verification == "coupled"
+        return exact_text and self.engine.runner(policy).rows_independent
 
-    def config_json(self) -> dict:
-        return {"config": vars(self.flags) | {"ranks": self.ranks.size}, **cli.environment()}
+    def write_result(self, name: str, result: dict) -> None:
+        """Write results and their circumstances as a JSON file `name` of the folder, and as --json."""
+        config = vars(self.flags) | {"device": self.engine.device, "ranks": self.ranks.size}
+        result = {"title": self.title, **result, "config": config, **cli.environment()}
+        for path in filter(None, (self.flags.json, self.folder / name)):
+            write_json(path, result)

@@ -1,4 +1,4 @@
-"""What a draft with sublayers left out would say after every token of a text: one parallel pass instead of decoding.
+"""Draft after every token of a text at once, with sublayers left out: one parallel pass instead of decoding.
 
 The first draft of a round sees the full model's keys and values of all tokens before it, and its own. So a row of the
 pass attends to the full model's keys and values at earlier positions and to its own, whatever the other rows leave out:
@@ -15,6 +15,19 @@ from torch import Tensor
 
 from kernels.exit_head import Exit
 from model import Attention, Transformer, apply_rope, rope_table
+
+
+def simulate_rounds(agree: Sequence[bool], num_draft_tokens: int) -> tuple[int, int]:
+    """Return the accepted and the drafted tokens of greedy self-speculation, given where draft and target agree.
+
+    Exact without drafting: up to the first disagreement the draft sees the very prefix that the target wrote.
+    """
+    position = accepted = drafted = 0
+    while position < len(agree):
+        count = min(num_draft_tokens, len(agree) - position - 1)
+        prefix = [*agree[position : position + count], False].index(False)
+        accepted, drafted, position = accepted + prefix, drafted + count, position + prefix + 1
+    return accepted, drafted
 
 
 class FirstDrafts:
@@ -41,7 +54,7 @@ class FirstDrafts:
 
     @torch.no_grad()
     def draft_states(self, keep: Tensor, rows: Tensor | None = None) -> Tensor:
-        """What comes out of the last layer when row i runs only the sublayers that keep[i] marks -> hidden [R, D].
+        """Run of row i only the sublayers that keep[i] marks -> hidden [R, D] after the last layer.
 
         keep: bool [R, 2L], attention and MLP of each layer in turn; [2L] is meant for every row. rows: the positions,
         int64 [R] (default: all; a position may occur several times).
@@ -66,11 +79,11 @@ class FirstDrafts:
         return hidden
 
     def choices(self, hidden: Tensor) -> Tensor:
-        """The token that the final norm and the LM head choose for hidden [R, D], int64 [R]."""
+        """Choose a token for each of hidden [R, D] by the final norm and the LM head -> int64 [R]."""
         return Exit(hidden, self.model.ends(), len(hidden)).token_ids()
 
     def agreement(self, keep: Tensor, first: int = 0) -> Tensor:
-        """Whether a draft with these sublayers chooses what the full model does, from position `first` on.
+        """Tell where a draft with these sublayers chooses what the full model does, from position `first` on.
 
         keep: bool [2L]. Returns bool [T - first].
         """
@@ -86,6 +99,6 @@ def _heads(attention: Attention, normed: Tensor, cos: Tensor, sin: Tensor) -> tu
 
 
 def _mix(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What attention adds to R rows, [R, D]. mask: bool [R, keys]."""
+    """Return what attention adds to R rows, [R, D]. mask: bool [R, keys]."""
     y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=len(q) != len(k))[0]
     return attention.wo(y.transpose(0, 1).flatten(-2))

@@ -1,4 +1,4 @@
-"""What a long program has finished, one JSON object a line, so that a killed run goes on where it was.
+"""A journal: the finished work of a long program, one JSON object a line, so that a killed run goes on where it was.
 
 The first line holds the settings that the results depend on; a folder with other settings is refused, not mixed.
 """
@@ -27,7 +27,7 @@ def digest(
     source: checkpoint.Source,
     ranks: int,
 ) -> dict:
-    """What a journal remembers of all that names alone do not tell: prompts, responses, the content of files."""
+    """Return what a journal remembers beside the flags: hashes of prompts, responses and the content of files."""
     sha = lambda value: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
     stats = {str(file): file.stat() for file in set(source.files.values())}
     return {
@@ -44,7 +44,7 @@ class Journal:
     """Finished pieces of work by key. Without a path it remembers and writes nothing."""
 
     def __init__(self, path: Path | None, settings: dict, key: tuple[str, ...]):
-        """Read what is there. key: the fields of a row that name it.
+        """Read what is there. key: the fields of a record that name it.
 
         Raises UserError if the file is of other settings, is not such a file, or cannot be written.
         """
@@ -55,45 +55,45 @@ class Journal:
 
     def _read(self) -> None:
         try:
-            first, *rows = [json.loads(line) for line in self._complete_lines()] or [{"settings": self.settings}]
-            found = first["settings"]
-            for row in rows:
-                self.done[self._key_of(row)] = row
+            first, *records = [json.loads(line) for line in self._complete_lines()] or [{"settings": self.settings}]
+            settings = first["settings"]
+            for record in records:
+                self.done[self._key_of(record)] = record
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is not what this program writes ({type(error).__name__}: {error}): give "
                 f"another --output_dir"
             ) from None
-        refuse_others(self.path, found, self.settings)
+        refuse_others(self.path, settings, self.settings)
 
     def _complete_lines(self) -> list[str]:
-        """Lines, without a last one that a killed run has not finished writing."""
+        """Read the lines, without a last one that a killed run has not finished writing."""
         *lines, last = read_text(self.path).split("\n")
         if last and not lines:
             raise UserError("its first line has no end")
         return lines
 
-    def _key_of(self, row: dict) -> tuple:
-        return tuple(row[name] for name in self.key)
+    def _key_of(self, record: dict) -> tuple:
+        return tuple(record[name] for name in self.key)
 
     def start(self) -> None:
-        """Make the file ready for more rows, before long work: the settings, and what was read from it."""
+        """Make the file ready for more records, before long work: the settings, and what was read from it."""
         if self.path is None:
             return
-        rows = [{"settings": self.settings}, *self.done.values()]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        records = [{"settings": self.settings}, *self.done.values()]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def keep(self, keys: Iterable[tuple]) -> None:
-        """Forget all rows but these, also on disk."""
+        """Forget all records but these, also on disk."""
         self.done = {key: self.done[key] for key in keys}
         self.start()
 
-    def add(self, row: dict) -> None:
+    def add(self, record: dict) -> None:
         """Remember a finished piece, also on disk."""
-        self.done[self._key_of(row)] = row
+        self.done[self._key_of(record)] = record
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(record) + "\n")
 
     def get(self, *key) -> dict | None:
         return self.done.get(key)
@@ -140,11 +140,11 @@ def read_state(path: Path, kinds: dict[str, type | None]) -> dict:
     return state
 
 
-def refuse_others(path: Path, found: dict, wanted: dict) -> None:
+def refuse_others(path: Path, known: dict, wanted: dict) -> None:
     """Raise UserError if the settings in a file are not those that are wanted now."""
-    if found != wanted:
-        name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
-        then, now = _short(found.get(name)), _short(wanted.get(name))
+    if known != wanted:
+        name = next(name for name in wanted | known if wanted.get(name) != known.get(name))
+        then, now = _short(known.get(name)), _short(wanted.get(name))
         raise UserError(
             f"{path} is of a run with another {name} ({then}, now {now}): give another --output_dir, or delete the file"
         )

@@ -30,20 +30,20 @@ def _scorer():
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: the fewest characters to insert, delete or replace that make one text the other.
+    """Return the Levenshtein distance: the fewest characters to insert, delete or replace that make one text the other.
 
     Column by column of the usual table, a column as the bits of two whole numbers: which of its steps go up and which
     go down (Myers 1999, in the form of Hyyrö 2003). A summary against an article takes milliseconds.
     """
     if not first:
         return len(second)
-    found: dict[str, int] = {}
+    places: dict[str, int] = {}  # of each letter in `first`, as bits
     for i, letter in enumerate(first):
-        found[letter] = found.get(letter, 0) | 1 << i
+        places[letter] = places.get(letter, 0) | 1 << i
     every, last, distance = (1 << len(first)) - 1, 1 << (len(first) - 1), len(first)
     up, down = every, 0
     for letter in second:
-        same = found.get(letter, 0)
+        same = places.get(letter, 0)
         level = (((same & up) + up) ^ up) | same
         rises, falls = (down | ~(level | up)) & every, up & level
         distance += bool(rises & last) - bool(falls & last)
@@ -53,10 +53,11 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def quality(text: str, references: Sequence[str]) -> dict[str, float]:
-    """The metrics of one text: ROUGE (F1, stemmed, 0..1), sentence BLEU (0..100), exact match (0 or 1), and the edit
-    distance in characters, also divided by the length of the longer text (0: equal, 1: nothing in common).
+    """Return the metrics of one text: ROUGE (F1, stemmed, 0..1), sentence BLEU (0..100), exact match (0 or 1).
 
-    references: at least one. Empty texts are texts: equal to each other, and scored 0 by ROUGE and BLEU.
+    The edit distance counts characters; normalised, it is divided by the length of the longer text (0: equal, 1:
+    nothing in common). Empty texts are texts: equal to each other, and scored 0 by ROUGE and BLEU.
+    references: at least one.
     """
     import sacrebleu
 
@@ -73,11 +74,13 @@ def quality(text: str, references: Sequence[str]) -> dict[str, float]:
     }
 
 
-def corpus_quality(texts: Sequence[str], references: Sequence[Sequence[str]], each: Sequence[dict]) -> dict[str, float]:
-    """The metrics of a set of texts: corpus BLEU, and for the others the mean of `each`, their `quality`."""
+def corpus_quality(
+    texts: Sequence[str], references: Sequence[Sequence[str]], judged: Sequence[dict]
+) -> dict[str, float]:
+    """Return the metrics of a set of texts: corpus BLEU, and the means of `judged`, what `quality` said of each."""
     import sacrebleu
 
     most = max(map(len, references))
     streams = [[several[i].strip() if i < len(several) else None for several in references] for i in range(most)]
-    means = {name: statistics.fmean(found[name] for found in each) for name in each[0] if name != "sentence_bleu"}
+    means = {name: statistics.fmean(text[name] for text in judged) for name in judged[0] if name != "sentence_bleu"}
     return means | {"corpus_bleu": sacrebleu.corpus_bleu([text.strip() for text in texts], streams).score}

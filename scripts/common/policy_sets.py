@@ -16,7 +16,7 @@ GRID_DEPTHS, GRID_DRAFTS = 8, range(1, 8)
 
 
 def quarter(n_layer: int) -> str:
-    """What the makers of LayerSkip recommend to start with: static drafting at a quarter of the layers."""
+    """Return static drafting at a quarter of the layers, which the makers of LayerSkip recommend to start with."""
     return f"static:{max(1, n_layer // 4)}"
 
 
@@ -39,12 +39,16 @@ def every_policy(n_layer: int) -> list[str]:
     ]
 
 
-def grid(n_layer: int) -> list[str]:
-    """Static drafting at depths up to L/2 with 1 to 7 drafts, and what should do without such a search."""
+def exit_layers(n_layer: int) -> list[int]:
+    """List exit layers at equal distances up to half of the model, at most GRID_DEPTHS of them."""
     half = max(1, n_layer // 2)
     count = min(GRID_DEPTHS, half)
-    depths = sorted({round(half * i / count) for i in range(1, count + 1)})
-    statics = [f"static:{depth},num_draft_tokens={k}" for depth in depths for k in GRID_DRAFTS]
+    return sorted({round(half * i / count) for i in range(1, count + 1)})
+
+
+def grid(n_layer: int) -> list[str]:
+    """List static drafting at depths up to L/2 with 1 to 7 drafts, and what should do without such a search."""
+    statics = [f"static:{depth},num_draft_tokens={k}" for depth in exit_layers(n_layer) for k in GRID_DRAFTS]
     return [*statics, "prompt_lookup", f"prompt_lookup+{quarter(n_layer)}", "auto"]
 
 
@@ -52,12 +56,13 @@ SETS = {"all": every_policy, "grid": grid}
 
 
 def check_sets(sets: Sequence[str]) -> None:
+    """Raise UserError for a name of no set."""
     if unknown := [name for name in sets if name not in SETS]:
         raise UserError(f"policies must be among {', '.join(SETS)} (a single policy: --policy), got {unknown[0]!r}")
 
 
 def default_skips(n_layer: int) -> dict[str, list[int]]:
-    """What `skip_set` leaves out if no file says it: every third layer between the first quarter and the last layer."""
+    """Return what `skip_set` leaves out without a file: every third layer between the first quarter and the last."""
     layers = list(range(max(1, n_layer // 4), n_layer - 1, 3))
     return {"skip_attention": layers, "skip_mlp": layers}
 
@@ -65,7 +70,7 @@ def default_skips(n_layer: int) -> dict[str, list[int]]:
 def make_policies(
     sets: Sequence[str], texts: Sequence[str], args: ModelArgs, num_draft_tokens: int | None
 ) -> dict[str, DraftPolicy]:
-    """The policies of `texts` (policy strings) and of the named sets, each once; auto and static:L/4 without any.
+    """Make the policies of `texts` (policy strings) and of the named sets, each once; without any, auto and static:L/4.
 
     Raises UserError for what `make_policy` refuses, and for more drafts than a runner takes.
     """
@@ -83,7 +88,7 @@ def make_policies(
 
 
 def best_of_grid(rows: Sequence[dict], n_layer: int) -> dict:
-    """Which static row of the grid was fastest, and how near auto came: medians of the ratios inside a round."""
+    """Name the static row of the grid that was fastest, and how near auto came: medians of the ratios inside a turn."""
     by_policy = {row["policy"]: row for row in rows if row["engine"] == "skipfast" and row["policy"] != "none"}
     statics = [by_policy[text] for text in grid(n_layer) if text.startswith("static:")]
     best, auto = max(statics, key=lambda row: row["tokens_per_s"]), by_policy["auto"]
@@ -96,9 +101,10 @@ def best_of_grid(rows: Sequence[dict], n_layer: int) -> dict:
     }
 
 
-def print_grid(found: dict) -> None:
+def print_grid(conclusion: dict) -> None:
+    """Print what `best_of_grid` says, in a line."""
     print(
-        f"best static: {found['best_static']} ({found['best_static_over_fastest_ar']:.2f}× fastest AR); "
-        f"auto ÷ best static {found['auto_over_best_static']:.3f}; "
-        f"auto ÷ fastest AR {found['auto_over_fastest_ar']:.2f}"
+        f"best static: {conclusion['best_static']} ({conclusion['best_static_over_fastest_ar']:.2f}× fastest AR); "
+        f"auto ÷ best static {conclusion['auto_over_best_static']:.3f}; "
+        f"auto ÷ fastest AR {conclusion['auto_over_fastest_ar']:.2f}"
     )

@@ -1,8 +1,8 @@
-"""What a round of drafts with sublayers left out costs on this machine: some rounds timed, and a curve through them.
+"""Time some rounds of drafts with sublayers left out on this machine, and fit a curve that says what any round costs.
 
-Seconds of a round = fixed + K · (per draft + attentions · … + MLPs · … + sublayers² · … - layers below the first skip ·
-…): a draft of few sublayers stays in the caches, so the last ones cost most; layers below the first sublayer left out
-need not be run again by verification. No term may be negative, so that no draft is ever free. Kept as data, so that a
+Seconds of a round = a + K · (b + c · attentions + d · MLPs + e · sublayers² - f · layers below the first skip).
+A draft of few sublayers stays in the caches, so the last ones cost most. Layers below the first sublayer left out need
+not be run again by verification. No term may be negative, so that no draft is ever free. The curve is kept as data: a
 search that goes on decides by the same numbers.
 """
 
@@ -37,19 +37,19 @@ class RoundCosts:
     error: float
 
     def seconds(self, keep: Sequence[bool], num_draft_tokens: int) -> float:
-        """Of a round whose drafts run the sublayers that keep [2L] marks (attention and MLP of each layer in turn)."""
-        found = sum(a * b for a, b in zip(self.fitted, _features(keep, num_draft_tokens), strict=True))
-        return max(found, self.plain)  # which every round contains
+        """Return what a round costs whose drafts run the sublayers that keep [2L] marks (attention, MLP, …)."""
+        fitted = sum(a * b for a, b in zip(self.fitted, _features(keep, num_draft_tokens), strict=True))
+        return max(fitted, self.plain)  # which every round contains
 
     def speedup(self, tokens_per_round: float, keep: Sequence[bool], num_draft_tokens: int) -> float:
-        """Over plain decoding."""
+        """Return the speedup over plain decoding of rounds that emit so many tokens."""
         return tokens_per_round * self.plain / self.seconds(keep, num_draft_tokens)
 
 
-def restored(path: Path, found: dict) -> RoundCosts:
-    """Costs that a run left in a file. Raises UserError for those of another curve, of another version."""
+def restored(path: Path, fields: dict) -> RoundCosts:
+    """Make costs from the fields that a run left in a file. Raises UserError for those of another version's curve."""
     try:
-        costs = RoundCosts(**found)
+        costs = RoundCosts(**fields)
         costs.seconds((True, True), 1)
     except (TypeError, ValueError):
         raise UserError(
@@ -60,7 +60,7 @@ def restored(path: Path, found: dict) -> RoundCosts:
 
 
 def skips_of(keep: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """keep [2L] -> the layers whose attention, and those whose MLP, are left out."""
+    """List the layers whose attention, and those whose MLP, keep [2L] leaves out."""
     return tuple([i for i, kept in enumerate(keep[first::2]) if not kept] for first in (0, 1))
 
 
@@ -71,7 +71,7 @@ def _features(keep: Sequence[bool], num_draft_tokens: int) -> list[float]:
 
 
 def fit(features: torch.Tensor, seconds: torch.Tensor) -> tuple[list[float], float]:
-    """Coefficients of features [N, F], none negative, that make `seconds` [N] -> [F], and the median relative error.
+    """Fit coefficients [F], none negative, by which features [N, F] make `seconds` [N]; also the median relative error.
 
     Relative errors count, not squared: on a busy machine some rounds take many times as long as they should.
     """
@@ -80,13 +80,13 @@ def fit(features: torch.Tensor, seconds: torch.Tensor) -> tuple[list[float], flo
     for _ in range(REFITS):
         while True:
             weighted = relative[:, columns] * weights[:, None]
-            found = torch.linalg.lstsq(weighted, weights[:, None], driver="gelsd").solution[:, 0]
-            if found.min() >= 0:
+            solution = torch.linalg.lstsq(weighted, weights[:, None], driver="gelsd").solution[:, 0]
+            if solution.min() >= 0:
                 break
-            del columns[int(found.argmin())]
-        weights = ((relative[:, columns] @ found - 1).abs() + 0.02).rsqrt()
+            del columns[int(solution.argmin())]
+        weights = ((relative[:, columns] @ solution - 1).abs() + 0.02).rsqrt()
     coefficients = torch.zeros(features.shape[1], dtype=features.dtype)
-    coefficients[columns] = found
+    coefficients[columns] = solution
     return coefficients.tolist(), float((relative @ coefficients - 1).abs().median())
 
 
@@ -101,9 +101,9 @@ def measure(runner: Runner, sample: Sequence[int], most_drafts: int, seed: int =
     runner.prefill(sample)
     plain, plans = fastest_plain(runner), [DraftPlan((), k, *map(frozenset, skips_of(keep))) for keep, k in rounds]
     none = DraftPlan()
-    took = time_rounds(runner, plain, [none, plain.plan, *plans], sample, SamplingConfig(), BUDGET_S)
+    took = time_rounds(runner, plain, [none, plain.only_plan, *plans], sample, SamplingConfig(), BUDGET_S)
     timed = list(zip(rounds, (took[plan] for plan in plans), strict=True))
     timed += [((rounds[0][0], 0), took[none])] * PLAIN_WEIGHT
-    features = torch.tensor([_features(*each) for each, _ in timed], dtype=torch.float64)
+    features = torch.tensor([_features(*drafts) for drafts, _ in timed], dtype=torch.float64)
     fitted, error = fit(features, torch.tensor([seconds for _, seconds in timed], dtype=torch.float64))
-    return RoundCosts(took[plain.plan] / plain.steps, fitted, error)
+    return RoundCosts(took[plain.only_plan] / plain.steps, fitted, error)

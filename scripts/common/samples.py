@@ -1,6 +1,6 @@
 """Samples of the experiment programs: prompts and what should follow them, from files, bundled ones, or the hub.
 
-`--dataset` is the name of a bundled file (benchmarks/samples, offline), a JSON-lines file, or a name of SOURCES, which
+`--dataset` is the name of a bundled file (benchmarks/samples, offline), a JSON-lines file, or a name of HUB, which
 the optional package `datasets` resolves. What is chosen depends on the dataset, the seed and the tokenizer alone.
 """
 
@@ -8,12 +8,13 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import cli
+from decoding.engine import Engine
 from decoding.generation import GenerateConfig, check_prompt
 from errors import UserError
 from loading.files import read_text
@@ -42,7 +43,7 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class HubDataset:
     """A dataset of the hub. make: its row -> Texts; shots: its split for examples, num_shots: how many by default."""
 
     hub_id: str
@@ -96,19 +97,19 @@ def _mbpp(row: dict) -> Texts:
 
 
 SUMMARY = "Article: {article}\nSummary:"
-SOURCES = {
-    "cnn_dm_summarization": Source(
+HUB = {
+    "cnn_dm_summarization": HubDataset(
         "abisee/cnn_dailymail", "3.0.0", "test", "train", _template(SUMMARY, " {highlights}"), 1
     ),
-    "cnn_dm_lm": Source("abisee/cnn_dailymail", "3.0.0", "test", "train", _first_words, stops=()),
-    "xsum_summarization": Source(
+    "cnn_dm_lm": HubDataset("abisee/cnn_dailymail", "3.0.0", "test", "train", _first_words, stops=()),
+    "xsum_summarization": HubDataset(
         "EdinburghNLP/xsum", None, "test", "train", _template("Article: {document}\nSummary:", " {summary}")
     ),
-    "human_eval": Source(
+    "human_eval": HubDataset(
         "openai/openai_humaneval", None, "test", "test", _template("{prompt}", "{canonical_solution}"), stops=PYTHON
     ),
-    "mbpp": Source("google-research-datasets/mbpp", "full", "test", "prompt", _mbpp, 3),
-    "top_v2": Source(
+    "mbpp": HubDataset("google-research-datasets/mbpp", "full", "test", "prompt", _mbpp, 3),
+    "top_v2": HubDataset(
         "WillHeld/top_v2",
         None,
         "test",
@@ -117,14 +118,14 @@ SOURCES = {
         3,
         LINE,
     ),
-    "gsm8k": Source(
+    "gsm8k": HubDataset(
         "openai/gsm8k", "main", "test", "train", _template("Question: {question}\nAnswer:", " {answer}"), 5
     ),
-    "mmlu": Source("cais/mmlu", "all", "test", "dev", _mmlu, 5, LINE),
-    "boolq": Source("google/boolq", None, "validation", "train", _boolq, 0, LINE),
-    "nq_open": Source("google-research-datasets/nq_open", None, "validation", "train", _nq_open, 5, LINE),
-    "race": Source("ehovy/race", "all", "test", "train", _race, 0, LINE),
-    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", "train", _arc, 5, LINE),
+    "mmlu": HubDataset("cais/mmlu", "all", "test", "dev", _mmlu, 5, LINE),
+    "boolq": HubDataset("google/boolq", None, "validation", "train", _boolq, 0, LINE),
+    "nq_open": HubDataset("google-research-datasets/nq_open", None, "validation", "train", _nq_open, 5, LINE),
+    "race": HubDataset("ehovy/race", "all", "test", "train", _race, 0, LINE),
+    "arc_challenge": HubDataset("allenai/ai2_arc", "ARC-Challenge", "test", "train", _arc, 5, LINE),
 }
 BUNDLED_STOPS = {"summarisation": LINE, "questions": LINE, "code": PYTHON}
 
@@ -143,13 +144,13 @@ def bundled_names() -> list[str]:
 
 
 def add_sample_flags(parser: argparse.ArgumentParser, dataset: str | None = "code", num_samples: int = 8) -> None:
-    """--dataset and what chooses and shapes its samples; `dataset` None: no samples unless asked for."""
+    """Add --dataset and the flags that choose and shape its samples. dataset None: no samples unless asked for."""
     group = parser.add_argument_group("samples")
     group.add_argument(
         "--dataset",
         default=dataset,
         metavar="NAME|FILE.jsonl",
-        help=f"bundled: {', '.join(bundled_names())}; from the hub: {', '.join(SOURCES)}; or a file "
+        help=f"bundled: {', '.join(bundled_names())}; from the hub: {', '.join(HUB)}; or a file "
         f"with a JSON object a line (default: {dataset})",
     )
     group.add_argument(
@@ -194,7 +195,7 @@ def check_sample_flags(flags: argparse.Namespace, without: str) -> None:
 
 
 def read_dataset(flags: argparse.Namespace) -> Dataset:
-    """The dataset that the flags name, shuffled by --seed, with its examples in each prompt.
+    """Read the dataset that the flags name, shuffled by --seed, with its examples in each prompt.
 
     Raises UserError for what is not there, is empty or malformed (naming the line), or cannot be downloaded.
     """
@@ -207,19 +208,19 @@ def read_dataset(flags: argparse.Namespace) -> Dataset:
     if not path.is_file() and (bundled := BUNDLED / f"{name}.jsonl").exists():
         rows = read_rows(bundled, "prompt", "response", flags.template)
         return _shuffled(name, rows, None, flags.num_shots or 0, BUNDLED_STOPS.get(name, ()), flags.seed)
-    if not path.is_file() and name in SOURCES:
-        return _from_hub(name, SOURCES[name], flags)
+    if not path.is_file() and name in HUB:
+        return _from_hub(name, HUB[name], flags)
     if not path.is_file():
         raise UserError(
-            f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *SOURCES])}, got {name!r}"
+            f"dataset must be a JSON-lines file or one of {', '.join([*bundled_names(), *HUB])}, got {name!r}"
         )
     rows = read_rows(path, flags.prompt_field, flags.response_field, flags.template)
     return _shuffled(name, rows, None, flags.num_shots or 0, (), flags.seed)
 
 
 def read_rows(path: Path, prompt_field: str, response_field: str | None, template: str | None = None) -> list[Texts]:
-    """The lines of a JSON-lines file. response_field None: `response`, where a row has it."""
-    rows = []
+    """Read a JSON-lines file. response_field None: `response`, where a line has it."""
+    texts = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -238,10 +239,10 @@ def read_rows(path: Path, prompt_field: str, response_field: str | None, templat
             responses = (
                 tuple(_text({key: text}, key, where) for text in row[key]) if several else (_text(row, key, where),)
             )
-        rows.append(Texts(prompt, responses))
-    if not rows:
+        texts.append(Texts(prompt, responses))
+    if not texts:
         raise UserError(f"{path} holds no samples")
-    return rows
+    return texts
 
 
 def _text(row: dict, key: str, where: str) -> str:
@@ -264,7 +265,7 @@ def _filled(template: str, row: dict, where: str) -> str:
 class _Split(Sequence):
     """The rows of a split as Texts, made when asked for: a training split may have 300,000."""
 
-    def __init__(self, name: str, source: Source, split: str, template: str | None):
+    def __init__(self, name: str, source: HubDataset, split: str, template: str | None):
         self.name, self.split, self.make, self.template = name, split, source.make, template
         self.rows = load_split(name, source, split)
         if not len(self.rows):
@@ -282,7 +283,7 @@ class _Split(Sequence):
         return made._replace(prompt=_filled(self.template, row, where)) if self.template else made
 
 
-def _from_hub(name: str, source: Source, flags: argparse.Namespace) -> Dataset:
+def _from_hub(name: str, source: HubDataset, flags: argparse.Namespace) -> Dataset:
     num_shots = source.num_shots if flags.num_shots is None else flags.num_shots
     rows, examples = _Split(name, source, source.split, flags.template), None
     if num_shots and source.shots != source.split:
@@ -290,8 +291,8 @@ def _from_hub(name: str, source: Source, flags: argparse.Namespace) -> Dataset:
     return _shuffled(name, rows, examples, num_shots, source.stops, flags.seed)
 
 
-def load_split(name: str, source: Source, split: str) -> Sequence[dict]:
-    """Rows of a split, downloaded or from the cache of `datasets`."""
+def load_split(name: str, source: HubDataset, split: str) -> Sequence[dict]:
+    """Load a split's rows, downloaded or from the cache of `datasets`."""
     try:
         import datasets
     except ImportError:
@@ -316,9 +317,9 @@ def _shuffled(
     stops: tuple[str, ...],
     seed: int,
 ) -> Dataset:
-    """Samples in an order of the seed, so that a smaller number is the beginning of a larger one.
+    """Put samples into an order of the seed: the first few stay the same, however many are asked for.
 
-    examples: where solved examples come from; None: rows, which then are no samples any more.
+    examples: where solved examples come from; None: from `rows`, and those are then no samples any more.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -337,50 +338,49 @@ def _shuffled(
 
 
 def encoded(
-    dataset: Dataset, flags: argparse.Namespace, session: cli.Session, config: GenerateConfig
+    dataset: Dataset, flags: argparse.Namespace, engine: Engine, config: GenerateConfig
 ) -> list[tuple[Sample, list[int]]]:
-    """The first --num_samples samples that fit the model's context with config.max_new_tokens, and their token ids.
+    """Return the first --num_samples samples that fit the model's context, and their token ids, by number.
 
-    In the order of their rows. Tells how many were too long; raises UserError if all are.
+    A sample must leave room for config.max_new_tokens. Tells how many were too long; raises UserError if all are.
     """
     wanted = math.inf if flags.num_samples is None else flags.num_samples
-    found, too_long, last = [], 0, None
-    for sample, ids in _tokenised(dataset, flags, session):
-        if len(found) >= wanted:
+    fitting, too_long, last_error = [], 0, None
+    for sample in dataset.samples:
+        if len(fitting) >= wanted:
             break
+        ids = _token_ids(sample.prompt, flags.chat, engine)
         try:
-            check_prompt(ids, config, session.args.vocab_size, session.args.max_seq_len)
-        except ValueError as error:
-            too_long, last = too_long + 1, error
+            check_prompt(ids, config, engine.args.vocab_size, engine.args.max_seq_len)
+        except UserError as error:
+            too_long, last_error = too_long + 1, error
             continue
-        found.append((sample, ids))
-    if not found:
-        raise UserError(f"dataset {dataset.name}: no sample can be used: {last}")
+        fitting.append((sample, ids))
+    if not fitting:
+        raise UserError(f"dataset {dataset.name}: no sample can be used: {last_error}")
     if too_long:
         cli.notice(
-            f"{dataset.name}: {too_long} samples do not fit the model's {session.args.max_seq_len} positions "
+            f"{dataset.name}: {too_long} samples do not fit the model's {engine.args.max_seq_len} positions "
             f"and were passed over"
         )
-    if wanted != math.inf and len(found) < wanted:
-        cli.notice(f"{dataset.name}: {len(found)} samples instead of {wanted}")
-    return sorted(found)
+    if wanted != math.inf and len(fitting) < wanted:
+        cli.notice(f"{dataset.name}: {len(fitting)} samples instead of {wanted}")
+    return sorted(fitting)
 
 
-def _tokenised(dataset: Dataset, flags, session: cli.Session) -> Iterator[tuple[Sample, list[int]]]:
-    for sample in dataset.samples:
-        if flags.chat:
-            yield sample, session.tokenizer.apply_chat([{"role": "user", "content": sample.prompt}])
-        else:
-            yield sample, session.tokenizer.encode(sample.prompt)
+def _token_ids(prompt: str, chat: bool, engine: Engine) -> list[int]:
+    if chat:
+        return engine.tokenizer.apply_chat([{"role": "user", "content": prompt}])
+    return engine.tokenizer.encode(prompt)
 
 
-def answer(tokens: Sequence[int], session: cli.Session, stops: Sequence[str]) -> str:
-    """The text of generated tokens up to an end-of-text token or the first of `stops`: what is judged by a response.
+def answer(tokens: Sequence[int], engine: Engine, stops: Sequence[str]) -> str:
+    """Decode generated tokens up to an end-of-text token or the first of `stops`: the text that is judged.
 
     Tokens after the end change nothing before it, so a text that was decoded further, to be timed, is judged alike.
     """
-    end = next((i for i, token in enumerate(tokens) if token in session.tokenizer.eos_ids), len(tokens))
-    text = session.tokenizer.decode(tokens[:end], continues=True)
+    end = next((i for i, token in enumerate(tokens) if token in engine.tokenizer.eos_ids), len(tokens))
+    text = engine.tokenizer.decode(tokens[:end], continues=True)
     body = text.lstrip()  # an answer may begin on the next line
     start = len(text) - len(body)
-    return text[: min((at for stop in stops if (at := text.find(stop, start)) >= 0), default=len(text))]
+    return text[: min((place for stop in stops if (place := text.find(stop, start)) >= 0), default=len(text))]

@@ -1,9 +1,10 @@
-"""Contenders of `scripts.benchmark` take turns on samples; what each made of each sample, and how good its texts are.
+"""Let contenders take turns on samples; keep what each made of each sample, and judge its texts.
 
-A sample's turn is one piece of work: all contenders, in an order of its own, so that a slow second of the machine hits
-all of them, and a run that was killed and goes on never compares times of two processes.
+A sample's turn is one piece of work: all contenders, in an order of its own. So a slow second of the machine hits all
+of them, and a run that was killed and goes on never compares times of two processes.
 """
 
+import argparse
 import random
 import statistics
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 import cli
-from scripts.benchmark.peers import Contender
+from decoding.engine import Engine
+from decoding.generation import summed
 from scripts.common import metrics
+from scripts.common.contender import Contender
 from scripts.common.journal import Journal
 from scripts.common.ranks import Ranks
 from scripts.common.samples import Sample, answer
@@ -31,9 +34,10 @@ QUALITY = {
 class Quality:
     """What texts are worth beside the responses of their samples. Equal texts are judged once."""
 
-    def __init__(self, session: cli.Session, samples: Sequence[Sample], stops: Sequence[str]):
-        """samples: in the order of the texts to come. Raises ValueError if a package is missing that judges them."""
-        self.session, self.samples, self.stops, self.known = session, samples, stops, {}
+    def __init__(self, engine: Engine, samples: Sequence[Sample], stops: Sequence[str]):
+        """samples: in the order of the texts to come. Raises UserError if a package is missing that judges them."""
+        self.engine, self.samples, self.stops = engine, samples, stops
+        self.known: dict[tuple[int, str], dict] = {}
         if self.judges:
             metrics.check_installed()
 
@@ -43,61 +47,66 @@ class Quality:
         return bool(self.samples) and all(sample.responses for sample in self.samples)
 
     def of(self, index: int, tokens: Sequence[int]) -> dict:
-        """The text that `tokens` answer the sample with, and its metrics; nothing where there are no responses."""
+        """Return the text that `tokens` answer a sample with, and its metrics; nothing where there are no responses."""
         if not self.judges:
             return {}
-        text = answer(tokens, self.session, self.stops)
+        text = answer(tokens, self.engine, self.stops)
         if (index, text) not in self.known:
             self.known[index, text] = {"text": text, **metrics.quality(text, self.samples[index].responses)}
         return self.known[index, text]
 
     def of_all(self, texts: Sequence[Sequence[int]]) -> dict | None:
-        """The metrics of a row: means over its samples, and the BLEU of all of them together."""
+        """Return a row's metrics: means over its samples, and the BLEU of all of them together."""
         if not self.judges:
             return None
-        found = [dict(self.of(index, tokens)) for index, tokens in enumerate(texts)]
-        answers = [one.pop("text") for one in found]
-        return metrics.corpus_quality(answers, [sample.responses for sample in self.samples], found)
+        judged = [dict(self.of(index, tokens)) for index, tokens in enumerate(texts)]
+        answers = [metrics_of_text.pop("text") for metrics_of_text in judged]
+        return metrics.corpus_quality(answers, [sample.responses for sample in self.samples], judged)
 
 
 def measure(
-    contenders: list[Contender], prompts: list[list[int]], flags, ranks: Ranks, journal: Journal, quality: Quality
+    contenders: list[Contender],
+    prompts: list[list[int]],
+    flags: argparse.Namespace,
+    ranks: Ranks,
+    journal: Journal,
+    quality: Quality,
 ) -> None:
-    """One warm-up round, then flags.repeats timed ones of flags.max_new_tokens. Fills what contenders found.
+    """Run one warm-up round, then flags.repeats timed ones of flags.max_new_tokens each, and fill in the contenders.
 
     journal: of records by row, sample and repeat; what is in it is not measured again.
     """
-    found = ranks.agreed(_finished(contenders, journal))
+    done = ranks.agreed(_finished(contenders, journal))
     if ranks.leads:  # a turn that was cut short is measured again, whole
-        journal.keep((one["row"], one["sample"], one["repeat"]) for records in found.values() for one in records)
+        journal.keep((r["row"], r["sample"], r["repeat"]) for records in done.values() for r in records)
     turns = len(prompts) * flags.repeats
-    if before := sum(repeat <= flags.repeats for repeat, _ in found):
+    if before := sum(repeat <= flags.repeats for repeat, _ in done):
         cli.notice(
             f"{before} of {turns} turns of samples were finished before: their times are of the earlier run; "
             f"delete {journal.path} to measure them anew"
         )
-    rounds = [[i for i in range(len(prompts)) if (turn, i) not in found] for turn in range(1, flags.repeats + 1)]
-    rounds = [range(len(prompts)), *rounds] if any(rounds) else []
-    bar = tqdm(total=sum(map(len, rounds)), desc="samples", leave=False)
-    for turn, left in enumerate(rounds):
+    left = {turn: [i for i in range(len(prompts)) if (turn, i) not in done] for turn in range(1, flags.repeats + 1)}
+    if any(left.values()):
+        left = {0: list(range(len(prompts)))} | left  # the first round warms up
+    bar = tqdm(total=sum(map(len, left.values())), desc="samples", leave=False)
+    for turn, indices in left.items():
         work = lambda i, turn=turn: _turn(contenders, prompts[i], flags.max_new_tokens, f"{flags.seed}/{turn}/{i}")
-        for i, records in zip(left, ranks.each(left, work), strict=True):
+        for i, records in zip(indices, ranks.each(indices, work), strict=True):
             bar.update()
-            if turn:  # the first warms up
-                found[turn, i] = [
-                    {**_name(c, row), "sample": i, "repeat": turn, **record, **quality.of(i, record["tokens"])}
-                    for row, (c, record) in enumerate(zip(contenders, records, strict=True))
-                ]
-                for record in found[turn, i] if ranks.leads else ():
-                    journal.add(record)
+            if not turn:
+                continue
+            done[turn, i] = [
+                {**_name(c, row), "sample": i, "repeat": turn, **record, **quality.of(i, record["tokens"])}
+                for row, (c, record) in enumerate(zip(contenders, records, strict=True))
+            ]
+            for record in done[turn, i] if ranks.leads else ():
+                journal.add(record)
     bar.close()
     for row, c in enumerate(contenders):
-        c.records = [[found[turn, i][row] for i in range(len(prompts))] for turn in range(1, flags.repeats + 1)]
-        c.rates = [
-            sum(len(one["tokens"]) - 1 for one in turn) / sum(one["decode_s"] for one in turn) for turn in c.records
-        ]
+        c.records = [[done[turn, i][row] for i in range(len(prompts))] for turn in range(1, flags.repeats + 1)]
+        c.rates = [sums.tokens / sums.seconds for sums in map(summed, c.records)]
         c.summaries = c.records[-1]
-        c.texts = [one["tokens"] for one in c.summaries]
+        c.texts = [record["tokens"] for record in c.summaries]
 
 
 def _turn(contenders: Sequence[Contender], prompt: list[int], new_tokens: int, seed: str) -> list[dict]:
@@ -110,6 +119,7 @@ def _turn(contenders: Sequence[Contender], prompt: list[int], new_tokens: int, s
 
 
 def _name(c: Contender, row: int) -> dict:
+    """Name a contender as its records do."""
     return {
         "row": row,
         "engine": c.engine,
@@ -121,39 +131,45 @@ def _name(c: Contender, row: int) -> dict:
 
 
 def _finished(contenders: Sequence[Contender], journal: Journal) -> dict[tuple[int, int], list[dict]]:
-    """By (repeat, sample), the records of the journal; only where all contenders have one."""
-    found: dict[tuple[int, int], list[dict]] = {}
+    """Return the journal's records by (repeat, sample), only where all contenders have one."""
+    turns: dict[tuple[int, int], list[dict]] = {}
     for record in journal.done.values():
-        found.setdefault((record["repeat"], record["sample"]), []).append(record)
+        turns.setdefault((record["repeat"], record["sample"]), []).append(record)
     names = [_name(c, row) for row, c in enumerate(contenders)]
     whole = {}
-    for key, records in found.items():
+    for key, records in turns.items():
         records.sort(key=lambda record: record["row"])
         if [{name: record[name] for name in names[0]} for record in records] == names:
             whole[key] = records
     return whole
 
 
-def sample_numbers(c: Contender, fastest: Contender, prompts: Sequence[Sequence[int]]) -> dict:
-    """Numbers of a row by sample: means over samples, of medians over repeats. fastest: plain decoding to compare with.
+def ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Return first ÷ second, turn by turn."""
+    return [a / b for a, b in zip(first, second, strict=True)]
 
-    `tokens_per_s` of a row is Σ tokens ÷ Σ seconds instead, in which slow samples weigh more.
+
+def sample_numbers(c: Contender, fastest: Contender, prompts: Sequence[Sequence[int]]) -> dict:
+    """Return a row's numbers by sample: means over samples, of medians over repeats.
+
+    fastest: plain decoding to compare with. `tokens_per_s` of a row is Σ tokens ÷ Σ seconds instead, in which slow
+    samples weigh more.
     """
     rate = lambda record: (len(record["tokens"]) - 1) / record["decode_s"]
-    mine, other = ([[rate(one) for one in turn] for turn in each.records] for each in (c, fastest))
-    medians = lambda turns: [statistics.median(column) for column in zip(*turns, strict=True)]
-    ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(mine, other, strict=True)]
-    known = all("prefill_s" in one for turn in c.records for one in turn)
-    prefills = [sum(one["prefill_s"] for one in turn) for turn in c.records] if known else []
+    own, plain = ([list(map(rate, turn)) for turn in other.records] for other in (c, fastest))
+    medians = lambda turns: [statistics.median(sample) for sample in zip(*turns, strict=True)]
+    speedups = [ratios(*pair) for pair in zip(own, plain, strict=True)]
+    known = all("prefill_s" in record for turn in c.records for record in turn)
+    prefills = [sum(record["prefill_s"] for record in turn) for turn in c.records] if known else []
     return {
-        "mean_sample_tokens_per_s": statistics.fmean(medians(mine)),
-        "mean_sample_speedup": statistics.fmean(medians(ratios)),
+        "mean_sample_tokens_per_s": statistics.fmean(medians(own)),
+        "mean_sample_speedup": statistics.fmean(medians(speedups)),
         "prefill_tokens_per_s": sum(map(len, prompts)) / statistics.median(prefills) if prefills else None,
     }
 
 
 def row_names(rows: Sequence[dict]) -> list[str]:
-    """What to call each row in a table: engine and policy, with the format and the device where these differ."""
+    """Name each row of a table: engine and policy, with the format and the device where these differ."""
     apart = [key for key in ("quantize", "device") if len({row[key] for row in rows}) > 1]
     engines = ("" if row["engine"] == "skipfast" else f"{row['engine']}: " for row in rows)
     return [
@@ -163,7 +179,7 @@ def row_names(rows: Sequence[dict]) -> list[str]:
 
 
 def print_speeds(rows: Sequence[dict]) -> None:
-    """A table of the speeds that have two definitions, by all samples together and by each, and of the prefill."""
+    """Print the speeds that have two definitions, by all samples together and by each, and that of the prefill."""
     shown = cli.shown
     body = [
         [
@@ -190,7 +206,7 @@ def print_speeds(rows: Sequence[dict]) -> None:
 
 
 def print_quality(rows: Sequence[dict]) -> None:
-    """A table of the quality of the rows; rows of equal texts have equal numbers and stand in one line."""
+    """Print the quality of the rows; rows of equal texts have equal numbers and stand in one line."""
     groups: dict[tuple, list[str]] = {}
     for name, row in zip(row_names(rows), rows, strict=True):
         if row["quality"]:

@@ -1,12 +1,13 @@
 """Search the sublayers a draft leaves out (Draft & Verify, arXiv 2309.08168): Bayesian, on texts of the model itself.
 
 Static exits are tried first: they are such sets, too. Each trial is judged by one parallel pass over the texts
-(`skip_trials.py`), the promising ones also by decoding; search.db has all of them (`skip_study.py`), and a search
-started again in the same folder goes on. At the end the best sets, the best static exit and plain decoding are timed in
+(`trials.py`), the promising ones also by decoding; search.db has all of them (`study.py`), and a search started again
+in the same folder goes on. At the end the best sets, the best static exit and plain decoding are timed in
 turns. skips.json is what `--policy skip_set:FILE` reads; search.json and search.png have the whole search.
 """
 
 import argparse
+import functools
 import random
 import statistics
 from collections.abc import Sequence
@@ -17,21 +18,21 @@ from tqdm import tqdm
 
 import cli
 from decoding.calibrate import SAMPLE_TEXT
-from decoding.compare import fastest_plain
 from decoding.runner import Runner, check_num_draft_tokens
-from drafting.policy import DraftPolicy, check_range
+from drafting.policy import check_range
 from errors import UserError
 from loading.files import write_json
-from scripts.benchmark.__main__ import skipfast_contender
-from scripts.common import policy_sets, ranks, round_costs
+from scripts.common import policy_sets, round_costs
+from scripts.common.commands import generate_command
+from scripts.common.contender import skipfast_contender
 from scripts.common.experiment import Experiment, add_flags
 from scripts.common.journal import Journal, claimed
+from scripts.common.ranks import joined
 from scripts.common.round_costs import RoundCosts, skips_of
-from scripts.common.turns import Quality, measure
+from scripts.common.turns import Quality, measure, ratios
 from scripts.search_skips import charts
 from scripts.search_skips.study import SAMPLERS, Store, Trial, check_installed, propose
 from scripts.search_skips.trials import Judge, drafting_policy, exit_set
-from scripts.sweep.__main__ import command_line, comparable
 
 STARTS = 10  # trials at random, from almost nothing left out to more than half, before a sampler is asked
 BAD_FIT = 0.05  # relative error of costs that are better measured again
@@ -40,17 +41,15 @@ UNFIT = "+,=?%#{}"  # for the name of a folder in a policy string or in the addr
 
 
 def static_exits(n_layer: int) -> list[int]:
-    """The exits that are tried: up to half of the layers, at most 8, and LayerSkip's L/4."""
-    half = max(1, n_layer // 2)
-    count = min(policy_sets.GRID_DEPTHS, half)
-    return sorted({round(half * i / count) for i in range(1, count + 1)} | {max(1, n_layer // 4)})
+    """List the exits that are tried: up to half of the layers, and LayerSkip's L/4."""
+    return sorted({*policy_sets.exit_layers(n_layer), max(1, n_layer // 4)})
 
 
 # ---------------------------------------------------------------- the search
 
 
 def next_set(tried: Sequence[Trial], started: int, sampler: str, seed: int) -> tuple[bool, ...]:
-    """A set that was not tried yet, decided by the trials so far and the seed. started: how many static exits were."""
+    """Choose a set that was not tried yet, by the trials so far and the seed. started: how many static exits were."""
     number, draw = len(tried) - started, random.Random(f"{seed}/{len(tried)}")
     if number < STARTS:
         share = 0.95 - 0.6 * number / (STARTS - 1)
@@ -85,7 +84,7 @@ def search(judge: Judge, store: Store, flags: argparse.Namespace) -> None:
 
 
 def planned(trials: int, n_layer: int) -> int:
-    """Trials in all: the static exits and as many sets, unless there are fewer sets."""
+    """Count the trials in all: the static exits and as many sets, unless there are fewer sets."""
     return min(len(static_exits(n_layer)) + trials, 4**n_layer)
 
 
@@ -93,7 +92,7 @@ def planned(trials: int, n_layer: int) -> int:
 
 
 def finalists(trials: Sequence[Trial]) -> tuple[list[Trial], Trial]:
-    """The sets to time, best first, and the best static exit."""
+    """Return the sets to time, best first, and the best static exit."""
     order = sorted(trials, key=lambda trial: (trial.decoded, trial.value), reverse=True)
     return order[:FINALISTS], max((t for t in trials if t.exit_layer is not None), key=lambda trial: trial.value)
 
@@ -102,48 +101,48 @@ def static_text(trial: Trial) -> str:
     return f"static:{trial.exit_layer},num_draft_tokens={trial.num_draft_tokens}"
 
 
-def timed(run: Experiment, sets: Sequence[Trial], static: Trial) -> list[dict]:
+def timed(experiment: Experiment, sets: Sequence[Trial], static: Trial) -> list[dict]:
     """Time plain decoding, a static exit and sets in turns on all samples -> a row each, in this order.
 
     `rates`: tokens/s of each turn; `speedup`: the median over turns of the ratio to plain decoding.
     """
-    policies: list[DraftPolicy] = [fastest_plain(run.runner(None)), run.policy(static_text(static))]
-    policies += [drafting_policy(trial.keep, trial.num_draft_tokens) for trial in sets]
-    runners = [run.runner(None), *(run.runner(policy) for policy in policies[1:])]
-    run.runners.warm_up()
-    names = ["none", static_text(static), *(f"set {i}" for i in range(1, len(sets) + 1))]
-    contenders = [
-        skipfast_contender(runner, policy, name, run.config)
-        for runner, policy, name in zip(runners, policies, names, strict=True)
-    ]
+    engine, exit = experiment.engine, static_text(static)
+    policies = {exit: experiment.policy(exit)}
+    for i, trial in enumerate(sets, start=1):
+        policies[f"set {i}"] = drafting_policy(trial.keep, trial.num_draft_tokens)
+    contender = functools.partial(skipfast_contender, config=experiment.config)
+    plain = contender(*experiment.plain, "none")
+    contenders = [plain, *(contender(engine.runner(policy), policy, name) for name, policy in policies.items())]
+    engine.warm_up()
     measure(
         contenders,
-        [ids for _, ids in run.samples],
-        run.flags,
-        run.ranks,
+        [ids for _, ids in experiment.samples],
+        experiment.flags,
+        experiment.ranks,
         Journal(None, {}, ("row", "sample", "repeat")),
-        Quality(run.session, (), ()),
+        Quality(engine, (), ()),
     )
-    rows, plain = [], contenders[0]
-    for c, policy, trial in zip(contenders, policies, [None, static, *sets], strict=True):
-        drafted, accepted, rounds = (sum(one[key] for one in c.summaries) for key in ("drafted", "accepted", "rounds"))
+    checked = [experiment.must_equal_plain(policy) for policy in (experiment.plain[1], *policies.values())]
+    rows = []
+    for c, trial, comparable in zip(contenders, [None, static, *sets], checked, strict=True):
+        sums = c.totals()
         rows.append(
             {
                 "policy": c.policy,
                 "tokens_per_s": statistics.median(c.rates),
                 "rates": c.rates,
-                "speedup": statistics.median(a / b for a, b in zip(c.rates, plain.rates, strict=True)),
+                "speedup": statistics.median(ratios(c.rates, plain.rates)),
                 "modelled_speedup": trial.value if trial else 1.0,
-                "acceptance_rate": accepted / drafted if drafted else None,
-                "tokens_per_round": sum(len(text) - 1 for text in c.texts) / rounds,
-                "identical": c.texts == plain.texts if comparable(run, policy) else None,
+                "acceptance_rate": sums.acceptance_rate,
+                "tokens_per_round": sums.tokens_per_round,
+                "identical": c.texts == plain.texts if comparable else None,
             }
         )
     return rows
 
 
 def conclusion(rows: Sequence[dict], sets: Sequence[Trial], static: Trial) -> tuple[int, int, list[str]]:
-    """What the times say: the row of the fastest set, the row to decode by, and notes in words.
+    """Conclude from the times -> the row of the fastest set, the row to decode by, and notes in words.
 
     rows: plain decoding, the static exit, the sets. A row whose text differs from plain decoding's cannot win, nor can
     one that is no faster.
@@ -152,15 +151,15 @@ def conclusion(rows: Sequence[dict], sets: Sequence[Trial], static: Trial) -> tu
     best = max(range(2, len(rows)), key=speed)
     winner = max((best, 1), key=speed)
     exit, keep = rows[1]["policy"], sets[best - 2].keep
-    ratios = [a / b for a, b in zip(rows[best]["rates"], rows[1]["rates"], strict=True)]
+    gains = ratios(rows[best]["rates"], rows[1]["rates"])
     if speed(winner) <= 1:
         winner, note = 0, "nothing that was tried is faster than plain decoding: use --policy none"
     elif keep == static.keep:
         note = f"the best set is that of {exit}: nothing better was found"
-    elif min(ratios) < 1 < max(ratios):
-        note = f"a tie: the set was faster than {exit} in {sum(one > 1 for one in ratios)} of {len(ratios)} turns"
+    elif min(gains) < 1 < max(gains):
+        note = f"a tie: the set was faster than {exit} in {sum(gain > 1 for gain in gains)} of {len(gains)} turns"
     else:
-        note = f"the best set is {statistics.median(ratios):.2f} times as fast as {exit}"
+        note = f"the best set is {statistics.median(gains):.2f} times as fast as {exit}"
     differing = [row["policy"] for row in rows if row["identical"] is False]
     return best, winner, [note, *(f"{policy}: ITS TEXT DIFFERS from plain decoding's" for policy in differing)]
 
@@ -169,13 +168,13 @@ def conclusion(rows: Sequence[dict], sets: Sequence[Trial], static: Trial) -> tu
 
 
 def left_out(keep: Sequence[bool]) -> str:
-    """A set in words."""
+    """Say in words what a set leaves out."""
     parts = zip(("attention", "mlp"), skips_of(keep), strict=True)
     return "; ".join(f"{name} {ranges(layers)}" for name, layers in parts if layers) or "nothing"
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: 0 3-5."""
+    """Write ascending numbers in short: 0 3-5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -186,7 +185,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def print_search(rows: Sequence[dict], trials: Sequence[Trial | None], title: str) -> None:
-    """The table of what was timed. trials: of the rows; None for plain decoding."""
+    """Print the table of what was timed. trials: of the rows; None for plain decoding."""
     body = [
         [
             row["policy"],
@@ -215,51 +214,52 @@ def print_search(rows: Sequence[dict], trials: Sequence[Trial | None], title: st
     cli.print_table(f"{title}, in turns", columns, body)
 
 
-def finish(run: Experiment, store: Store) -> None:
+def write_search(experiment: Experiment, store: Store) -> None:
     """Write what was found, and print it."""
-    flags, trials, (sets, static), rows = run.flags, store.trials, finalists(store.trials), store.get("timed")["rows"]
+    trials, (sets, static), rows = store.trials, finalists(store.trials), store.get("timed")["rows"]
     best, winner, notes = conclusion(rows, sets, static)
-    row, chosen, file = rows[best], sets[best - 2], run.folder / "skips.json"
-    attention, mlp = skips_of(chosen.keep)
+    chosen, file, title = sets[best - 2], experiment.folder / "skips.json", experiment.title
     recommended = (
         f"skip_set:{file},num_draft_tokens={chosen.num_draft_tokens}" if winner == best else rows[winner]["policy"]
     )
-    numbers = lambda one: {name: one[name] for name in ("speedup", "tokens_per_s", "acceptance_rate")}
-    skips = {
-        "skip_attention": attention,
-        "skip_mlp": mlp,
-        "num_draft_tokens": chosen.num_draft_tokens,
-        "n_layer": run.n_layer,
-        **numbers(row),
-        "improvement": row["identical"] is not False and row["speedup"] > 1,
-        "recommended": recommended,
-        "reference": {one["policy"]: numbers(one) for one in rows[:2]},
-    }
     decoded, exits = sum(trial.decoded for trial in trials), sum(trial.exit_layer is not None for trial in trials)
     print(
         f"{exits} static exits and {len(trials) - exits} trials: {decoded} decoded, the others screened out; "
         f"error of modelled costs {store.get('costs')['error']:.1%}"
     )
-    print_search(rows, [None, static, *sets], run.title())
-    command = command_line(flags, recommended)
+    print_search(rows, [None, static, *sets], title)
+    command = generate_command(experiment.flags, recommended)
     print(*notes, f"fastest: {recommended}, {rows[winner]['speedup']:.2f}× plain decoding", command, sep="\n")
+    skips = skip_file(chosen, rows[best], rows[:2], recommended)
     write_json(file, skips)
-    history = [{"state": "decoded" if trial.decoded else "screened", **asdict(trial)} for trial in trials]
     result = {
-        "title": run.title(),
         "skips": skips,
         "notes": notes,
         "command": command,
         "timed": rows,
-        "trials": history,
+        "trials": [{"state": "decoded" if trial.decoded else "screened", **asdict(trial)} for trial in trials],
         "costs": store.get("costs"),
         "threads": store.get("threads"),
-        **run.config_json(),
     }
-    for path in filter(None, (flags.json, run.folder / "search.json")):
-        write_json(path, result)
-    charts.draw(trials, static, chosen, run.folder / "search.png", run.title())
-    print(f"written: {run.folder}/skips.json, search.json, search.png")
+    experiment.write_result("search.json", result)
+    charts.draw(trials, static, chosen, experiment.folder / "search.png", title)
+    print(f"written: {experiment.folder}/skips.json, search.json, search.png")
+
+
+def skip_file(chosen: Trial, row: dict, references: Sequence[dict], recommended: str) -> dict:
+    """Return the content of skips.json: what `--policy skip_set:FILE` reads, and what was measured of it."""
+    attention, mlp = skips_of(chosen.keep)
+    numbers = lambda measured: {name: measured[name] for name in ("speedup", "tokens_per_s", "acceptance_rate")}
+    return {
+        "skip_attention": attention,
+        "skip_mlp": mlp,
+        "num_draft_tokens": chosen.num_draft_tokens,
+        "n_layer": len(chosen.keep) // 2,
+        **numbers(row),
+        "improvement": row["identical"] is not False and row["speedup"] > 1,
+        "recommended": recommended,
+        "reference": {reference["policy"]: numbers(reference) for reference in references},
+    }
 
 
 # ---------------------------------------------------------------- the program
@@ -301,6 +301,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed turns at the end (default: 7)")
     flags = parser.parse_args(argv)
+    check_flags(flags)
+    return flags
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise UserError for the first flag that no search can have."""
     for name in ("trials", "most_drafts", "repeats"):
         if getattr(flags, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(flags, name)}")
@@ -322,18 +328,17 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"output_dir must be without {unfit[0]!r}, so that a policy can name a file in it, got {flags.output_dir!r}"
         )
     check_installed(flags.sampler)
-    return flags
 
 
-def load(run: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
+def load(experiment: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
     """Read the weights; what a round costs, and on how many threads, is measured once for a whole search."""
-    widest = drafting_policy((True,) * (2 * run.n_layer), run.flags.most_drafts)
-    found = store.get("costs")
-    costs = found and round_costs.restored(store.path, found)
-    run.load([widest])
-    runner = run.runner(widest)
+    widest = drafting_policy((True,) * (2 * experiment.n_layer), experiment.flags.most_drafts)
+    known = store.get("costs")
+    costs = known and round_costs.restored(store.path, known)
+    experiment.load([widest])
+    runner = experiment.engine.runner(widest)
     if costs is None:
-        costs = measured_costs(run, runner)
+        costs = measured_costs(experiment, runner)
         store.set("threads", torch.get_num_threads())
         store.set("costs", asdict(costs))
     else:
@@ -341,11 +346,11 @@ def load(run: Experiment, store: Store) -> tuple[Runner, RoundCosts]:
     return runner, costs
 
 
-def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
-    """The best of some attempts, with a notice if even that is bad."""
-    sample, tries = run.session.tokenizer.encode(SAMPLE_TEXT), []
+def measured_costs(experiment: Experiment, runner: Runner) -> RoundCosts:
+    """Measure until a curve fits, at most three times -> the best, with a notice if even that is bad."""
+    flags, sample, tries = experiment.flags, experiment.engine.tokenizer.encode(SAMPLE_TEXT), []
     while len(tries) < 3 and not (tries and tries[-1].error <= BAD_FIT):
-        tries.append(round_costs.measure(runner, sample, run.flags.most_drafts, run.flags.seed))
+        tries.append(round_costs.measure(runner, sample, flags.most_drafts, flags.seed))
     best = min(tries, key=lambda costs: costs.error)
     if best.error > BAD_FIT:
         cli.notice(
@@ -355,32 +360,32 @@ def measured_costs(run: Experiment, runner: Runner) -> RoundCosts:
     return best
 
 
-def go_on(run: Experiment) -> None:
+def go_on(experiment: Experiment) -> None:
     """Search, time and report, or what is left of that."""
-    flags = run.flags
+    flags = experiment.flags
     own = {name: getattr(flags, name) for name in ("sampler", "most_drafts", "screen")}
-    store = Store(run.folder / "search.db", run.settings([]) | own)
+    store = Store(experiment.folder / "search.db", experiment.settings([]) | own)
     key = lambda: {"trials": len(store.trials), "repeats": flags.repeats}
-    total = planned(flags.trials, run.n_layer)
+    total = planned(flags.trials, experiment.n_layer)
     finished = len(store.trials) >= total and (store.get("timed") or {}).get("key") == key()
     if not finished:
         if store.trials:
             cli.notice(f"{len(store.trials)} of {total} trials were finished before")
-        runner, costs = load(run, store)
+        runner, costs = load(experiment, store)
         if len(store.trials) < total:
-            search(Judge(run, runner, costs, flags.most_drafts), store, flags)
-        store.set("timed", {"key": key(), "rows": timed(run, *finalists(store.trials))})
-    finish(run, store)
+            search(Judge(experiment, runner, costs, flags.most_drafts), store, flags)
+        store.set("timed", {"key": key(), "rows": timed(experiment, *finalists(store.trials))})
+    write_search(experiment, store)
 
 
 def main() -> None:
-    with ranks.joined() as group:
+    with joined() as ranks:
         flags = parse_flags()
-        if group.group is not None:
+        if ranks.group is not None:
             raise UserError("scripts.search_skips runs in one process: start it without torchrun")
-        run = Experiment(flags, group)
-        with claimed(run.folder):
-            go_on(run)
+        experiment = Experiment(flags, ranks)
+        with claimed(experiment.folder):
+            go_on(experiment)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,40 @@
-"""The picture of `scripts.search_skips`: what each trial was worth, and which sublayers the chosen draft runs.
+"""The picture of `scripts.search_skips`: what each trial was worth, and which sublayers the chosen draft runs."""
 
-matplotlib is optional: it is imported where it draws.
-"""
-
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import cli
-from loading.files import replacing
+from scripts.common import pictures
+from scripts.common.pictures import columns
 from scripts.search_skips.study import Trial
 
 
 def draw(trials: Sequence[Trial], static: Trial, chosen: Trial, picture: Path, title: str) -> None:
-    """Write a PNG. static: the best static exit. Without matplotlib a notice says what to install."""
-    if importlib.util.find_spec("matplotlib") is None:
-        cli.notice(f"no {picture.name}: drawing it needs `pip install matplotlib`")
+    """Write a PNG. static: the best static exit."""
+    pyplot = pictures.pyplot(picture)
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (values, grid) = pyplot.subplots(1, 2, figsize=(11, 6), width_ratios=(5, 1), layout="constrained")
     draw_values(values, trials, static)
     draw_set(grid, chosen)
     figure.suptitle(title)
-    with replacing(picture) as file:
-        figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
+    pictures.save(figure, picture)
 
 
 def draw_values(axes, trials: Sequence[Trial], static: Trial) -> None:
-    """A point a trial, and the lines to beat."""
+    """Draw a point a trial, and the lines to beat."""
     numbered = list(enumerate(trials))
     for label, colour, wanted in (
         ("static exit, decoded", "tab:red", lambda trial: trial.exit_layer is not None),
         ("decoded", "tab:blue", lambda trial: trial.decoded and trial.exit_layer is None),
     ):
         points = [(i, trial.value) for i, trial in numbered if wanted(trial)]
-        axes.scatter(*zip(*points, strict=True) if points else ((), ()), c=colour, s=26, label=label, zorder=3)
+        axes.scatter(*columns(points), c=colour, s=26, label=label, zorder=3)
     screened = [(i, trial.proxy) for i, trial in numbered if not trial.decoded]
-    axes.scatter(
-        *zip(*screened, strict=True) if screened else ((), ()),
-        c="0.6",
-        s=20,
-        marker="x",
-        label="screened out by the parallel pass",
-        zorder=2,
-    )
+    axes.scatter(*columns(screened), c="0.6", s=20, marker="x", label="screened out by the parallel pass", zorder=2)
     decoded = [(i, trial.proxy) for i, trial in numbered if trial.decoded]
     axes.scatter(
-        *zip(*decoded, strict=True),
+        *columns(decoded),
         facecolors="none",
         edgecolors="tab:blue",
         s=40,
@@ -76,7 +58,7 @@ def draw_values(axes, trials: Sequence[Trial], static: Trial) -> None:
 
 
 def draw_set(axes, chosen: Trial) -> None:
-    """The sublayers of a set as a grid, the first layer at the bottom."""
+    """Draw the sublayers of a set as a grid, the first layer at the bottom."""
     from matplotlib.colors import ListedColormap
 
     layers = [list(map(int, chosen.keep[i : i + 2])) for i in range(0, len(chosen.keep), 2)]

@@ -55,12 +55,12 @@ def check_installed(sampler: str) -> None:
 
 
 def sublayer_names(n_sublayers: int) -> list[str]:
-    """attention_0, mlp_0, attention_1, …"""
+    """List attention_0, mlp_0, attention_1, …"""
     return [f"{('attention', 'mlp')[i % 2]}_{i // 2}" for i in range(n_sublayers)]
 
 
 def frozen(trial: Trial, attrs: dict | None = None):
-    """A trial as optuna's. attrs: to be kept with it; without any, one that a sampler may learn from."""
+    """Make optuna's trial of one of ours. attrs: to be kept with it; without any, one that a sampler may learn from."""
     from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 
@@ -78,7 +78,7 @@ def frozen(trial: Trial, attrs: dict | None = None):
 
 
 def propose(tried: Sequence[Trial], sampler: str, seed: str) -> tuple[bool, ...]:
-    """What a sampler would try next, a function of its arguments alone. tried: one trial at least."""
+    """Ask a sampler what to try next; a function of its arguments alone. tried: one trial at least."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -115,17 +115,17 @@ class Store:
             self.study = optuna.create_study(
                 study_name=NAME, storage=f"sqlite:///{path}", direction="maximize", load_if_exists=True
             )
-            found = self.get("settings")
+            known = self.get("settings")
             self.trials = [self._read(trial) for trial in self.study.get_trials(deepcopy=False)]
         except (sqlite3.Error, RuntimeError, KeyError, TypeError, optuna.exceptions.OptunaError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(
                 f"{path} is not what this program writes ({type(error).__name__}: {reason}): give another --output_dir"
             ) from None
-        if found is None:
+        if known is None:
             self.set("settings", settings)
         else:
-            refuse_others(path, found, settings)
+            refuse_others(path, known, settings)
 
     @staticmethod
     def _read(trial) -> Trial:
@@ -138,7 +138,7 @@ class Store:
         self.trials.append(trial)
 
     def get(self, name: str):
-        """A fact about the search; None if it is not known."""
+        """Return a fact about the search; None if it is not known."""
         return self.study.user_attrs.get(name)
 
     def set(self, name: str, value) -> None:

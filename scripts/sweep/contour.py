@@ -1,14 +1,11 @@
-"""The picture of `scripts.sweep`: speedup over two policy keys, with every measured cell as a point.
+"""The picture of `scripts.sweep`: speedup over two policy keys, with every measured cell as a point."""
 
-matplotlib is optional: it is imported where it draws.
-"""
-
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import cli
-from loading.files import replacing
+from scripts.common import pictures
+from scripts.common.pictures import columns
 
 MARKS = {
     "measured": ("*", 320, "tab:red", "fastest as measured"),
@@ -17,46 +14,31 @@ MARKS = {
 }
 
 
-def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict, picture: Path, title: str) -> None:
-    """Write a PNG. axes: key and values of y and of x, one cell in `rows` for each pair; best: policies to be marked.
+def draw(cells: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict, picture: Path, title: str) -> None:
+    """Write a PNG. axes: key and values of y and of x, with a cell for each pair; best: policies to be marked.
 
-    Values stand at equal distances. Without matplotlib a notice says what to install.
+    Values stand at equal distances.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        cli.notice(f"no {picture.name}: drawing it needs `pip install matplotlib`")
+    pyplot = pictures.pyplot(picture)
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import patheffects, pyplot
-
     (y_key, ys), (x_key, xs) = axes
-    place = {row["policy"]: (xs.index(row[x_key]), ys.index(row[y_key])) for row in rows}
+    places = {cell["policy"]: (xs.index(cell[x_key]), ys.index(cell[y_key])) for cell in cells}
     grid = [[0.0] * len(xs) for _ in ys]
-    for row in rows:
-        x, y = place[row["policy"]]
-        grid[y][x] = row["speedup"] or 0.0
+    for cell in cells:
+        x, y = places[cell["policy"]]
+        grid[y][x] = cell["speedup"] or 0.0
     figure, plot = pyplot.subplots(figsize=(9, 6.5), layout="constrained")
     if len(xs) > 1 and len(ys) > 1:
         shades = plot.contourf(range(len(xs)), range(len(ys)), grid, levels=15, cmap="viridis")
         figure.colorbar(shades, label="speedup over plain decoding (×, measured in turns)")
-    plot.scatter(*zip(*place.values(), strict=True), c="white", s=14, edgecolors="0.2", linewidths=0.6, zorder=3)
-    for row in rows:  # with a light edge: numbers stand on every shade, and beyond the shades
-        plot.annotate(
-            cli.shown(row["speedup"], ".2f"),
-            place[row["policy"]],
-            (0, -19),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color="black",
-            zorder=5,
-            path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
-        )
+    plot.scatter(*columns(places.values()), c="white", s=14, edgecolors="0.2", linewidths=0.6, zorder=3)
+    for cell in cells:
+        write_number(plot, cli.shown(cell["speedup"], ".2f"), places[cell["policy"]])
     for name, (marker, size, colour, label) in MARKS.items():
         if best.get(name):
             plot.scatter(
-                *place[best[name]],
+                *places[best[name]],
                 marker=marker,
                 s=size,
                 facecolors="none",
@@ -69,6 +51,21 @@ def draw(rows: Sequence[dict], axes: Sequence[tuple[str, list[str]]], best: dict
     plot.set_xticks(range(len(xs)), xs)
     plot.set_yticks(range(len(ys)), ys)
     figure.legend(loc="outside lower center", fontsize=9)
-    with replacing(picture) as file:
-        figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
+    pictures.save(figure, picture)
+
+
+def write_number(plot, number: str, place: tuple[int, int]) -> None:
+    """Write a number below a cell's point, with a light edge: it stands on every shade, and beyond the shades."""
+    from matplotlib import patheffects
+
+    plot.annotate(
+        number,
+        place,
+        (0, -19),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        color="black",
+        zorder=5,
+        path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from errors import UserError
+from scripts.common.texts import SEEDS
 from scripts.train.recipe import parse_focus
 
 EXAMPLE = """example, a few minutes on a laptop:
@@ -20,7 +21,6 @@ DEFAULTS = {
     "optimizer": ("muon", "adamw", "adamw"),
     "learning_rate": (3e-3, 3e-5, 1e-2),
 }
-SEEDS = 2**32  # a step's own seed follows from the run's by a factor, below 2**63
 RECIPE = (
     "p_max",
     "dropout_schedule",

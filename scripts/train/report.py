@@ -11,6 +11,7 @@ import cli
 from loading import checkpoint, writing
 from loading.files import replacing, write_text
 from loading.tokenizer import Tokenizer
+from scripts.common.first_drafts import simulate_rounds
 from scripts.train.parallel import shared_out, whole
 from scripts.train.trainer import Trainer, heldout_losses
 
@@ -44,19 +45,6 @@ def continue_greedily(trainer: Trainer, prompt: list[int], drafts: Drafts) -> tu
         name: [draft == token for draft, token in zip(tokens, continuation, strict=True)]
         for name, tokens in drafted.items()
     }
-
-
-def simulate_rounds(agree: list[bool], num_draft_tokens: int) -> tuple[int, int]:
-    """Accepted and drafted tokens of greedy self-speculation, given where draft and target agree.
-
-    Exact without drafting: up to the first disagreement the draft sees the very prefix that the target wrote.
-    """
-    position = accepted = drafted = 0
-    while position < len(agree):
-        count = min(num_draft_tokens, len(agree) - position - 1)
-        prefix = (agree[position : position + count] + [False]).index(False)
-        accepted, drafted, position = accepted + prefix, drafted + count, position + prefix + 1
-    return accepted, drafted
 
 
 def greedy_acceptance(

@@ -26,8 +26,7 @@ from loading.files import check_writable, make_folder, replacing, write_json
 from model import Transformer
 from scripts.common.journal import claimed, digest, read_state, refuse_others
 from scripts.common.round_costs import RoundCosts, measure, restored
-from scripts.train.config import SEEDS
-from scripts.train.corpus import encode_texts, find_files, split_texts
+from scripts.common.texts import SEEDS, encode_texts, find_files, split_texts
 from scripts.train_policy import report
 from scripts.train_policy.network import SkipNetwork, draw, policy_loss
 from scripts.train_policy.rewards import Reward, SkipReward, SpeedReward, Window, mean, numbers

@@ -1,6 +1,5 @@
 """The benchmark: which rows it has, what stands in them, and that its claim "identical" is really compared."""
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -9,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cli
+from decoding.engine import Engine
 from decoding.rounds import Drafter
 from decoding.runner import Runner
 from drafting.catalogue import POLICIES
 from kernels import cpu
 from kernels.exit_head import Exit
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import peers, picture
-from scripts.common import policy_sets
+from scripts.benchmark import hardware, peers, picture, prompts
+from scripts.common import contender, policy_sets
 
 COLUMNS = {
     "engine",
@@ -43,8 +42,8 @@ COLUMNS = {
 @pytest.fixture
 def bench(folder, tmp_path, monkeypatch, run_program):
     """bench(*flags, code=0) runs the benchmark in this process -> (JSON object or None, stdout, stderr)."""
-    small, file = benchmark.read_bandwidth, tmp_path / "out.json"
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
+    small, file = hardware.read_bandwidth, tmp_path / "out.json"
+    monkeypatch.setattr(hardware, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
 
     def bench(*flags, code=0):
         file.unlink(missing_ok=True)
@@ -245,9 +244,9 @@ def test_lengths_of_prompts_are_rows_with_prefill_and_cost_of_a_token(bench):
 
 def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch):
     seen = []
-    run = benchmark.decode
+    run = contender.decode
     monkeypatch.setattr(
-        benchmark, "decode", lambda runner, prompt, *rest: seen.append(prompt) or run(runner, prompt, *rest)
+        contender, "decode", lambda runner, prompt, *rest: seen.append(prompt) or run(runner, prompt, *rest)
     )
     files = {
         "a.txt": "import os\n\nx = 1\n",
@@ -269,20 +268,19 @@ def test_prompts_of_the_repository_have_short_names_and_a_file_of_that_name_wins
     rows = {
         name: [
             json.loads(line)["prompt"]
-            for line in (benchmark.PROMPT_SETS / f"{name}.jsonl").read_text("utf-8").splitlines()
+            for line in (prompts.PROMPT_SETS / f"{name}.jsonl").read_text("utf-8").splitlines()
         ]
         for name in names
     }
     assert {name: len(prompts) for name, prompts in rows.items()} == names
     assert [p for prompts in rows.values() for p in prompts if p != p.rstrip()] == [], "what follows would be unusual"
-    flags = argparse.Namespace(checkpoint_path=str(cli.DEMO), device="cpu", threads=None)
-    session = cli.open_session(flags)
+    engine = Engine.open()
     for name in names:
-        prompts = benchmark.read_prompts(name, session)
-        assert len(prompts) == names[name] and max(map(len, prompts)) <= 512
+        ids = prompts.read_prompts(name, engine)
+        assert len(ids) == names[name] and max(map(len, ids)) <= 512
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").write_text("import os\n")
-    assert benchmark.read_prompts("code", session) == [session.tokenizer.encode("import os")]
+    assert prompts.read_prompts("code", engine) == [engine.tokenizer.encode("import os")]
 
 
 def test_an_output_directory_gets_the_same_json(bench, tmp_path):
@@ -321,7 +319,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_that_names_it_before_the_weights_are_read(bench, monkeypatch, name):
     flags, parts = MISTAKES[name]
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result, _, err = bench(*flags, code=2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -374,25 +372,27 @@ def test_formats_and_low_bit_drafts_are_measured_side_by_side(bench):
 
 def test_devices_are_measured_side_by_side_each_with_its_own_weights_and_policies(bench, monkeypatch):
     """A second device that is the CPU again: rows are compared with plain decoding of their own device."""
-    load, models, measured = cli.Session.load, {}, []
+    load, models, measured = Engine.load, {}, []
 
-    def load_here(session, *length):
-        asked, session.flags.device = session.flags.device, "cpu"
+    def load_here(engine, *length):
+        asked, engine.device = engine.device, "cpu"
         try:
-            models[asked] = load(session)
+            models[asked] = load(engine, *length)
         finally:
-            session.flags.device = asked
+            engine.device = asked
         return models[asked]
 
-    measure = benchmark.calibrate
+    calibrate = Engine.calibrate
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_300_000)
-    monkeypatch.setattr(cli.Session, "load", load_here)
+    monkeypatch.setattr(Engine, "load", load_here)
     monkeypatch.setattr(
-        benchmark,
+        Engine,
         "calibrate",
-        lambda runner, policy, *rest: measured.append((runner.model, policy)) or measure(runner, policy, *rest),
+        lambda engine, policy, *rest, **how: (
+            measured.append((engine.model, policy)) or calibrate(engine, policy, *rest, **how)
+        ),
     )
     result, out, _ = bench("--device", "cpu", "--device", "cuda", "--policy", "static:1", "--prompt_lengths", "8")
     assert models["cpu"] is not models["cuda"]

@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 
-import cli
+from decoding.engine import Engine, EngineConfig
 from decoding.generation import GenerateConfig, Generation
 from decoding.rounds import Drafter
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
 from generate import decode
 from kernels.exit_head import Exit
-from loading.checkpoint import load, open_source
 from scripts import correctness
 from scripts.common.samples import read_dataset
 
@@ -62,10 +61,11 @@ def test_a_planted_fault_is_found_with_its_place_and_margin_and_exit_code_1(play
     assert f"first difference in sample {first['sample']}, token {first['position']}" in out
     monkeypatch.undo()  # the margin is the full model's, computed here in one pass over prompt and text
     flags = correctness.parse_flags(["--checkpoint_path", str(folder), *map(str, FLAGS[:-2])])
-    session, model = cli.open_session(flags), load(open_source(str(folder))).model
+    engine = Engine.open(EngineConfig(str(folder)))
+    engine.load(100)
     prompt = next(s.prompt for s in read_dataset(flags).samples if s.number == first["sample"])
-    ids, config = session.tokenizer.encode(prompt), GenerateConfig(first["position"])
-    runner = Runner(model, len(ids) + 20, 1)
+    ids, config = engine.tokenizer.encode(prompt), GenerateConfig(first["position"])
+    runner = Runner(engine.model, len(ids) + 20, 1)
     before = Generation.collect(decode(runner, ids, config, make_policy("none", 3))).tokens
     logits = runner.exit(runner.prefill([*ids, *before])).logits()[0]
     assert logits.argmax() == first["expected"]
@@ -105,7 +105,7 @@ def test_errors_are_counted_place_by_place_and_lengths_count():
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(correctness, *FLAGS, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line

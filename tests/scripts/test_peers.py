@@ -1,16 +1,16 @@
 """Peers: llama.cpp gets the same model, and its end is one line. The rest of them is in test_benchmark.py."""
 
-import argparse
 import importlib.util
 
 import pytest
 
-import cli
+from decoding.engine import Engine, EngineConfig
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from drafting.catalogue import make_policy
 from generate import decode
 from scripts.benchmark import peers
+from scripts.benchmark.llama_cpp_peer import LlamaCpp
 
 needs_llama_cpp = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in peers.NEEDS["llama.cpp"]),
@@ -27,15 +27,14 @@ LLAMA3 = {
 
 
 @pytest.fixture
-def session(make_hf, tmp_path):
-    def session(**config):
+def engine(make_hf, tmp_path):
+    def engine(**config):
         make_hf(tmp_path, **config)
-        flags = argparse.Namespace(checkpoint_path=str(tmp_path), device="cpu", precision="fp32", threads=1)
-        opened = cli.open_session(flags, needs_tokenizer=False)
-        opened.load()
+        opened = Engine.open(EngineConfig(str(tmp_path), dtype="fp32", threads=1), needs_tokenizer=False)
+        opened.load(100)
         return opened
 
-    return session
+    return engine
 
 
 @needs_llama_cpp
@@ -44,11 +43,11 @@ def session(make_hf, tmp_path):
     [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"rope_parameters": LLAMA3}],
     ids=["plain", "gqa", "tied", "llama3"],
 )
-def test_llama_cpp_gets_the_same_model(session, config):
-    opened = session(**config)
+def test_llama_cpp_gets_the_same_model(engine, config):
+    opened = engine(**config)
     runner, prompt = Runner(opened.model, 100, 1), [3, 77, 5, 9, 60, 61, 14] * 6
     ours = Generation.collect(decode(runner, prompt, GenerateConfig(24), make_policy("none", runner.n_layer)))
-    peer = peers.LlamaCpp(opened, 100, [1])
+    peer = LlamaCpp(opened, 100, [1])
     try:
         tokens, seconds, summary = peer.run(prompt, 24)
     finally:
@@ -58,8 +57,8 @@ def test_llama_cpp_gets_the_same_model(session, config):
 
 
 @needs_llama_cpp
-def test_the_end_of_the_peers_process_is_one_line(session):
-    peer = peers.LlamaCpp(session(), 100, [1])
+def test_the_end_of_the_peers_process_is_one_line(engine):
+    peer = LlamaCpp(engine(), 100, [1])
     try:
         peer.process.kill()
         peer.process.wait()

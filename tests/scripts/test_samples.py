@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import cli
+from decoding.engine import Engine
 from decoding.generation import GenerateConfig
 from scripts.common import samples
 
@@ -83,7 +83,7 @@ def read(*words):
 
 @pytest.fixture(scope="module")
 def demo():
-    return cli.open_session(argparse.Namespace(checkpoint_path=str(cli.DEMO), device="cpu", threads=None))
+    return Engine.open()
 
 
 def test_bundled_samples_have_responses_and_fit_the_demo_with_room_for_an_answer(demo):
@@ -122,16 +122,16 @@ def test_examples_come_before_the_prompt_and_are_no_samples(tmp_path):
         assert prompt == f"Q{sample.number}:" and sample.responses == (f" A{sample.number}",)
 
 
-@pytest.mark.parametrize("name", samples.SOURCES)
+@pytest.mark.parametrize("name", samples.HUB)
 def test_a_row_of_the_hub_becomes_a_prompt_and_its_responses(name, monkeypatch):
     row, prompt, responses = ROWS[name]
     monkeypatch.setattr(samples, "load_split", lambda name, source, split: [row])
     [sample] = read("--dataset", name, "--num_shots", 0).samples
     assert (sample.prompt, sample.responses) == (prompt, responses)
-    if samples.SOURCES[name].num_shots and samples.SOURCES[name].shots != samples.SOURCES[name].split:
+    if samples.HUB[name].num_shots and samples.HUB[name].shots != samples.HUB[name].split:
         monkeypatch.setattr(samples, "load_split", lambda name, source, split: [row] * 9)
         shots = read("--dataset", name).samples[0].prompt
-        assert shots.count(prompt + responses[0]) == samples.SOURCES[name].num_shots and shots.endswith(prompt)
+        assert shots.count(prompt + responses[0]) == samples.HUB[name].num_shots and shots.endswith(prompt)
 
 
 def test_rows_are_loaded_with_the_real_library_from_a_folder(tmp_path, monkeypatch):
@@ -140,9 +140,9 @@ def test_rows_are_loaded_with_the_real_library_from_a_folder(tmp_path, monkeypat
     (tmp_path / "data").mkdir()
     rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)]
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = samples.SOURCES["gsm8k"]
-    local = samples.Source(str(tmp_path / "data"), None, "train", "train", source.make)
-    monkeypatch.setitem(samples.SOURCES, "gsm8k", local)
+    source = samples.HUB["gsm8k"]
+    local = samples.HubDataset(str(tmp_path / "data"), None, "train", "train", source.make)
+    monkeypatch.setitem(samples.HUB, "gsm8k", local)
     assert sorted(s.responses[0] for s in read("--dataset", "gsm8k").samples) == [" 1", " 2", " 3", " 4"]
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("scipy", reason='pip install -e ".[search]"')
 
 import torch  # noqa: E402
 
-import cli  # noqa: E402
 import generate  # noqa: E402
+from decoding.engine import Engine  # noqa: E402
 from drafting.catalogue import make_policy  # noqa: E402
 from scripts import correctness  # noqa: E402
 from scripts.common import round_costs  # noqa: E402
@@ -132,7 +132,7 @@ def test_a_search_killed_within_a_trial_goes_on_to_the_history_of_one_that_was_n
 def test_a_finished_search_says_the_same_again_without_the_weights_and_takes_more_trials(play, tmp_path, monkeypatch):
     first, _ = play(search_skips, *SMALL, "--trials", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+        patch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
         assert play(search_skips, *SMALL, "--trials", 3)[0] == first
     before = history(tmp_path / "out")
     play(search_skips, *SMALL, "--trials", 5)
@@ -157,7 +157,7 @@ def test_where_nothing_pays_nothing_is_recommended(play, tmp_path, monkeypatch):
     monkeypatch.setattr(
         search_skips,
         "timed",
-        lambda run, sets, static: [
+        lambda experiment, sets, static: [
             row("none", [100.0]),
             row("static:1", [90.0]),
             *(row(f"set {i + 1}", [99.0 - i]) for i in range(len(sets))),
@@ -239,7 +239,7 @@ def test_costs_are_never_negative_and_a_slow_second_does_not_bend_them():
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -253,7 +253,7 @@ def test_optuna_is_named_where_it_is_missing(play, monkeypatch):
 
 def test_a_folder_of_another_search_and_other_files_are_left_alone(play, tmp_path, monkeypatch):
     play(search_skips, *SMALL, "--trials", 1)
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, "--max_new_tokens", 9, code=2)
     assert "another max_new_tokens (24, now 9): give another --output_dir" in err.splitlines()[-1]
     file = tmp_path / "out" / "search.db"
@@ -271,6 +271,6 @@ def test_a_search_by_another_curve_of_costs_is_refused(play, tmp_path, monkeypat
 
     storage = f"sqlite:///{tmp_path}/out/search.db"
     optuna.load_study(study_name="skip_sets", storage=storage).set_user_attr("costs", costs)
-    monkeypatch.setattr(cli.Session, "load", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(search_skips, *SMALL, "--trials", 2, code=2)
     assert "search.db has costs of rounds that this version does not understand" in err.splitlines()[-1]

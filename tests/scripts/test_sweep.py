@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-import cli
 import generate
+from decoding.engine import Engine
 from drafting.catalogue import make_policy
 from scripts.sweep import __main__ as sweep
 
@@ -59,11 +59,11 @@ def test_a_killed_sweep_goes_on_to_the_same_table_and_keeps_the_times_it_has(pla
     play(sweep, *SMALL, "--output_dir", tmp_path / "whole")
     measured, measure = [], sweep.measure_cell
 
-    def killed(run, policy, repeats):
+    def killed(experiment, policy, repeats):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(str(policy))
-        return measure(run, policy, repeats)
+        return measure(experiment, policy, repeats)
 
     monkeypatch.setattr(sweep, "measure_cell", killed)
     play(sweep, *SMALL, code=130)
@@ -83,7 +83,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table_and_keeps_the_times_it_has(pla
 
 def test_a_folder_of_another_sweep_is_refused_before_the_weights_are_read(play, monkeypatch):
     play(sweep, *SMALL, "--y", "exit_layer=1")
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(sweep, *SMALL, "--max_new_tokens", 9, code=2)
     assert "another max_new_tokens (8, now 9): give another --output_dir" in err.splitlines()[-1]
 
@@ -145,7 +145,7 @@ def test_the_best_cells_and_their_distance():
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(sweep, *SMALL, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line

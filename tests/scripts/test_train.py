@@ -16,8 +16,10 @@ import torch
 from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
 from scripts.common import journal
+from scripts.common.first_drafts import simulate_rounds
+from scripts.common.texts import find_files, split_texts
 from scripts.train import __main__ as train
-from scripts.train import config, corpus, recipe, report, trainer
+from scripts.train import config, recipe, report, trainer
 from tests.helpers.processes import ROOT
 
 MODULES = ("textwrap.py", "heapq.py", "bisect.py", "contextlib.py", "keyword.py", "string.py")
@@ -213,23 +215,23 @@ def test_curricula_and_weights_follow_the_paper():
 def test_simulated_rounds_count_what_drafting_would_accept():
     # K = 3: [yes yes no] + correction, [yes yes yes] + bonus, then one draft before the last token
     agree = [True, True, False, True, True, True, False, True, True]
-    assert report.simulate_rounds(agree, 3) == (2 + 3 + 1, 3 + 3 + 1)
-    assert report.simulate_rounds([True], 3) == (0, 0)
+    assert simulate_rounds(agree, 3) == (2 + 3 + 1, 3 + 3 + 1)
+    assert simulate_rounds([True], 3) == (0, 0)
 
 
 def test_heldout_files_are_never_trained_on_and_copies_are_dropped(texts, tmp_path):
     for index in range(40):
         lines = "\n".join(f"value_{index}_{line} = compute_something({line})" for line in range(5))
         (tmp_path / f"file{index}.py").write_text(lines)
-    files = corpus.find_files([str(tmp_path)], "*.py")
-    training, heldout = corpus.split_texts(files * 2, 0.25)
+    files = find_files([str(tmp_path)], "*.py")
+    training, heldout = split_texts(files * 2, 0.25)
     assert {name for name, _ in training} | {name for name, _ in heldout} == {name for name, _ in files}
     assert not {name for name, _ in training} & {name for name, _ in heldout}
     assert 0 < len(heldout) < 20 and len(training) == 2 * (40 - len(heldout)), "named twice, counted twice"
     text = files[0][1].read_text()
     for index in range(20):
         (tmp_path / f"copy{index}.py").write_text(text)
-    again = corpus.split_texts(corpus.find_files([str(tmp_path)], "*.py"), 0.25)
+    again = split_texts(find_files([str(tmp_path)], "*.py"), 0.25)
     assert sum(other == text for part in again for _, other in part) == 1
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-import cli
+from decoding.engine import Engine
 from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import hardware
 from scripts.common import metrics, turns
 
 for package in metrics.NEEDS:
@@ -16,8 +17,8 @@ FLAGS = ("--dataset", "questions", "--num_samples", 2, "--max_new_tokens", 6, "-
 
 @pytest.fixture(autouse=True)
 def small_bandwidth(monkeypatch):
-    small = benchmark.read_bandwidth
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
+    small = hardware.read_bandwidth
+    monkeypatch.setattr(hardware, "read_bandwidth", lambda device: small(gib=0.01, repeats=2))
 
 
 def lines(folder):
@@ -75,7 +76,7 @@ def test_a_killed_benchmark_goes_on_without_measuring_anything_twice(play, tmp_p
     judged.clear()
     _, err = play(benchmark, *FLAGS, "--repeats", 1)  # nothing is left to do
     assert judged == [] and "2 of 2 turns of samples were finished before" in err
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, err = play(benchmark, *FLAGS, "--temperature", 0.5, code=2)
     assert "another temperature (0.0, now 0.5)" in err
 
@@ -104,7 +105,7 @@ def test_a_dataset_without_responses_is_timed_without_quality(play, tmp_path):
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(play, tmp_path, monkeypatch, flags, message):
     (tmp_path / "x.jsonl").write_text('{"prompt": "import os"}\n')
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     flags = [tmp_path / "x.jsonl" if flag == "{file}" else flag for flag in flags]
     _, err = play(benchmark, *FLAGS, *flags, code=2)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
