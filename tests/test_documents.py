@@ -2,10 +2,13 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import skipfast
+from drafting import policy
 from generate import parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +36,13 @@ def test_the_readme_is_one_page_and_its_two_commands_stand_at_the_top():
     assert {"pip install -r requirements.txt && python generate.py"} <= set(lines[:25])
     assert {"pip install -r requirements-dev.txt && python -m pytest"} <= set(lines[:25])
     assert "Nothing has been run on a GPU yet" in text
+
+
+def test_the_readmes_code_is_that_of_the_modules_whose_tests_run_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    library, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert textwrap.indent(library, "    ") in skipfast.__doc__
+    assert textwrap.indent(example, "    ") in policy.__doc__
 
 
 @pages
