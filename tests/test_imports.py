@@ -29,25 +29,17 @@ ALLOWED = {
     "convert_hf_checkpoint": "cli errors kernels loading",
     "quantize": "cli convert_hf_checkpoint decoding errors kernels loading model",
     "scripts.common": "cli decoding drafting errors generate kernels loading model tp",
-    "scripts.benchmark": "cli decoding drafting errors generate kernels loading model scripts.common tp",
-    "scripts.correctness": "cli drafting errors loading scripts.common",
+    "scripts.benchmark": "cli decoding drafting errors kernels loading model scripts.common tp",
+    "scripts.correctness": "cli decoding drafting errors scripts.common",
     "scripts.eval": "cli decoding drafting errors generate loading model scripts.common",
     "scripts.gpu_check": "cli decoding drafting errors generate kernels loading model quantize",
     "scripts.inspect_layers": "cli decoding drafting errors generate loading scripts.common",
-    "scripts.search_skips": "cli decoding drafting errors loading scripts.common",
+    "scripts.search_skips": "cli decoding drafting errors generate loading scripts.common",
     "scripts.sweep": "cli decoding drafting errors loading scripts.common",
     "scripts.train": "cli errors loading model scripts.common",
     "scripts.train_policy": "cli decoding drafting errors generate kernels loading model scripts.common",
 }
 ALLOWED = {unit: set(others.split()) for unit, others in ALLOWED.items()}
-# Programs under scripts that still take something of one another. To be closed: what they share goes to scripts.common.
-OPEN_DOORS = {
-    ("scripts.common", "scripts.benchmark"),
-    ("scripts.search_skips", "scripts.benchmark"),
-    ("scripts.search_skips", "scripts.sweep"),
-    ("scripts.search_skips", "scripts.train"),
-    ("scripts.train_policy", "scripts.train"),
-}
 PROGRAMS = {"cli", "convert_hf_checkpoint", "generate", "quantize", "skipfast"}
 FLOORS = {"decoding", "drafting", "errors", "kernels", "loading", "model", "tp"}  # below every program
 # Packages a program runs without: whoever needs one imports it where it is used and says how to install it.
@@ -128,7 +120,7 @@ def edges() -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_edge_is_allowed_and_every_allowed_edge_is_used():
-    found, allowed = edges(), {(unit, other) for unit, others in ALLOWED.items() for other in others} | OPEN_DOORS
+    found, allowed = edges(), {(unit, other) for unit, others in ALLOWED.items() for other in others}
     assert {edge: lines for edge, lines in found.items() if edge not in allowed} == {}, "not listed"
     assert allowed - set(found) == set(), "listed, and no longer used"
     assert {unit_of(module) for module in MODULES} - {"tests", "scripts"} == set(ALLOWED), "units without a row"
@@ -161,7 +153,7 @@ def test_the_floors_know_no_program_and_programs_under_scripts_not_one_another()
         )
 
     found = edges()
-    assert {edge: lines for edge, lines in found.items() if wrong(*edge) and edge not in OPEN_DOORS} == {}
+    assert {edge: lines for edge, lines in found.items() if wrong(*edge)} == {}
 
 
 def test_tests_take_what_they_share_from_the_helpers_alone():

@@ -20,7 +20,7 @@ NEAR_DUPLICATE = 0.5  # a held-out file with more than this share of its long li
 
 def find_files(sources: Iterable[str], pattern: str) -> list[tuple[str, Path]]:
     """List (relative name, path) of every text file; a source given twice counts twice in training."""
-    found = []
+    files = []
     for source in sources:
         if source in ("stdlib", "stdlib_tests"):
             root = Path(sysconfig.get_paths()["stdlib"])
@@ -28,7 +28,7 @@ def find_files(sources: Iterable[str], pattern: str) -> list[tuple[str, Path]]:
             for path in sorted(root.rglob("*.py")):
                 folders = set(path.relative_to(root).parts[:-1])
                 if not folders & STDLIB_LEFT_OUT and bool(folders & STDLIB_TESTS) == wanted:
-                    found.append((path.relative_to(root).as_posix(), path))
+                    files.append((path.relative_to(root).as_posix(), path))
             continue
         root = Path(source)
         if not root.exists():
@@ -37,10 +37,10 @@ def find_files(sources: Iterable[str], pattern: str) -> list[tuple[str, Path]]:
             paths = [root] if root.is_file() else sorted(path for path in root.rglob(pattern) if path.is_file())
         except NotImplementedError:
             raise UserError(f"glob must be a pattern for names inside a folder, got {pattern!r}") from None
-        found += [(path.name if root.is_file() else path.relative_to(root).as_posix(), path) for path in paths]
-    if not found:
+        files += [(path.name if root.is_file() else path.relative_to(root).as_posix(), path) for path in paths]
+    if not files:
         raise UserError(f"data: no file matches {pattern!r} in {', '.join(sources) or 'nothing: give --data'}")
-    return found
+    return files
 
 
 def split_texts(files: list[tuple[str, Path]], share: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -43,7 +43,7 @@ class Quality:
 
     @property
     def judges(self) -> bool:
-        """Whether there is something to judge by."""
+        """Tell whether there is something to judge by."""
         return bool(self.samples) and all(sample.responses for sample in self.samples)
 
     def of(self, index: int, tokens: Sequence[int]) -> dict:

@@ -44,7 +44,7 @@ class Trial:
 
     @property
     def decoded(self) -> bool:
-        """Whether it was promising enough to be decoded with."""
+        """Tell whether it was promising enough to be decoded with."""
         return self.tokens_per_round is not None
 
 

@@ -6,8 +6,6 @@ generate.py command of the best.
 """
 
 import argparse
-import csv
-import io
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -21,78 +19,12 @@ from decoding.generation import Generation, ideal_speedup, totals
 from drafting.plan import RoundContext
 from drafting.policy import DraftPolicy
 from errors import UserError
-from loading.files import write_text
-from scripts.common import policy_sets
-from scripts.common.commands import generate_command
 from scripts.common.experiment import Experiment, add_flags
 from scripts.common.journal import Journal
 from scripts.common.ranks import joined
 from scripts.common.turns import ratios
-from scripts.sweep import contour
-
-COUNTS = (
-    "tokens",
-    "drafted",
-    "accepted",
-    "acceptance_rate",
-    "rounds",
-    "tokens_per_round",
-    "mean_exit_layer",
-    "layer_visits_per_token",
-    "head_visits_per_token",
-    "ideal_speedup",
-    "identical",
-)
-TIMES = (
-    "seconds",
-    "plain_seconds",
-    "tokens_per_s",
-    "plain_tokens_per_s",
-    "speedup",
-    "mean_sample_speedup",
-    "round_cost",
-    "bound",
-)
-
-
-class Axis:
-    """A key of the policy and its values, from `KEY=v1,v2,…` or `KEY=first-last` (whole numbers)."""
-
-    def __init__(self, text: str):
-        self.key, equals, values = text.partition("=")
-        first, dash, last = values.partition("-")
-        if dash and first.isdigit() and last.isdigit():
-            self.values = [str(value) for value in range(int(first), int(last) + 1)]
-        else:
-            self.values = [value for value in values.split(",") if value]
-        if not (self.key and equals and self.values):
-            raise UserError(f"an axis must be KEY=v1,v2,… or KEY=first-last, got {text!r}")
-        if len(set(self.values)) < len(self.values):
-            raise UserError(f"an axis must have each value once, got {text!r}")
-
-    def __str__(self) -> str:
-        return f"{self.key}={','.join(self.values)}"
-
-
-def cell_text(policy: str, y: str, x: str) -> str:
-    """Make the policy string of a cell from the base and two `key=value` settings."""
-    return policy + (":" if ":" not in policy.rpartition("+")[2] else ",") + f"{y},{x}"
-
-
-def check_different(policies: dict[str, str]) -> None:
-    """Raise UserError if two cells are one policy. policies: of each cell, by the text that made it."""
-    first: dict[str, str] = {}
-    for text, policy in policies.items():
-        if (other := first.setdefault(policy, text)) != text:
-            raise UserError(f"--y and --x must make another policy of each cell, but {other} and {text} are the same")
-
-
-def default_exits(n_layer: int) -> str:
-    """Return the axis of exit layers up to half of the model."""
-    return "exit_layer=" + ",".join(map(str, policy_sets.exit_layers(n_layer)))
-
-
-# ---------------------------------------------------------------- a cell
+from scripts.sweep.axes import Axis, cell_text, check_different, default_exits
+from scripts.sweep.report import write_sweep
 
 
 def measure_cell(experiment: Experiment, policy: DraftPolicy, repeats: int) -> dict:
@@ -180,48 +112,6 @@ def round_cost(experiment: Experiment, policy: DraftPolicy) -> float | None:
     return statistics.median(costs)
 
 
-# ---------------------------------------------------------------- what a sweep leaves behind
-
-
-def best_cells(cells: Sequence[dict]) -> dict:
-    """Name the fastest cell as measured, and the best by two bounds: weight bytes, and the measured cost of a round."""
-    best = {}
-    for name in ("speedup", "ideal_speedup", "bound"):
-        known = [cell for cell in cells if cell[name] is not None]
-        best[name] = max(known, key=lambda cell: cell[name])["policy"] if len(known) == len(cells) else None
-    return {"measured": best["speedup"], "ideal_bound": best["ideal_speedup"], "cost_bound": best["bound"]}
-
-
-def distance(cells: Sequence[dict], axes: Sequence[Axis], first: str | None, second: str | None) -> list[int] | None:
-    """Count how many cells apart two cells are, along y and x."""
-    places = {cell["policy"]: [axis.values.index(cell[axis.key]) for axis in axes] for cell in cells}
-    if first is None or second is None:
-        return None
-    return [abs(a - b) for a, b in zip(places[first], places[second], strict=True)]
-
-
-def csv_text(cells: Sequence[dict], axes: Sequence[Axis]) -> str:
-    """Write the cells as CSV, in the order of the grid: counts, which a seed decides, before times."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*(axis.key for axis in axes), "policy", *COUNTS, *TIMES], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells)
-    return out.getvalue()
-
-
-def print_sweep(cells: Sequence[dict], axes: Sequence[Axis], title: str, best: dict) -> None:
-    """Print two grids of cells: speedup, the fastest with a mark, and acceptance."""
-    y, x = axes
-    by_place = {(cell[y.key], cell[x.key]): cell for cell in cells}
-    for name, label in (("speedup", "speedup over plain decoding"), ("acceptance_rate", "acceptance rate")):
-        body = []
-        for value in y.values:
-            line = [by_place[value, other] for other in x.values]
-            marks = ["*" if cell["policy"] == best["measured"] and name == "speedup" else "" for cell in line]
-            body.append([value, *(mark + cli.shown(cell[name], ".2f") for mark, cell in zip(marks, line, strict=True))])
-        cli.print_table(f"{title}: {label}", [f"{y.key} \\ {x.key}", *x.values], body)
-
-
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.sweep",
@@ -250,25 +140,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if flags.max_new_tokens < 2:
         raise UserError(f"max_new_tokens must be 2 or more to time decoding, got {flags.max_new_tokens}")
     return flags
-
-
-def write_sweep(experiment: Experiment, cells: list[dict], axes: list[Axis]) -> None:
-    """Write CSV, JSON and the picture, and print the tables."""
-    best, folder, title = best_cells(cells), experiment.folder, experiment.title
-    apart = {name: distance(cells, axes, best["measured"], best[name]) for name in ("ideal_bound", "cost_bound")}
-    command = generate_command(experiment.flags, best["measured"])
-    print_sweep(cells, axes, title, best)
-    for name, bound in (("ideal_bound", "weight bytes alone"), ("cost_bound", "the measured cost of a round")):
-        if best[name]:
-            print(f"best by {bound}: {best[name]} ({' and '.join(map(str, apart[name]))} cells from the measured best)")
-    speedup = max(cell["speedup"] for cell in cells)
-    print(f"best measured: {best['measured']}, {speedup:.2f}× plain decoding\n{command}")
-    write_text(folder / "sweep.csv", csv_text(cells, axes))
-    values = {axis.key: axis.values for axis in axes}
-    result = {"axes": values, "cells": cells, "best": best, "cells_apart": apart, "command": command}
-    experiment.write_result("sweep.json", result)
-    contour.draw(cells, list(values.items()), best, folder / "sweep.png", title)
-    print(f"written: {folder}/sweep.csv, sweep.json, sweep.png")
 
 
 def make_cells(experiment: Experiment, axes: list[Axis]) -> tuple[dict[str, DraftPolicy], dict[str, dict[str, str]]]:

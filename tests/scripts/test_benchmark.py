@@ -119,6 +119,9 @@ def test_without_a_policy_there_are_auto_and_a_quarter_of_the_layers_and_without
         result, _, _ = bench("--compile")
         assert all(row_of(result, "none", compiled=compiled)["identical"] for compiled in (True, False))
         assert row_of(result, "static:1")["compiled"]
+        by_call = row_of(result, "none:steps=8")
+        assert by_call["tokens_per_round"] == 5 and by_call["layer_visits_per_token"] == 3
+        assert by_call["acceptance_rate"] is None, "plain decoding drafts nothing, several tokens a call or not"
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8)])

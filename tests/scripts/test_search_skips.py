@@ -21,7 +21,7 @@ from scripts import correctness  # noqa: E402
 from scripts.common import round_costs  # noqa: E402
 from scripts.common.round_costs import RoundCosts  # noqa: E402
 from scripts.search_skips import __main__ as search_skips  # noqa: E402
-from scripts.search_skips import study  # noqa: E402
+from scripts.search_skips import finish, study  # noqa: E402
 from scripts.search_skips.study import Trial, propose  # noqa: E402
 from tests.helpers.processes import run_python  # noqa: E402
 
@@ -191,7 +191,7 @@ def test_where_nothing_pays_nothing_is_recommended(play, tmp_path, monkeypatch):
 )
 def test_the_conclusion_follows_the_clock(rows, winner, said):
     sets, static = [Trial((True, False), 2, 0.5, 1.5, 1.5)], Trial((False, True), 2, 0.5, 1.5, 1.5, 1)
-    best, found, notes = search_skips.conclusion(rows, sets, static)
+    best, found, notes = finish.conclusion(rows, sets, static)
     assert (best, found) == (2, winner) and said in " ".join(notes)
 
 

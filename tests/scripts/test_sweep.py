@@ -10,6 +10,8 @@ import generate
 from decoding.engine import Engine
 from drafting.catalogue import make_policy
 from scripts.sweep import __main__ as sweep
+from scripts.sweep import report
+from scripts.sweep.axes import Axis
 
 SMALL = (
     "--num_samples",
@@ -33,7 +35,7 @@ def table(folder):
 
 
 def counts(folder):
-    return [{key: row[key] for key in ("policy", *sweep.COUNTS)} for row in table(folder)]
+    return [{key: row[key] for key in ("policy", *report.COUNTS)} for row in table(folder)]
 
 
 def test_a_sweep_leaves_a_table_an_object_a_picture_and_a_command_that_runs(play, tmp_path):
@@ -99,8 +101,8 @@ def test_other_keys_of_other_policies_span_the_grid_too(play, tmp_path):
 
 
 def test_the_best_cells_and_their_distance():
-    axes = [sweep.Axis("exit_layer=1-3"), sweep.Axis("num_draft_tokens=2,4")]
-    assert axes[1].values == ["2", "4"] and sweep.Axis("candidates=1-2-3,2-3").values == ["1-2-3", "2-3"]
+    axes = [Axis("exit_layer=1-3"), Axis("num_draft_tokens=2,4")]
+    assert axes[1].values == ["2", "4"] and Axis("candidates=1-2-3,2-3").values == ["1-2-3", "2-3"]
     speeds = {
         ("1", "2"): (1.0, 1.1),
         ("1", "4"): (1.2, 1.3),
@@ -120,9 +122,9 @@ def test_the_best_cells_and_their_distance():
         }
         for (e, k), (measured, ideal) in speeds.items()
     ]
-    best = sweep.best_cells(rows)
+    best = report.best_cells(rows)
     assert best == {"measured": "2/2", "ideal_bound": "2/4", "cost_bound": None}
-    assert sweep.distance(rows, axes, "2/2", "2/4") == [0, 1] and sweep.distance(rows, axes, "2/2", None) is None
+    assert report.distance(rows, axes, "2/2", "2/4") == [0, 1] and report.distance(rows, axes, "2/2", None) is None
 
 
 @pytest.mark.parametrize(
