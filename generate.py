@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import cli
 import tp
+from decoding.calibrate import agreement
 from decoding.compare import compare_with_plain, share_equal
 from decoding.engine import Engine
 from decoding.generation import GenerateConfig, Generation, check_prompt, until_end
-from decoding.rounds import Drafter, Rows, agreement
+from decoding.rounds import RoundPlayer
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import policy_names
@@ -42,103 +43,60 @@ def decode(
     policy: DraftPolicy,
     cached: int = 0,
     finished: Callable[[int], bool] | None = None,
+    verified: bool = True,
 ) -> Iterator[Round]:
     """Generate from `prompt` (token ids), one Round at a time; the first is the prefill with its one token.
 
     cached: how many leading tokens already have their K/V in the runner's cache (a conversation going on).
     finished: called with each emitted token in order; True ends the text after that token.
-    Raises UserError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens.
+    verified=False: emit tokens as they are drafted. Lossy: the text differs from the full model's (LayerSkip's early
+    exit; CALM). A token that exits nowhere runs through all layers.
+    Raises UserError for a prompt that is empty, has unknown ids, or does not fit the cache with max_new_tokens, and for
+    a policy whose drafts need verification if there is none.
     """
+    if not verified:
+        check_unverified(policy, config.sampling)
     tokens = list(prompt)
-    drafter = Drafter(runner, policy, runner.sampler(config.sampling), config.eos_ids)
-    first, ended = prefill(drafter, tokens, config, cached, finished)
+    player = RoundPlayer(runner, policy, runner.sampler(config.sampling), config.eos_ids, verified)
+    first, ended = until_text_ends(prefill(player, tokens, config, cached), config, finished)
+    tokens += first.tokens
     yield first
 
     while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
         start = time.perf_counter()
-        position = len(tokens) - 1  # of the last token, the only one whose K/V is not in the cache yet
-        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0, drafter.hidden))
-        draft, accepted, target = drafter.round(plan, tokens[-1], position, remaining - 1)
-        new, ended = until_end([*draft.tokens[:accepted], target], config.eos_ids, finished)
-        tokens += new  # rolling back rejected drafts needs nothing: the next round writes over their cache slots
-        step = Round(
-            tuple(new),
-            tuple(draft.tokens),
-            min(accepted, len(new)),
-            tuple(draft.exit_layers),
-            draft.resume_layer,
-            time.perf_counter() - start,
-            draft.layer_visits,
-            draft.head_visits + 1,
-        )
-        policy.end_round(step)
-        yield step
+        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0, player.hidden))
+        # Draft, verify, accept. The last token is the only one whose K/V is not in the cache yet.
+        round = player.play(plan, tokens[-1], len(tokens) - 1, remaining, start)
+        round, ended = until_text_ends(round, config, finished)
+        tokens += round.tokens  # rejected drafts are rolled back for free: the next round writes over their cache slots
+        policy.end_round(round)
+        yield round
 
 
-def early_exit(
-    runner: Runner,
-    prompt: Sequence[int],
-    config: GenerateConfig,
-    policy: DraftPolicy,
-    finished: Callable[[int], bool] | None = None,
-) -> Iterator[Round]:
-    """As `decode`, but emit tokens as they are drafted, unverified: another text than the full model's, and no lossless
-    one (LayerSkip's early exit; CALM). Where a policy leaves at no candidate, a token runs through all layers. Keys and
-    values that an early exit left out are made when a later token goes deeper, by taking the waiting rows along.
-
-    Raises UserError for a policy whose drafts are not the model's own.
-    """
-    check_unverified(policy, config.sampling)
-    tokens = list(prompt)
-    drafter = Drafter(runner, policy, runner.sampler(config.sampling), config.eos_ids, verified=False)
-    first, ended = prefill(drafter, tokens, config, 0, finished)
-    yield first
-
-    rows, skipped = Rows(runner, len(tokens) - 1), None
-    while not ended and (remaining := config.max_new_tokens - (len(tokens) - len(prompt))) > 0:
-        start, before = time.perf_counter(), rows.layer_visits
-        plan = policy.start_round(RoundContext(tokens, remaining, config.sampling.temperature > 0, drafter.hidden))
-        exits = (*plan.exits, runner.n_layer) if plan.exits and plan.num_draft_tokens else ()
-        skipped = plan.skip_attention if skipped is None else skipped  # no keys and values there: a text keeps its set
-        drafts = max(1, plan.num_draft_tokens)
-        plan = dataclasses.replace(plan, exits=exits, num_draft_tokens=drafts, skip_attention=skipped)
-        draft = drafter.draft(rows, plan, tokens[-1], remaining)
-        rows.waiting.pop(runner.n_layer, None)
-        new, ended = until_end(draft.tokens, config.eos_ids, finished)
-        tokens += new
-        step = Round(
-            tuple(new),
-            exit_layers=tuple(draft.exit_layers),
-            seconds=time.perf_counter() - start,
-            layer_visits=rows.layer_visits - before,
-            head_visits=draft.head_visits,
-        )
-        policy.end_round(step)
-        yield step
-
-
-def prefill(
-    drafter: Drafter, tokens: list[int], config: GenerateConfig, cached: int, finished: Callable[[int], bool] | None
-) -> tuple[Round, bool]:
-    """Run the prompt `tokens` and add the full model's token after it -> the Round, and whether the text has ended."""
-    runner, sampler = drafter.runner, drafter.sampler
+def prefill(player: RoundPlayer, tokens: list[int], config: GenerateConfig, cached: int) -> Round:
+    """Run the prompt `tokens` through all layers and choose the full model's token after it."""
+    runner, policy, sampler = player.runner, player.policy, player.sampler
     check_prompt(tokens, config, runner.model.args.vocab_size, runner.cache_length)
-    drafter.policy.start_prompt(tokens)
+    policy.start_prompt(tokens)
     start = time.perf_counter()
-    watched = drafter.policy.watched_depths
-    states = runner.prefill_states(tokens[cached:], cached, watched)
+    states = runner.prefill_states(tokens[cached:], cached, policy.watched_depths)
     last = states[runner.n_layer][-1:]
-    if drafter.policy.reads_hidden:
-        drafter.remember(last)
-    exit = runner.exit(last, sampler.draw(len(tokens)))
-    _, first = sampler.verify((), exit, len(tokens))
-    if watched:
+    if policy.reads_hidden:
+        player.remember(last)
+    first = sampler.first(runner.exit(last, sampler.draw(len(tokens))), len(tokens))
+    if policy.watched_depths:
         ends = {depth: hidden[-WATCHED_TOKENS:] for depth, hidden in states.items()}
         position = len(tokens) + 1 - len(ends[runner.n_layer])
-        drafter.policy.see_prompt(agreement(runner, sampler, ends, position, drafter.policy.adapters))
-    new, ended = until_end([first], config.eos_ids, finished)
-    tokens += new
-    return Round(tuple(new), seconds=time.perf_counter() - start), ended
+        policy.see_prompt(agreement(runner, sampler, ends, position, policy.adapters))
+    return Round((first,), seconds=time.perf_counter() - start)
+
+
+def until_text_ends(round: Round, config: GenerateConfig, finished: Callable[[int], bool] | None) -> tuple[Round, bool]:
+    """Cut a round behind the token that ends the text -> the round, and whether one did."""
+    tokens, ended = until_end(round.tokens, config.eos_ids, finished)
+    if len(tokens) < len(round.tokens):
+        round = dataclasses.replace(round, tokens=tokens, accepted=min(round.accepted, len(tokens)))
+    return round, ended
 
 
 def check_unverified(policy: DraftPolicy, sampling: SamplingConfig) -> None:
@@ -200,11 +158,11 @@ def run_once(engine: Engine, flags: argparse.Namespace, config: GenerateConfig, 
     prompt = cli.read_prompt(flags, engine.tokenizer, DEFAULT_PROMPT)
     check_prompt(prompt, config, engine.args.vocab_size, engine.args.max_seq_len)
     engine.prepare([policy], len(prompt) + config.max_new_tokens, config.sampling, prompt)
-    runner, decoding = engine.runner(policy), early_exit if flags.no_verify else decode
+    runner = engine.runner(policy)
     output = cli.StreamedText(engine.tokenizer, flags.stop, flags.show_drafts)
     if engine.tokenizer and not flags.chat:
         output.write(engine.tokenizer.decode(prompt), "dim")
-    stream = decoding(runner, prompt, config, policy, finished=output.ends_at)
+    stream = decode(runner, prompt, config, policy, finished=output.ends_at, verified=not flags.no_verify)
     generation = Generation.collect(output.show(round) for round in stream)
     text = output.close()
     explained = policy.explain() if flags.verbose else []
@@ -247,8 +205,7 @@ def compare(
     texts: list[list[int]] = []
 
     def speculative() -> Generation:
-        decoding = decode if verified else early_exit
-        generation = Generation.collect(decoding(runner, prompt, config, policy))
+        generation = Generation.collect(decode(runner, prompt, config, policy, verified=verified))
         texts.append(generation.tokens)
         return generation
 

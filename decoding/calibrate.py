@@ -1,12 +1,16 @@
 """What a policy may measure before decoding: the time of its plans' rounds here, and how well each exit guesses."""
 
+import operator
 import statistics
 import time
 from collections.abc import Sequence
 
-from decoding.rounds import Drafter, agreement
+from torch import Tensor
+
+from decoding.rounds import RoundPlayer, Sampler
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
+from drafting.adapters import Adapters
 from drafting.plan import DraftPlan
 from drafting.policy import DraftPolicy
 
@@ -29,12 +33,31 @@ def calibrate(runner: Runner, policy: DraftPolicy, sample: Sequence[int], sampli
     """
     if not (plans := policy.plans_to_time()):
         return
-    most = max(max(plan.num_draft_tokens, len(plan.proposed)) for plan in plans)
+    most = max(plan.most_drafts for plan in plans)
     sample = list(sample)[: max(1, runner.cache_length - most - 1)] or [0]
-    states = runner.prefill_states(sample, 0, {depth for plan in plans for depth in plan.exits})
+    depths = {depth for plan in plans for depth in plan.candidates(runner.n_layer)}
+    states = runner.prefill_states(sample, 0, depths)
     position = 1 + len(sample) - len(states[runner.n_layer])
     agreed = agreement(runner, runner.sampler(sampling), states, position, policy.adapters)
     policy.calibrate(time_rounds(runner, policy, plans, sample, sampling), agreed)
+
+
+def agreement(
+    runner: Runner, sampler: Sampler, states: dict[int, Tensor], position: int, adapters: Adapters | None = None
+) -> dict[int, list[bool]]:
+    """Compare exits with the full model -> for each depth, row by row: does an exit there choose the same token?
+
+    states: hidden [T, D] at each depth and at the top, of rows that choose the tokens for `position`, position + 1, …
+    """
+    guesses = {}
+    for depth, hidden in states.items():
+        hidden, guesses[depth] = runner.adapted(hidden, adapters, depth), []
+        for rows in hidden.split(runner.width if hidden.is_cuda else len(hidden)):  # what the fused head of a GPU takes
+            at = position + len(guesses[depth])
+            exit = runner.exit(rows, sampler.draw(at), draft=depth < runner.n_layer)
+            guesses[depth] += sampler.guesses(exit, at)
+    full = guesses[runner.n_layer]
+    return {depth: list(map(operator.eq, tokens, full)) for depth, tokens in guesses.items()}
 
 
 def time_rounds(
@@ -46,14 +69,12 @@ def time_rounds(
     budget_s: float = SECONDS,
 ) -> dict[DraftPlan, float]:
     """Play a round of each plan in turns at the end of `sample`, which is in the cache -> median seconds."""
-    drafter, position = Drafter(runner, policy, runner.sampler(sampling), ()), len(sample) - 1
+    player, position = RoundPlayer(runner, policy, runner.sampler(sampling)), len(sample) - 1
     taken = {plan: [] for plan in plans}
 
     def play(plan: DraftPlan) -> float:
-        start = time.perf_counter()
-        wanted = max(plan.num_draft_tokens, len(plan.proposed))  # no more: no round is started ahead of being asked for
-        drafter.round(plan, sample[-1], position, min(wanted, runner.cache_length - len(sample)))
-        return time.perf_counter() - start
+        wanted = min(plan.most_drafts, runner.cache_length - len(sample)) + 1  # no more: no round is started ahead
+        return player.play(plan, sample[-1], position, wanted, time.perf_counter()).seconds
 
     for _ in range(runner.unsteady_rounds):
         for plan in taken:

@@ -38,9 +38,9 @@ def check_prompt(prompt: Sequence[int], config: GenerateConfig, vocab_size: int,
 
 
 def until_end(
-    tokens: list[int], eos_ids: Sequence[int], finished: Callable[[int], bool] | None
-) -> tuple[list[int], bool]:
-    """The tokens up to and including the one that ends the text, and whether one did."""
+    tokens: Sequence[int], eos_ids: Sequence[int], finished: Callable[[int], bool] | None = None
+) -> tuple[Sequence[int], bool]:
+    """Cut tokens behind the one that ends the text -> the tokens, and whether one did."""
     for index, token in enumerate(tokens):
         stop = finished(token) if finished else False
         if stop or token in eos_ids:

@@ -1,33 +1,35 @@
-"""Rounds as programs on device tensors: what a GPU replays as CUDA graphs, so that Python is not what it waits for.
+"""Rounds as programs on device tensors: a GPU replays them as CUDA graphs, so that it never waits for Python.
 
-Calls here are padded to one number of rows, so rows cost nothing: verification runs all of a round's tokens through all
-layers, which reads no more weights than taking the last one to where the others wait, and is the same for every plan.
-What the host has to know to go on cuts a round into parts:
-  * a plan that decides nothing (one exit or none, any sublayers left out) and repeats is one graph. Token, position and
-    number of accepted drafts stay on the device, so the next round is started before the host has read this one.
-  * otherwise each draft is a graph, and verification another, which plans of any K share: plans may change every round.
+Every call is padded to one number of rows. So rows cost nothing: verification runs all of a round's tokens through all
+layers. It reads no more weights than taking the last token to where the others wait, and is the same for every plan.
+A round is split wherever Python must read a result:
+  * a plan in which nothing is decided (one exit or none, with any skips) and which repeats is one graph. Token,
+    position and number of accepted drafts stay on the device, so the next round is started before this one is read.
+  * otherwise each draft is a graph, and verification is another one, which plans of any K share. Plans may change every
+    round.
   * with a rule to stop, the next draft is started before the statistics of this one are read.
-  * with several candidate exits, each climb to the next candidate is a graph, and what was seen there chooses.
-  * proposed tokens are verified like drafts of parts; rows behind the last one are masked.
-Policies that decide in Python, and samplers that need all logits, go call by call; runs of layers are graphs for them.
+  * with several candidate exits, each climb to the next candidate is a graph, and the statistics seen there choose.
+  * proposed tokens are verified like drafts; rows behind the last one are masked.
+Policies that decide in Python and samplers that need all logits play call by call; runs of layers are their graphs.
 A round started ahead, which nobody wants after the end of a text, costs its time and nothing else. Without a GPU the
 same programs run as they stand.
 """
 
-from collections.abc import Callable, Collection, Hashable
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from decoding.packed import PlayedRound
 from decoding.sampling import SamplingConfig, accept
-from drafting.plan import DraftPlan, Rule
+from drafting.plan import STATISTICS, DraftPlan
 from kernels.exit_head import Draw, Exit, ExitStats
+
+PROGRAMS = 128  # programs that are remembered, most of them as graphs; a policy may make new skips every round
 
 
 class Arrival:
-    """A copy of a device tensor on the host, and what says that it has arrived."""
+    """A copy of a device tensor on the host, and the event that says it has arrived."""
 
     def __init__(self, source: Tensor):
         self.source, self.copy = source, torch.zeros_like(source, device="cpu", pin_memory=source.is_cuda)
@@ -47,8 +49,14 @@ class Arrival:
         return self.copy.tolist()
 
 
-class DeviceRounds:
-    """The rounds of one runner.Runner. Its tensors are what programs get and leave, so a graph may hold them."""
+class Program:
+    """What is known of a program with its arguments: whether it has run, and its graph once it is captured."""
+
+    has_run, graph = False, None
+
+
+class Graphs:
+    """The programs of one Runner, and the tensors on the device that they read and write; so a graph may hold those."""
 
     def __init__(self, runner):
         self.runner, self.rows = runner, runner.width
@@ -61,39 +69,43 @@ class DeviceRounds:
         self.position, self.last_row, self.seed = integers(1), integers(1), integers(1)
         self.temperature = torch.ones(1, device=norm.device)
         self.offsets = torch.arange(self.rows, device=norm.device)
-        self.stats = torch.zeros(3, device=norm.device)  # top-1, margin and entropy of the last draft
+        self.stats = torch.zeros(len(STATISTICS), device=norm.device)  # of the last draft
         self.hidden = norm.new_zeros(self.rows, len(norm))  # after the last layer
         self.waiting: dict[int, Tensor] = {}  # depth -> hidden [rows, D] of the rows that have been there
         self.inputs, self.input_positions = torch.zeros_like(self.hidden), torch.zeros_like(self.offsets)
         self.found = [Arrival(self.ids) for _ in range(2)]  # one is written while one is read
         self.seen = [Arrival(self.stats) for _ in range(2)]
-        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self.met: set[Hashable] = set()
+        self.programs = lru_cache(PROGRAMS)(lambda *key: Program())  # those not used for longest go, with their graphs
         self.pool = None
         self.ahead: tuple | None = None  # of a round started unasked: what it starts from, and its arrival
 
     # ---- programs: nothing in them waits for the device ----
 
-    def draft(self, plan: DraftPlan, sampled: bool, row: int, exit: int = 0, wants_stats: bool = False) -> None:
-        """Take row `row` from the candidate below to the plan's candidate `exit`; write its token behind it."""
-        runner, depths = self.runner, plan.exits or (self.runner.n_layer,)
-        start, stop = depths[exit - 1] if exit else 0, depths[exit]
-        first = 0 if exit else row  # the rows before go along: they may lack keys and values here, or get the same
-        hidden = self.waiting_at(start)[first : row + 1] if exit else runner.model.embed(self.tokens[row : row + 1])
+    def draft(self, plan: DraftPlan, sampled: bool, row: int, candidate: int = 0, wants_stats: bool = False) -> None:
+        """Take row `row` from the candidate below to the plan's candidate number `candidate`; write its token behind
+        it."""
+        runner, depths = self.runner, plan.candidates(self.runner.n_layer)
+        start, stop = depths[candidate - 1] if candidate else 0, depths[candidate]
+        first = 0 if candidate else row  # the rows before join: they may lack keys and values here, or get the same
+        if candidate:
+            hidden = self.waiting_at(start)[first : row + 1]
+        else:
+            hidden = runner.model.embed(self.tokens[row : row + 1])
         positions = self.position + self.offsets[first : row + 1]
         hidden = runner.run_blocks(hidden, positions, start, stop, plan.skip_attention, plan.skip_mlp, draft=True)
-        if exit + 1 < len(depths):
+        if candidate + 1 < len(depths):
             self.waiting_at(stop)[first : row + 1].copy_(hidden)
-        leaving = runner.adapted(hidden[-1:], plan.adapters, stop)
-        seen = runner.exit(leaving, self.draw(positions[-1:], sampled), draft=True)
-        seen.wants_stats = wants_stats
-        self.tokens[row + 1 : row + 2].copy_(chosen(seen, sampled))
+        state = runner.adapted(hidden[-1:], plan.adapters, stop)
+        exit = runner.exit(state, self.draw(positions[-1:], sampled), draft=True)
+        exit.wants_stats = wants_stats
+        self.tokens[row + 1 : row + 2].copy_(chosen(exit, sampled))
         if wants_stats:
-            stats = seen.stats()
-            self.stats.copy_(torch.cat((stats.top1, stats.margin, stats.entropy)))
+            stats = exit.stats()
+            self.stats.copy_(torch.cat([measure.of(stats) for measure in STATISTICS]))
 
     def verify(self, sampled: bool, rows: int, masked: bool) -> None:
-        """The full model's token after each of the first `rows` tokens. masked: rows behind last_row are padding."""
+        """Choose the full model's token after each of the first `rows` tokens. masked: those behind last_row are
+        padding."""
         positions = self.position + self.offsets[:rows]
         if masked:
             positions = torch.where(self.offsets[:rows] <= self.last_row, positions, -1)
@@ -102,7 +114,7 @@ class DeviceRounds:
         self.chosen[:rows].copy_(chosen(self.runner.exit(hidden, self.draw(positions, sampled)), sampled))
 
     def whole_round(self, plan: DraftPlan, sampled: bool) -> None:
-        """Draft, verify and accept; leave token and position where the next round finds them."""
+        """Draft, verify and accept; write token and position where the next round finds them."""
         drafts = plan.num_draft_tokens
         for row in range(drafts):
             self.draft(plan, sampled, row)
@@ -115,7 +127,7 @@ class DeviceRounds:
     def layers(
         self, start: int, stop: int, skip_attention: frozenset[int], skip_mlp: frozenset[int], draft: bool
     ) -> None:
-        """Layers start..stop-1 on `inputs` at `input_positions`, in place."""
+        """Run layers start..stop-1 on `inputs` at `input_positions`, in place."""
         hidden = self.runner.run_blocks(self.inputs, self.input_positions, start, stop, skip_attention, skip_mlp, draft)
         self.inputs.copy_(hidden)
 
@@ -136,17 +148,17 @@ class DeviceRounds:
         """
         if not self.on_gpu:
             return program(*arguments)
-        key = program.__name__, *arguments
-        if key in self.met and key not in self.graphs:
-            self.graphs[key] = self.capture(partial(program, *arguments))
-        if key in self.graphs:
-            self.graphs[key].replay()
+        known = self.programs(program.__name__, *arguments)
+        if known.has_run and known.graph is None:
+            known.graph = self.capture(partial(program, *arguments))
+        if known.graph is not None:
+            known.graph.replay()
         else:
             program(*arguments)
-            self.met.add(key)  # only now: a run that failed may have left something to compile
+            known.has_run = True  # only now: a run that failed may have left something to compile
 
     def capture(self, program: Callable) -> torch.cuda.CUDAGraph:
-        """The graph of a program. All share one memory pool: what outlives a program is in this object's tensors."""
+        """Capture a program. All graphs share one memory pool: what outlives a program is in this object's tensors."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -159,13 +171,14 @@ class DeviceRounds:
         return arrivals[0].send()
 
     def set(self, token: int, position: int, sampling: SamplingConfig) -> None:
+        """Say where the next round starts and how it samples."""
         self.tokens[:1].fill_(token)
         self.position.fill_(position)
         self.seed.fill_(sampling.seed)
         self.temperature.fill_(sampling.temperature)
 
     def forget(self) -> None:
-        """No round started ahead will be asked for: it is of another text, or was started from another place."""
+        """Drop a round started ahead: it is of another text, or was started from another place."""
         self.ahead = None
 
     def run_layers(
@@ -178,7 +191,7 @@ class DeviceRounds:
         skip_mlp: Collection[int],
         draft: bool,
     ) -> Tensor:
-        """Runner.run_blocks by a graph, for at most `rows` rows."""
+        """Do what Runner.run_blocks does, by a graph, for at most `rows` rows."""
         rows = len(hidden)
         self.inputs[:rows].copy_(hidden)
         self.inputs[rows:].zero_()  # padding that went through the layers call after call would grow, in fp16 to NaN
@@ -189,41 +202,10 @@ class DeviceRounds:
 
     # ---- rounds ----
 
-    def play(
-        self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, limit: int, want_hidden: bool
-    ) -> PlayedRound:
-        """Play a round, as Runner.play. The plan asks no policy and drafts fewer than `rows` tokens."""
-        if plan.is_fixed and plan.repeats:
-            may_go_on = limit > plan.num_draft_tokens and not want_hidden
-            drafted, found = self.play_whole(plan, sampling, token, position, may_go_on)
-            drafted = drafted[:limit]
-            exit_layers = [plan.exits[0] if plan.exits else self.runner.n_layer] * len(drafted)
-            runs = [(0, depth) for depth in exit_layers]
-        else:
-            self.forget()
-            self.set(token, position, sampling)
-            drafted, found, exit_layers, runs = self.play_parts(plan, sampling.temperature > 0, limit)
-        left_out = [
-            sum(start <= i < stop for start, stop in runs for i in skips)
-            for skips in (plan.skip_attention, plan.skip_mlp)
-        ]
-        rows, visits = len(drafted) + 1, sum(stop - start for start, stop in runs)
-        return PlayedRound(
-            drafted,
-            exit_layers,
-            found[:rows],
-            0,
-            self.runner.n_layer,
-            visits,
-            tuple(left_out),
-            len(runs),
-            self.hidden[:rows].clone() if want_hidden else None,
-        )
-
     def play_whole(
         self, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, may_go_on: bool
     ) -> tuple[list[int], list[int]]:
-        """A round of a fixed plan -> (drafted [K], the model's choices [K + 1]).
+        """Play a round of a fixed plan as one graph -> (drafted [K], the full model's choices [K + 1]).
 
         may_go_on: more tokens are wanted than this round can give, so a GPU starts the next one, too.
         """
@@ -236,63 +218,133 @@ class DeviceRounds:
             self.set(token, position, sampling)
             self.run(*program)
             arrival = self.send(self.found)
-        drafts = plan.num_draft_tokens
         following = None
         if self.on_gpu and may_go_on:
             self.run(*program)
             following = self.send(self.found)
-        ids = arrival.read()
-        drafted, found = ids[1 : drafts + 1], ids[self.rows : self.rows + drafts + 1]
+        drafted, chosen = self.read(arrival, plan.num_draft_tokens)
         if following:
-            accepted, target = accept(drafted, found)
+            accepted, target = accept(drafted, chosen)
             self.ahead = (plan, target, position + accepted + 1, *of_text), following
-        return drafted, found
+        return drafted, chosen
 
-    def play_parts(
-        self, plan: DraftPlan, sampled: bool, limit: int
-    ) -> tuple[list[int], list[int], list[int], list[tuple[int, int]]]:
-        """Draft part by part or take what is proposed, and verify -> drafted, the model's choices, and of the drafts
-        the exit layers and the runs of layers (start, stop)."""
-        if plan.proposed:
-            proposed, exit_layers, runs = plan.proposed[:limit], [], []
-            self.tokens[1 : len(proposed) + 1].copy_(torch.tensor(proposed, dtype=torch.int64))
-            count = len(proposed)
-        else:
-            exit_layers, runs = self.play_drafts(plan, sampled, min(plan.num_draft_tokens, limit))
-            count = len(exit_layers)
-        self.last_row.fill_(count)
-        self.run(self.verify, sampled, self.rows if self.on_gpu else count + 1, self.on_gpu)
-        ids = self.send(self.found).read()
-        return ids[1 : count + 1], ids[self.rows :], exit_layers, runs
+    def read(self, arrival: Arrival, count: int) -> tuple[list[int], list[int]]:
+        """Wait for a verified round of `count` drafts -> (drafted [count], the full model's choices [count + 1])."""
+        ids = arrival.read()
+        return ids[1 : count + 1], ids[self.rows : self.rows + count + 1]
 
-    def play_drafts(self, plan: DraftPlan, sampled: bool, most: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Draft until a rule ends it, or `most` tokens -> their exit layers, and all runs of layers (start, stop)."""
-        depths, exit_layers, runs, started = plan.exits or (self.runner.n_layer,), [], [], None
-        judged = bool(plan.stop_unless or len(depths) > 1)
-        shape = DraftPlan(depths, 1, plan.skip_attention, plan.skip_mlp, adapters=plan.adapters)  # no thresholds: a key
 
-        def run(row: int, exit: int) -> Arrival | None:
-            self.run(self.draft, shape, sampled, row, exit, judged)
-            runs.append((depths[exit - 1] if exit else 0, depths[exit]))
-            return self.send(self.seen) if judged else None
+class GraphSteps:
+    """The steps of a round (see rounds.Steps) as programs of Graphs. Tokens stay on the device until it is verified.
 
-        for row in range(most):
-            arrival, started, exit = started or run(row, 0), None, 0
-            while exit + 1 < len(depths) and not self.holds(plan.leave_if, arrival):
-                exit += 1
-                arrival = run(row, exit)
-            exit_layers.append(depths[exit])
-            if plan.stop_unless and row + 1 < most:
-                if self.on_gpu and exit + 1 == len(depths):  # not read yet: the GPU goes on meanwhile
-                    started = run(row + 1, 0)
-                if not self.holds(plan.stop_unless, arrival):
-                    break
-        return exit_layers, runs
+    layer_visits, head_visits: all that is read, also for drafts started ahead that nobody wants in the end.
+    """
 
-    def holds(self, rule: Rule, arrival: Arrival) -> bool:
-        return self.runner.agreed(rule.holds(ExitStats(None, *arrival.read(), None)))
+    resume_layer = 0  # verification runs all layers
+
+    def __init__(self, graphs: Graphs, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int):
+        self.graphs, self.plan, self.sampled = graphs, plan, sampling.temperature > 0
+        self.depths = plan.candidates(graphs.runner.n_layer)
+        self.judged = bool(plan.stop_unless or len(self.depths) > 1)
+        # The key of programs: thresholds and K are not part of them.
+        self.shape = DraftPlan(self.depths, 1, plan.skip_attention, plan.skip_mlp, adapters=plan.adapters)
+        self.row, self.candidate = -1, -1  # of the last draft
+        self.started: GraphExit | None = None  # of the next row, at its first candidate
+        self.layer_visits = self.head_visits = 0.0
+        graphs.forget()
+        graphs.set(token, position, sampling)
+
+    def enter(self, token: int | None) -> None:
+        """Begin with the next row, whose token is on the device already."""
+        self.row, self.candidate = self.row + 1, -1
+
+    def climb(self, depth: int) -> "GraphExit":
+        """Start the climb to the next candidate."""
+        self.candidate += 1
+        exit, self.started = self.started or self.start(self.row, self.candidate), None
+        return exit
+
+    def start(self, row: int, candidate: int) -> "GraphExit":
+        """Start the climb of a row to a candidate -> what will be known there."""
+        graphs, plan, depths = self.graphs, self.plan, self.depths
+        graphs.run(graphs.draft, self.shape, self.sampled, row, candidate, self.judged)
+        start, stop = depths[candidate - 1] if candidate else 0, depths[candidate]
+        self.layer_visits += graphs.runner.layer_visits(start, stop, plan.skip_attention, plan.skip_mlp, draft=True)
+        self.head_visits += graphs.runner.draft_head_share
+        return GraphExit(self, graphs.send(graphs.seen) if self.judged else None, row, is_last=stop == depths[-1])
+
+    def start_next(self, row: int) -> None:
+        """Start the row after `row` while its statistics are on their way, so that the GPU has something to do."""
+        if self.graphs.on_gpu and self.started is None:
+            self.started = self.start(row + 1, 0)
+
+    def choose(self, exit: "GraphExit") -> None:
+        """Return nothing: the program has written the token behind its row."""
+
+    def verify(self, drafted: list[int | None]) -> tuple[list[int], int, int, Tensor]:
+        """Verify the drafts, see rounds.Steps."""
+        graphs, count = self.graphs, len(drafted)
+        if self.plan.proposed:
+            graphs.tokens[1 : count + 1].copy_(torch.tensor(drafted, dtype=torch.int64))
+        graphs.last_row.fill_(count)
+        rows = graphs.rows if graphs.on_gpu else count + 1  # one graph for all numbers of drafts
+        graphs.run(graphs.verify, self.sampled, rows, graphs.on_gpu)
+        self.layer_visits += graphs.runner.n_layer
+        self.head_visits += 1
+        tokens, chosen = graphs.read(graphs.send(graphs.found), count)
+        return tokens, *accept(tokens, chosen), graphs.hidden
+
+
+class GraphExit:
+    """What is known of a draft's exit while its token stays on the device: its statistics, once they have arrived."""
+
+    def __init__(self, steps: GraphSteps, arrival: Arrival | None, row: int, is_last: bool):
+        """is_last: at the last candidate, where the statistics are read only to decide whether to go on drafting."""
+        self.steps, self.arrival, self.row, self.is_last = steps, arrival, row, is_last
+        self.known: ExitStats | None = None
+
+    def stats(self) -> ExitStats:
+        """Wait for the statistics of the row, numbers instead of tensors."""
+        if self.known is None:
+            if self.is_last:
+                self.steps.start_next(self.row)
+            self.known = ExitStats(None, *self.arrival.read(), None)
+        return self.known
+
+
+class WholeSteps:
+    """The steps of a round of which nothing is decided: all of it is one graph, which `verify` runs."""
+
+    resume_layer = 0
+
+    def __init__(
+        self, graphs: Graphs, plan: DraftPlan, sampling: SamplingConfig, token: int, position: int, may_go_on: bool
+    ):
+        self.graphs, self.plan = graphs, plan
+        self.round = plan, sampling, token, position, may_go_on
+        self.layer_visits = self.head_visits = 0.0
+
+    def enter(self, token: int | None) -> None:
+        """Do nothing."""
+
+    def climb(self, depth: int) -> None:
+        """Count what the graph reads for a draft."""
+        runner, plan = self.graphs.runner, self.plan
+        self.layer_visits += runner.layer_visits(0, depth, plan.skip_attention, plan.skip_mlp, draft=True)
+        self.head_visits += runner.draft_head_share
+
+    def choose(self, exit: None) -> None:
+        """Return nothing: the token stays on the device."""
+
+    def verify(self, drafted: list[int | None]) -> tuple[list[int], int, int, Tensor]:
+        """Run the round, see rounds.Steps."""
+        tokens, chosen = self.graphs.play_whole(*self.round)
+        self.layer_visits += self.graphs.runner.n_layer
+        self.head_visits += 1
+        tokens = tokens[: len(drafted)]  # the graph drafts K, however many are wanted
+        return tokens, *accept(tokens, chosen), self.graphs.hidden
 
 
 def chosen(exit: Exit, sampled: bool) -> Tensor:
-    """The token after each row, int64 [T]."""
+    """Return the token after each row, int64 [T], on the device."""
     return exit.samples() if sampled else exit.token_ids()

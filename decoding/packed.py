@@ -1,48 +1,39 @@
-"""A run of transformer layers in one call: the C++ twin of `model.Block` for packed weights on a CPU.
+"""Runs of layers and whole rounds in one call each: the C++ twins of `model.Block` and of the loop in rounds.py.
 
 Between the operations of a layer, Python, the dispatcher and the waking of threads take longer than the arithmetic of a
-small model. `cpp/layers.h` runs the same operations in the same order, rounding where they round, so the result is
-`model.Block`'s bit for bit, with one team of threads from the first layer to the last. The reference is `model.Block`.
+small model. `kernels/cpu/layers.h` runs the same operations in the same order and rounds where they round, so the
+result is `model.Block`'s bit for bit; `kernels/cpu/round.h` plays a round of them. What does not change from call to
+call stands in tables, which are checked once and hold addresses: whoever has a table must keep its tensors.
 """
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from drafting.adapters import Adapters
+from drafting.plan import DraftPlan
 from kernels.exit_head import Head
 
 TENSORS = ("attention_norm", "wqkv", "wo", "mlp_norm", "w13", "w2", "k_cache", "v_cache")  # of a layer, in this order
-MEASURES = ("top1", "margin", "entropy", "cosine", "repeats")  # of plan.Rule, in the order of cpp/round.h
+PLANS = 64  # tables of plans that are kept; a policy may make a new set of skips every round
+NO_RULE = (-1, 0.0)
 
 
-class PlayedRound(NamedTuple):
-    """What a round drafted and the full model's token after each of its rows, and what was read for it.
-
-    chosen: one more than drafted. exit_layers: of each draft, none if they were proposed. resume_layer: where the
-    shallowest row waited for verification. layers: layers read for the model's own states; draft_layers: for states
-    that only draft, of which `left_out` attentions and MLPs were not. draft_heads: LM heads read while drafting.
-    hidden: states after the last layer [len(chosen), D], if they were wanted.
-    """
-
-    drafted: list[int]
-    exit_layers: list[int]
-    chosen: list[int]
-    resume_layer: int
-    layers: int
-    draft_layers: int
-    left_out: tuple[int, int]
-    draft_heads: int
-    hidden: Tensor | None = None
+def sublayers(skip_attention: Collection[int], skip_mlp: Collection[int]) -> list[int]:
+    """Number skipped sublayers as C++ does: 2 · layer for its attention, 2 · layer + 1 for its MLP."""
+    return [2 * layer for layer in skip_attention] + [2 * layer + 1 for layer in skip_mlp]
 
 
 class PackedLayers:
-    """The layers of a model, ready to be run. Holds the tensors, whose addresses are gathered once in `table`."""
+    """The layers of a model, ready to be run. Keeps the tensors whose addresses stand in `table`."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, ...]], cos: Tensor, sin: Tensor, n_head: int, eps: float):
         """layers: for each layer its TENSORS, linears packed, caches from `attention.new_cache`. cos, sin: fp32
         [S, 1, E] for every cache slot. Raises RuntimeError for tensors that do not fit each other."""
+        self.n_layer = len(layers)
         self.tensors = [*(tensor for layer in layers for tensor in layer), cos, sin]
         self.table = torch.ops.skipfast_cpu.layer_table.default(self.tensors[:-2], cos, sin, n_head, eps)
 
@@ -55,89 +46,123 @@ class PackedLayers:
         skip_attention: Collection[int] = (),
         skip_mlp: Collection[int] = (),
     ) -> Tensor:
-        """Run layers start..stop-1 on hidden [T, D] at position, position + 1, … writing K/V into the caches.
+        """Run layers start..stop-1 on hidden [T, D] at position, position + 1, … and write K/V into the caches.
 
         Layers in `skip_attention` or `skip_mlp` leave that sublayer out. Returns the new hidden [T, D].
         """
-        skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
+        skips = sublayers(skip_attention, skip_mlp)
         return torch.ops.skipfast_cpu.layers.default(hidden, self.table, position, start, stop, skips)
 
-    def play_round(
+
+class Played(NamedTuple):
+    """What the op play_round returns, taken apart.
+
+    chosen: the full model's token after each row, one more than drafted. exit_layers: none of proposed tokens.
+    resume_layer: the shallowest depth from which verification went on. heads: LM heads read while drafting. layers:
+    layers read for the model's own states; draft_layers: for states that only draft, of which left_out (attentions,
+    MLPs) were skipped. states: after the last layer, [len(chosen), D], if they were wanted.
+    """
+
+    drafted: list[int]
+    exit_layers: Sequence[int]
+    chosen: list[int]
+    resume_layer: int
+    heads: int
+    layers: int
+    draft_layers: int
+    left_out: tuple[int, int]
+    states: Tensor
+
+
+class PackedModel:
+    """A model whose rounds are played in one call.
+
+    layers: its own. embedding: [V, D], plain, packed, or quantised with its scale. head: its weight packed.
+    draft_layers: low-bit copies of the first layers, for drafts only. draft_head: the head that drafts ask, which may
+    know fewer tokens (default: head). Raises RuntimeError for what does not fit together.
+    """
+
+    def __init__(
         self,
+        layers: PackedLayers,
         embedding: Tensor,
         head: Head,
-        token: int,
-        position: int,
-        exits: Sequence[int],
-        drafts: int,
-        *,
         embedding_scale: Tensor | None = None,
-        draft: "PackedLayers | None" = None,
+        draft_layers: PackedLayers | None = None,
         draft_head: Head | None = None,
-        leave_if: tuple[str, float] | None = None,
-        stop_unless: tuple[str, float] | None = None,
-        skip_attention: Collection[int] = (),
-        skip_mlp: Collection[int] = (),
-        proposed: Sequence[int] = (),
-        temperature: float = 0.0,
-        seed: int = 0,
-        adapters: Sequence[tuple[Tensor, Tensor, int] | None] = (),
-        want_hidden: bool = False,
-    ) -> "PlayedRound":
-        """Play a whole round: draft at most `drafts` tokens after `token` at `position`, verify them all.
-
-        embedding: [V, D], plain, packed or quantised with its scale. head: its weight packed. draft: low-bit copies of
-        the first layers, for drafts only; draft_head: their head (default: head), which may know fewer tokens. exits,
-        leave_if, stop_unless, skips, proposed: of a plan.DraftPlan; a rule is one of MEASURES and a threshold.
-        temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. adapters: none, or of each exit
-        (down, up, rank), packed, or None. want_hidden: also return the states after the last layer. The tokens are
-        those of the same round call by call. Raises RuntimeError for what is out of range.
-        """
-        (leave, leave_at), (stay, stay_at) = (
-            (MEASURES.index(rule[0]), rule[1]) if rule else (-1, 0.0) for rule in (leave_if, stop_unless)
-        )
-        skips = [2 * i for i in skip_attention] + [2 * i + 1 for i in skip_mlp]
+    ):
         draft_head = draft_head or head
-        given = [each or (head.norm, head.norm, 0) for each in adapters]
-        downs, ups, ranks = ([each[part] for each in given] for part in range(3))
-        found, hidden = torch.ops.skipfast_cpu.play_round.default(
-            self.table,
+        self.layers, self.draft_layers = layers, draft_layers
+        self.kept = embedding, embedding_scale, head, draft_head
+        self.table = torch.ops.skipfast_cpu.model_table.default(
+            layers.table,
             embedding,
             embedding_scale,
             head.norm,
             head.weight,
             head.n_vocab,
-            token,
-            position,
-            exits,
-            drafts,
-            leave,
-            leave_at,
-            stay,
-            stay_at,
-            skips,
-            proposed,
-            draft and draft.table,
+            draft_layers and draft_layers.table,
             draft_head.weight,
             draft_head.n_vocab,
-            temperature,
-            seed,
-            downs,
-            ups,
-            ranks,
-            want_hidden,
         )
-        n, heads, layers, draft_layers, no_attention, no_mlp, resume, *rest = found.tolist()
-        exit_layers = [] if proposed else rest[n : 2 * n]
+        # Tables that were not used for longest go. A partial instead of a method: no cycle keeps the weights alive.
+        self.plan_table = lru_cache(PLANS)(partial(plan_table, self.table, head.norm))
+
+    def play_round(
+        self,
+        plan: DraftPlan,
+        token: int,
+        position: int,
+        drafts: int,
+        proposed: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos_ids: tuple[int, ...] = (),
+        want_hidden: bool = False,
+    ) -> Played:
+        """Draft at most `drafts` tokens after `token` at `position`, or take the proposed ones, and verify them all.
+
+        The plan asks no policy. temperature, seed: of a coupled sample, see `Draw`; 0 chooses the best token. eos_ids:
+        drafting ends after one of them. want_hidden: also return the states after the last layer. The tokens are those
+        of the same round call by call. Raises RuntimeError for what is out of range.
+        """
+        exit_measure, exit_threshold = plan.exit_if or NO_RULE
+        stop_measure, stop_threshold = plan.stop_unless or NO_RULE
+        table, _ = self.plan_table(
+            plan.candidates(self.layers.n_layer),
+            exit_measure,
+            stop_measure,
+            plan.skip_attention,
+            plan.skip_mlp,
+            plan.adapters,
+            eos_ids,
+        )
+        found, states = torch.ops.skipfast_cpu.play_round.default(
+            table, token, position, drafts, proposed, exit_threshold, stop_threshold, temperature, seed, want_hidden
+        )
+        n, heads, layers, draft_layers, no_attention, no_mlp, resume, *tokens = found.tolist()
+        exit_layers = () if proposed else tokens[n : 2 * n]
         left_out = no_attention, no_mlp
-        return PlayedRound(
-            rest[:n],
-            exit_layers,
-            rest[2 * n :],
-            resume,
-            layers,
-            draft_layers,
-            left_out,
-            heads,
-            hidden if want_hidden else None,
-        )
+        return Played(tokens[:n], exit_layers, tokens[2 * n :], resume, heads, layers, draft_layers, left_out, states)
+
+
+def plan_table(
+    model_table: Tensor,
+    norm: Tensor,
+    exits: tuple[int, ...],
+    exit_measure: int,
+    stop_measure: int,
+    skip_attention: frozenset[int],
+    skip_mlp: frozenset[int],
+    adapters: Adapters | None,
+    eos_ids: tuple[int, ...],
+) -> tuple[Tensor, list[Tensor]]:
+    """Check what a DraftPlan says and gather it -> the table, and tensors to keep with it. Measures: -1 for no rule."""
+    ready = adapters.ready(norm) if adapters else {}
+    of_exits = [ready.get(depth) or (norm, norm, 0) for depth in exits] if ready else []
+    downs, ups, ranks = ([adapter[part] for adapter in of_exits] for part in range(3))
+    skips = sublayers(skip_attention, skip_mlp)
+    table = torch.ops.skipfast_cpu.plan_table.default(
+        model_table, norm, exits, exit_measure, stop_measure, skips, downs, ups, ranks, eos_ids
+    )
+    return table, downs + ups

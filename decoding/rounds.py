@@ -1,210 +1,328 @@
-"""One round of decoding: rows climb through the layers, leave as drafts, and are taken on when they are verified.
+"""One round of decoding: draft, verify, accept. The loop is written here, once.
 
-`generate.decode` gets a plan from the policy and has `Drafter.round` play it. A drafted token is a row that waits at
-the depth where it left the model. Whoever goes deeper takes the rows waiting there along in the same call: their
-weights are read once for all of them, and keys and values are never missing. Verification is nothing else: the last
-token climbs to the top and takes every waiting row along. So each row resumes at the depth up to which it is the full
-model's, bit for bit, and no deeper.
+  draft    a token enters the model and climbs from candidate exit to candidate exit until it exits as a drafted token;
+           and so on with that one, up to K times
+  verify   the last token climbs to the top, and the rows of the others join it on its way
+  accept   the drafts up to the first that the full model would not choose, and one token of the full model
+
+A drafted token is a row that waits at the depth where it exited. When a row climbs past a depth where others wait, they
+join the same call: the weights are read once for all of them, and keys and values are never missing. So each row goes
+on at the depth up to which it is the full model's, bit for bit, and no deeper.
+
+What a round runs is behind `Steps`: calls of a Runner (CallSteps) or CUDA graphs (graphs.py). Where nothing is asked of
+Python, C++ plays the whole round in one call (packed.py): it is the only twin of this loop.
 """
 
-import operator
+import dataclasses
+import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from decoding.packed import PlayedRound
+from decoding.generation import until_end
+from decoding.graphs import GraphSteps, WholeSteps
 from decoding.runner import Runner
-from decoding.sampling import accept
-from drafting.adapters import Adapters
-from drafting.plan import DraftPlan, Leaving
+from decoding.sampling import CoupledSampler, LedSampler, RejectionSampler, accept
+from drafting.plan import DraftPlan, ExitJudge, Round
 from drafting.policy import DraftPolicy
 from kernels.exit_head import Exit
 
+Sampler = CoupledSampler | RejectionSampler | LedSampler
 
-class Rows:
-    """Rows at consecutive positions, each waiting at the depth it has reached: later ones never deeper than earlier.
 
-    Attributes: end, the position after the last row; layer_visits, how often a layer's weights were read.
+class Steps(Protocol):
+    """What the loop does to the rows of one round, in this order: enter, climb …, choose, enter, climb …, verify.
+
+    A token that stays on the device until the round is over is None to the loop.
+    Attributes: layer_visits, head_visits: what was read so far, see Round; resume_layer, after verify.
     """
 
-    def __init__(self, runner: Runner, position: int, only_draft: bool = False):
-        """position: of the first row. only_draft: these are copies, so low-bit layers will do."""
-        self.runner, self.start, self.end, self.layer_visits = runner, position, position, 0.0
-        self.only_draft = only_draft
-        self.waiting: dict[int, list[Tensor]] = {}  # depth -> hidden states in order of position
-        self.copies: Rows | None = None  # of these rows, on their way above where drafts are the full model's
+    layer_visits: float
+    head_visits: float
+    resume_layer: int
 
-    def enter(self, tokens: Sequence[int]) -> Tensor:
-        """Let `tokens` wait at depth 0 -> the last one's hidden [1, D]."""
-        hidden = self.runner.embed(tokens)
-        self.waiting.setdefault(0, []).append(hidden)
-        self.end += len(tokens)
-        return hidden[-1:]
+    def enter(self, token: int | None) -> None:
+        """Let the row of `token`, the next one, wait at depth 0."""
+
+    def climb(self, depth: int) -> Exit:
+        """Run the last row up to `depth` -> its exit there, with stats(), and if a policy looks tokens() and hidden."""
+
+    def choose(self, exit: Exit) -> int | None:
+        """Choose the drafted token at the exit of the last row."""
+
+    def verify(self, drafted: list[int | None]) -> tuple[list[int], int, int, Tensor]:
+        """Run all rows through all layers -> the drafted tokens, how many of them are accepted, the full model's token
+        after those, and the states after the last layer [> accepted, D], which the next round may overwrite."""
+
+
+class RoundPlayer:
+    """Plays the rounds of one text.
+
+    verified=False: nothing is verified, the drafts are the text (lossy early exit).
+    Attributes: hidden, for a policy that reads it, see RoundContext.
+    """
+
+    def __init__(
+        self, runner: Runner, policy: DraftPolicy, sampler: Sampler, eos_ids: Sequence[int] = (), verified: bool = True
+    ):
+        self.runner, self.policy, self.sampler, self.verified = runner, policy, sampler, verified
+        self.eos_ids = tuple(eos_ids)
+        self.hidden: Tensor | None = None
+        self.rows: WaitingRows | None = None  # of a text that is not verified: they wait from round to round
+        self.skip_attention: frozenset[int] | None = None  # of such a text
+
+    def play(self, plan: DraftPlan, token: int, position: int, remaining: int, since: float) -> Round:
+        """Play a round after `token`, which stands at `position` -> its record.
+
+        remaining: how many tokens are still wanted. since: time.perf_counter() when the round began.
+        """
+        if not self.verified:
+            return self._play_unverified(plan, token, position, remaining, since)
+        limit = remaining - 1  # the last token of a round is the full model's own
+        if self.runner.packed and not self._needs_python(plan):
+            return self._play_in_one_call(plan, token, position, limit, since)
+        steps = self._steps(plan, token, position, limit)
+        drafted, exit_layers = self.draft(steps, plan, token, limit)
+        drafted, accepted, target, states = steps.verify(drafted)
+        if self.policy.reads_hidden:
+            self.remember(states[accepted : accepted + 1])
+        tokens = *drafted[:accepted], target
+        drafted, _ = until_end(drafted, self.eos_ids)  # tokens that stayed on the device may go on behind an end
+        return Round(
+            tokens,
+            tuple(drafted),
+            min(accepted, len(drafted)),
+            tuple(exit_layers[: len(drafted)]),
+            steps.resume_layer,
+            time.perf_counter() - since,
+            steps.layer_visits,
+            steps.head_visits,
+        )
+
+    # ---- the loop ----
+
+    def draft(self, steps: Steps, plan: DraftPlan, token: int, limit: int) -> tuple[list[int | None], list[int]]:
+        """Draft at most `limit` tokens after `token` -> the tokens, and where each of them exited."""
+        drafted, exit_layers = self._proposed(plan, limit), []
+        candidates, most = plan.candidates(self.runner.n_layer), min(plan.num_draft_tokens, limit)
+        while candidates and len(drafted) < most:
+            steps.enter(token)
+            exit, depth = self._climb_to_exit(steps, plan, candidates)
+            token = steps.choose(exit)
+            drafted.append(token)
+            exit_layers.append(depth)
+            if self._stops(plan, exit, more=len(drafted) < most) or token in self.eos_ids:
+                break  # nothing can be emitted after an end of text
+        return drafted, exit_layers
+
+    def _climb_to_exit(self, steps: Steps, plan: DraftPlan, candidates: Sequence[int]) -> tuple[Exit, int]:
+        """Let the last row climb from candidate to candidate -> where it exits, and the depth there."""
+        judge = ExitJudge(plan.exit_if) if plan.exit_if else None
+        for depth in candidates:
+            exit = steps.climb(depth)
+            if depth == candidates[-1]:
+                break
+            exits = judge.exits_at(exit) if judge else self.policy.should_exit(depth, exit)
+            if self.runner.agreed(bool(exits)):
+                break
+        return exit, depth
+
+    def _stops(self, plan: DraftPlan, exit: Exit, more: bool) -> bool:
+        """Say whether the draft ends after a token. more: it might go on otherwise; only then is the rule judged."""
+        stops = plan.ask_to_stop and self.policy.should_stop(exit)  # the policy hears of the last token, too
+        if more and plan.stop_unless and not plan.stop_unless.holds(exit.stats()):
+            stops = True
+        return self.runner.agreed(bool(stops)) if plan.ask_to_stop or plan.stop_unless else False
+
+    def _proposed(self, plan: DraftPlan, limit: int) -> list[int]:
+        """Return the tokens that the plan proposes, up to an end of text."""
+        return list(until_end(plan.proposed[:limit], self.eos_ids)[0]) if plan.proposed else []
+
+    def remember(self, hidden: Tensor) -> None:
+        """Keep a state [1, D] after the last layer for the policy; the same on all ranks."""
+        self.hidden = self.runner.agreed(hidden.clone())
+
+    # ---- what a round is played with ----
+
+    def _needs_python(self, plan: DraftPlan) -> bool:
+        """Say whether Python decides anything within the round, or a choice needs more than the kernels have."""
+        config, runner = self.sampler.config, self.runner
+        by_kernel = config.temperature == 0 or (config.is_plain and runner.can_sample)
+        return plan.asks_policy or not by_kernel or runner.call_by_call
+
+    def _steps(self, plan: DraftPlan, token: int, position: int, limit: int) -> Steps:
+        """Return the steps that play a round of at most `limit` drafts."""
+        runner, sampling = self.runner, self.sampler.config
+        graphs = runner.current_graphs()
+        compares = plan.exit_if is not None and plan.exit_if.measure.compares
+        if self._needs_python(plan) or compares or plan.most_drafts >= runner.width:
+            return CallSteps(runner, self.sampler, plan, WaitingRows(runner, position), token)
+        if plan.is_fixed and plan.repeats:
+            may_go_on = limit > plan.num_draft_tokens and not self.policy.reads_hidden
+            return WholeSteps(graphs, plan, sampling, token, position, may_go_on)
+        return GraphSteps(graphs, plan, sampling, token, position)
+
+    def _play_in_one_call(self, plan: DraftPlan, token: int, position: int, limit: int, since: float) -> Round:
+        """Let C++ play the round."""
+        runner, sampling, reads_hidden = self.runner, self.sampler.config, self.policy.reads_hidden
+        played = runner.packed.play_round(
+            plan,
+            token,
+            position,
+            min(plan.num_draft_tokens, limit),
+            self._proposed(plan, limit),
+            sampling.temperature,
+            sampling.seed,
+            self.eos_ids,
+            reads_hidden,
+        )
+        accepted, target = accept(played.drafted, played.chosen)
+        if reads_hidden:
+            self.remember(played.states[accepted : accepted + 1])
+        return Round(
+            (*played.drafted[:accepted], target),
+            tuple(played.drafted),
+            accepted,
+            tuple(played.exit_layers),
+            played.resume_layer,
+            time.perf_counter() - since,
+            runner.counted(played.layers) + runner.counted(played.draft_layers, played.left_out, draft=True),
+            played.heads * runner.draft_head_share + 1,
+        )
+
+    def _play_unverified(self, plan: DraftPlan, token: int, position: int, remaining: int, since: float) -> Round:
+        """Draft only: where no candidate is exited at, a token runs through all layers.
+
+        Keys and values that an early exit left out are made when a later token goes deeper, as in any round.
+        """
+        runner = self.runner
+        runner.current_graphs()
+        if self.rows is None:
+            self.rows, self.skip_attention = WaitingRows(runner, position), plan.skip_attention
+        plan = dataclasses.replace(
+            plan,
+            exits=(*plan.exits, runner.n_layer) if plan.exits and plan.num_draft_tokens else (),
+            num_draft_tokens=max(1, plan.num_draft_tokens),
+            skip_attention=self.skip_attention,  # no keys and values there: a text keeps its set
+        )
+        steps = CallSteps(runner, self.sampler, plan, self.rows, token, own=runner.n_layer)
+        drafted, exit_layers = self.draft(steps, plan, token, remaining)
+        top = self.rows.at.pop(runner.n_layer, None)
+        if top and self.policy.reads_hidden:
+            self.remember(top[-1][-1:])
+        return Round(
+            tuple(drafted),
+            exit_layers=tuple(exit_layers),
+            seconds=time.perf_counter() - since,
+            layer_visits=steps.layer_visits,
+            head_visits=steps.head_visits,
+        )
+
+
+class WaitingRows:
+    """Rows at consecutive positions, each waiting at the depth it has reached: later ones never deeper than earlier.
+
+    Attributes: at, depth -> hidden states [T, D] in order of position; end, the position after the last row.
+    """
+
+    def __init__(self, runner: Runner, position: int, draft: bool = False):
+        """position: of the first row. draft: these are copies that only draft, so low-bit layers will do."""
+        self.runner, self.end, self.draft = runner, position, draft
+        self.at: dict[int, list[Tensor]] = {}
+
+    def add(self, depth: int, hidden: Tensor) -> None:
+        """Let rows [T, D] wait at `depth`, behind all others."""
+        self.at.setdefault(depth, []).append(hidden)
+        self.end += len(hidden)
 
     def climb(self, start: int, stop: int, *skips: Collection[int]) -> Tensor:
-        """Run the rows waiting at `start`, the shallowest, through layers start..stop-1 -> the last one's hidden."""
-        hidden = joined(self.waiting.pop(start))
-        hidden = self.runner.run_layers(hidden, self.end - len(hidden), start, stop, *skips, draft=self.only_draft)
-        self.layer_visits += self.runner.layer_visits(start, stop, *skips, draft=self.only_draft)
-        self.waiting.setdefault(stop, []).append(hidden)
+        """Run the rows that wait at `start`, the last ones, through layers start..stop-1 -> the last one's [1, D]."""
+        hidden = joined(self.at.pop(start))
+        hidden = self.runner.run_layers(hidden, self.end - len(hidden), start, stop, *skips, draft=self.draft)
+        self.at.setdefault(stop, []).append(hidden)
         return hidden[-1:]
 
-    def climb_copy(self, own: int, start: int, stop: int, *skips: Collection[int]) -> Tensor:
-        """The same above `own`, from where on a draft is not the full model's: copies climb, the rows wait at `own`."""
-        if self.copies is None:
-            self.copies = Rows(self.runner, self.start, only_draft=True)
-        if start <= own:  # rows that have come to `own` since the last copy was made
-            new = joined(self.waiting[own])[self.copies.end - self.start :]
-            self.copies.waiting.setdefault(own, []).append(new)
-            self.copies.end += len(new)
-        before = self.copies.layer_visits
-        hidden = self.copies.climb(max(start, own), stop, *skips)
-        self.layer_visits += self.copies.layer_visits - before
-        return hidden
+
+class CallSteps:
+    """The steps of a round, see Steps, as calls of a Runner.
+
+    Above `own` a drafted row is not the full model's any more: it skips sublayers or runs low-bit layers. There the row
+    waits, and a copy climbs on in its place.
+    """
+
+    def __init__(
+        self, runner: Runner, sampler: Sampler, plan: DraftPlan, rows: WaitingRows, token: int, own: int | None = None
+    ):
+        """rows: some may wait from earlier rounds. token: of the next row. own: by default, what the plan says."""
+        self.runner, self.sampler, self.plan, self.rows, self.token = runner, sampler, plan, rows, token
+        self.skips = plan.skip_attention, plan.skip_mlp
+        self.first = rows.end  # the position of the round's first row
+        self.own = shared_depth(plan, runner) if own is None else own
+        self.copies: WaitingRows | None = None
+        self.exits: list[Exit] = []  # of all candidates climbed to
+        self.layer_visits, self.resume_layer, self.full_heads = 0.0, 0, 0
+
+    def enter(self, token: int) -> None:
+        """Let the next row wait at depth 0."""
+        self.rows.add(0, self.runner.embed([token]))
+        self.depth = 0
+
+    def climb(self, depth: int) -> Exit:
+        """Run the last row up to `depth`; the rows that wait on its way join it."""
+        runner, rows = self.runner, self.rows
+        between = {stop for stop in (self.own, *rows.at) if self.depth < stop < depth}
+        for stop in (*sorted(between), depth):
+            hidden = self._run(self.depth, stop)
+            self.depth = stop
+        exit = runner.exit(runner.adapted(hidden, self.plan.adapters, depth), self.sampler.draw(rows.end), draft=True)
+        exit.wants_stats = self.plan.stop_unless is not None  # with whatever is asked first: one pass through the head
+        self.exits.append(exit)
+        return exit
+
+    def _run(self, start: int, stop: int) -> Tensor:
+        """Run the last row, or its copy above `own`, through layers start..stop-1 -> its hidden [1, D]."""
+        rows, own = self.rows, self.own
+        if stop > own:
+            if self.copies is None:
+                self.copies = WaitingRows(self.runner, self.first, draft=True)
+            if start == own:  # copy the rows that have come here since the last copy was made
+                self.copies.add(own, joined(rows.at[own])[self.copies.end - self.first :])
+            rows = self.copies
+        self.layer_visits += self.runner.layer_visits(start, stop, *self.skips, draft=rows.draft)
+        return rows.climb(start, stop, *self.skips)
+
+    def choose(self, exit: Exit) -> int:
+        """Let the sampler choose the drafted token."""
+        return self.sampler.draft(exit, self.rows.end)
+
+    def verify(self, drafted: list[int]) -> tuple[list[int], int, int, Tensor]:
+        """Take all rows to the top, from the depth at which each of them waits."""
+        runner, rows, n_layer = self.runner, self.rows, self.runner.n_layer
+        self.resume_layer = min(rows.at, default=0)
+        rows.add(0, runner.embed([self.token, *drafted][rows.end - self.first :]))  # the last draft never entered
+        for stop in sorted({*rows.at, n_layer}):
+            if (start := min(rows.at)) < stop:
+                self.layer_visits += runner.layer_visits(start, stop)
+                rows.climb(start, stop)
+        exit = runner.exit(joined(rows.at[n_layer]), self.sampler.draw(self.first + 1))
+        self.full_heads = 1
+        return drafted, *self.sampler.verify(drafted, exit, self.first + 1), exit.hidden
+
+    @property
+    def head_visits(self) -> float:
+        """Count the LM heads that were asked: some rules look at hidden states only."""
+        return sum(exit.asked for exit in self.exits) * self.runner.draft_head_share + self.full_heads
+
+
+def shared_depth(plan: DraftPlan, runner: Runner) -> int:
+    """Return the depth up to which a drafted row is the full model's own, so that verification can go on from there."""
+    if runner.draft_model:
+        return 0
+    return runner.n_layer if plan.first_skip is None else plan.first_skip
 
 
 def joined(parts: list[Tensor]) -> Tensor:
+    """Return parts [T, D] as one tensor."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@dataclass
-class Draft:
-    """What a round proposes. exit_layers: where each token left the model (none for n-gram proposals).
-
-    resume_layer: the shallowest depth from which verification has to go on. layer_visits: layers read in the whole
-    round; head_visits: LM heads read while drafting (a trimmed one counts its share).
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-    resume_layer: int = 0
-    layer_visits: float = 0.0
-    head_visits: float = 0.0
-
-
-class Drafter:
-    """Drafts and verifies the rounds of one text.
-
-    verified=False: the drafts are the text (lossy early exit); hidden states that skipped sublayers are then the
-    model's own.
-    """
-
-    def __init__(self, runner: Runner, policy: DraftPolicy, sampler, eos_ids: Sequence[int], verified: bool = True):
-        self.runner, self.policy, self.sampler, self.eos_ids = runner, policy, sampler, eos_ids
-        self.verified = verified
-        self.hidden: Tensor | None = None  # [1, D], the full model's that chose the last token, if the policy reads it
-
-    def round(self, plan: DraftPlan, token: int, position: int, limit: int) -> tuple[Draft, int, int]:
-        """Draft at most `limit` tokens after `token`, which stands at `position`, and verify them.
-
-        Returns the draft, how many of its tokens are accepted, and the full model's own token after those.
-        """
-        wants_hidden = self.policy.reads_hidden
-        played = self.runner.play(plan, self.sampler.config, token, position, limit, wants_hidden)
-        if played:
-            draft, states = self.played(played), played.hidden
-            accepted, target = accept(draft.tokens, played.chosen)
-        else:
-            rows = Rows(self.runner, position)
-            draft = self.draft(rows, plan, token, limit)
-            exit = self.verify(rows, draft, token, position)
-            draft.layer_visits, states = rows.layer_visits, exit.hidden
-            accepted, target = self.sampler.verify(draft.tokens, exit, position + 1)
-        if wants_hidden:
-            self.remember(states[accepted : accepted + 1])
-        return draft, accepted, target
-
-    def remember(self, hidden: Tensor) -> None:
-        """Keep the state that chose the last token for the policy; the same on all ranks."""
-        self.hidden = self.runner.agreed(hidden)
-
-    def played(self, round: PlayedRound) -> Draft:
-        """The Draft of a round that the runner played in one call, without what it drafted after an end of text."""
-        tokens, runner = until_eos(round.drafted, self.eos_ids), self.runner
-        return Draft(
-            tokens,
-            round.exit_layers[: len(tokens)],
-            round.resume_layer,
-            runner.counted(round.layers) + runner.counted(round.draft_layers, round.left_out, draft=True),
-            round.draft_heads * runner.draft_head_share,
-        )
-
-    def draft(self, rows: Rows, plan: DraftPlan, token: int, limit: int) -> Draft:
-        """Draft at most `limit` tokens after `token`, whose row comes next in `rows`."""
-        if plan.proposed:
-            return Draft(until_eos(plan.proposed[:limit], self.eos_ids))
-        draft = Draft()
-        for _ in range(min(plan.num_draft_tokens, limit)):
-            exit, depth, asked = self.leave(rows, plan, token)
-            token = self.sampler.draft(exit, rows.end)
-            draft.tokens.append(token)
-            draft.exit_layers.append(depth)
-            draft.head_visits += (asked + 1) * self.runner.draft_head_share
-            stop = plan.ask_to_stop and self.policy.should_stop(exit)
-            if plan.ask_to_stop or plan.stop_unless:
-                unsure = plan.stop_unless and not plan.stop_unless.holds(exit.stats())
-                stop = self.runner.agreed(bool(stop or unsure))
-            if stop or token in self.eos_ids:
-                break  # nothing can be emitted after an end of text
-        draft.resume_layer = min(rows.waiting, default=0)
-        return draft
-
-    def leave(self, rows: Rows, plan: DraftPlan, token: int) -> tuple[Exit, int, int]:
-        """Let `token` climb until it leaves the model -> its exit, the depth, and heads asked before the last one."""
-        runner, skips = self.runner, (plan.skip_attention, plan.skip_mlp)
-        exits = plan.exits or (runner.n_layer,)
-        own = plan.first_skip if self.verified else None
-        own = 0 if runner.drafter else runner.n_layer if own is None else own
-        hidden, depth, asked = rows.enter([token]), 0, 0
-        leaving = plan.leave_if and Leaving(plan.leave_if)
-        for stop in sorted({*exits, own, *rows.waiting}):  # rows of an earlier round may wait between exits
-            if stop > depth:  # up to `own` the row is the full model's and waits there
-                hidden = rows.climb(depth, stop, *skips) if stop <= own else rows.climb_copy(own, depth, stop, *skips)
-            depth = stop
-            if stop not in exits:
-                continue
-            exit = runner.exit(runner.adapted(hidden, plan.adapters, stop), self.sampler.draw(rows.end), draft=True)
-            exit.wants_stats = plan.stop_unless is not None  # with whatever is asked first: one pass through the head
-            if stop == exits[-1] or runner.agreed(
-                bool(leaving.asks(exit) if leaving else self.policy.should_exit(stop, exit))
-            ):
-                break
-            asked += exit.asked
-        return exit, depth, asked
-
-    def verify(self, rows: Rows, draft: Draft, token: int, position: int) -> Exit:
-        """Take the round's rows (`token` at `position` and the drafts after it) to the top -> the exit of all K+1."""
-        rows.enter([token, *draft.tokens][rows.end - position :])  # the last draft was never fed in
-        n_layer = self.runner.n_layer
-        for stop in sorted({*rows.waiting, n_layer}):
-            if (start := min(rows.waiting)) < stop:
-                rows.climb(start, stop)
-        return self.runner.exit(joined(rows.waiting[n_layer]), self.sampler.draw(position + 1))
-
-
-def agreement(
-    runner: Runner, sampler, states: dict[int, Tensor], position: int, adapters: Adapters | None = None
-) -> dict[int, list[bool]]:
-    """For each depth, row by row: does an exit there choose the token that the full model chooses?
-
-    states: hidden [T, D] at each depth and at the top, of rows that choose the tokens for `position`, position + 1, …
-    """
-    guesses = {}
-    for depth, hidden in states.items():
-        hidden, guesses[depth] = runner.adapted(hidden, adapters, depth), []
-        for rows in hidden.split(runner.width if hidden.is_cuda else len(hidden)):  # what the fused head of a GPU takes
-            at = position + len(guesses[depth])
-            exit = runner.exit(rows, sampler.draw(at), draft=depth < runner.n_layer)
-            guesses[depth] += sampler.guesses(exit, at)
-    full = guesses[runner.n_layer]
-    return {depth: list(map(operator.eq, found, full)) for depth, found in guesses.items()}
-
-
-def until_eos(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
-    """The tokens up to and including the first end of text."""
-    for index, token in enumerate(tokens):
-        if token in eos_ids:
-            return list(tokens[: index + 1])
-    return list(tokens)

@@ -25,11 +25,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from decoding.graphs import DeviceRounds
-from decoding.packed import PackedLayers, PlayedRound
+from decoding.graphs import Graphs
+from decoding.packed import PackedLayers, PackedModel
 from decoding.sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, make_sampler
-from drafting.adapters import Adapter, Adapters
-from drafting.plan import DraftPlan
+from drafting.adapters import Adapters
 from errors import UserError
 from kernels.exit_head import Draw, Exit, Head
 from kernels.linear import is_packed
@@ -79,7 +78,12 @@ class Runner:
 
     compile: use a compiled backend. exact=False gives up bit-equal rows for speed where padding costs time (a baseline
     to be measured against, named as such). notice: called with one line about anything slower than asked for.
+
+    Attributes: packed, the model for rounds in C++, where that is the backend; call_by_call, set it to play every round
+    by single calls, for comparisons.
     """
+
+    call_by_call = False
 
     def __init__(
         self,
@@ -90,28 +94,28 @@ class Runner:
         exact: bool = True,
         notice: Callable[[str], None] = print,
         draft_vocab: int | None = None,
-        drafter: Transformer | None = None,
+        draft_model: Transformer | None = None,
     ):
         """draft_vocab: drafts choose among the first so many tokens only, which makes their LM head cheaper.
 
-        drafter: low-bit copies of the first layers and of the LM head, through which drafts go, and nothing else.
+        draft_model: low-bit copies of the first layers and of the LM head, for drafts and nothing else.
         """
         check_num_draft_tokens(max_rows - 1)
         self.model = model.requires_grad_(False)
         self.n_layer = model.args.n_layer
         self.cache_length = cache_length
-        self.drafter = drafter and drafter.requires_grad_(False)
-        linears = [m for one in (model, drafter) if one for m in one.modules() if isinstance(m, Linear)]
+        self.draft_model = draft_model and draft_model.requires_grad_(False)
+        linears = [m for one in (model, draft_model) if one for m in one.modules() if isinstance(m, Linear)]
         self.rows_independent = all(is_packed(linear.weight) for linear in linears)
         self._ends = model.ends()  # module attributes cost microseconds
-        self._draft_ends = drafter.ends() if drafter else self._ends
+        self._draft_ends = draft_model.ends() if draft_model else self._ends
         self.draft_head_share = head_bytes(self._draft_ends) / head_bytes(self._ends)
         if draft_vocab is not None:
             self._draft_ends = self._draft_ends.trimmed(draft_vocab)
             self.draft_head_share *= draft_vocab / model.args.vocab_size
         attention, mlp = module_bytes(model.layers[0].attention), module_bytes(model.layers[0].mlp)
         self._attention_share = attention / (attention + mlp)
-        self._draft_share = module_bytes(drafter.layers[0]) / module_bytes(model.layers[0]) if drafter else 1.0
+        self._draft_share = module_bytes(draft_model.layers[0]) / module_bytes(model.layers[0]) if draft_model else 1.0
         self.backend, self.group = "eager", model.group
         if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
             self.backend = "c++ ops" if self.rows_independent else "eager"
@@ -127,17 +131,16 @@ class Runner:
         slots = cache_length + self.width
         if model.cache_length < slots:
             model.setup_cache(slots)  # else: share the cache that another runner of this model uses
-        if drafter:
-            drafter.share_cache(model)
+        if draft_model:
+            draft_model.share_cache(model)
         self.positions = torch.arange(slots, device=model.cos.device)
         self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
         self.compile_s = 0.0
-        self._layers: PackedLayers | None = None  # for the "c++" backend
-        self._draft_layers: PackedLayers | None = None
+        self.packed: PackedModel | None = None  # for the "c++" backend, from the first prefill on
         self._compiled_block, self._warm = None, False
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
-        self._rounds, self._captured_cos = DeviceRounds(self), model.cos  # cos is made anew with every cache
+        self._graphs, self._captured_cos = Graphs(self), model.cos  # cos is made anew with every cache
 
     def agreed(self, value):
         """`value`, or with several ranks that of rank 0: for whatever time or vector arithmetic decides, see tp.py."""
@@ -150,7 +153,7 @@ class Runner:
     @property
     def unsteady_rounds(self) -> int:
         """How many rounds of a plan take longer than all after them: they are captured as CUDA graphs."""
-        return 2 if self._rounds.on_gpu else 0
+        return 2 if self._graphs.on_gpu else 0
 
     @property
     def compiled(self) -> bool:
@@ -162,7 +165,8 @@ class Runner:
         return self._warm
 
     @cached_property
-    def _can_sample(self) -> bool:
+    def can_sample(self) -> bool:
+        """Say whether both heads draw a coupled sample without all logits, see Exit.can_sample."""
         return all(self.exit(self._ends.norm[None], draft=draft).can_sample() for draft in (False, True))
 
     def warm_up(self, skips_sublayers: bool = False) -> None:
@@ -178,8 +182,8 @@ class Runner:
         hidden = self.embed([0] * self.width)
         for skips in ((), ((0,), ()), ((), (0,)), ((0,), (0,))) if skips_sublayers else ((),):
             self.run_layers(hidden, 0, 0, self.n_layer, *skips)
-            if self.drafter:
-                self.run_layers(hidden, 0, 0, len(self.drafter.layers), *skips, draft=True)
+            if self.draft_model:
+                self.run_layers(hidden, 0, 0, len(self.draft_model.layers), *skips, draft=True)
         self._warm = True
         self.compile_s += time.perf_counter() - start
 
@@ -223,27 +227,40 @@ class Runner:
 
         top: go only so far up; nothing is in the cache of the layers above.
         """
-        self._rounds.forget()
+        self._graphs.forget()
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
             if start:
                 raise UserError(f"cached: another runner has replaced the cache that held {start} tokens: start anew")
-            self._rounds, self._captured_cos = DeviceRounds(self), self.model.cos
-        if self.drafter:
-            self.drafter.share_cache(self.model)
+            self._graphs, self._captured_cos = Graphs(self), self.model.cos
+        if self.draft_model:
+            self.draft_model.share_cache(self.model)
         if self.backend == "c++":  # once a prompt: the cache may have been replaced by another runner's
-            self._layers = packed_layers(self.model)
-            self._draft_layers = packed_layers(self.drafter) if self.drafter else None
+            self.packed = self._packed_model()
         chunk = math.ceil(len(tokens) / math.ceil(len(tokens) / PREFILL_CHUNK))  # equal ones: the last is no remnant
         for first in range(0, len(tokens), chunk):
             hidden, below, states = self.embed(tokens[first : first + chunk]), 0, {}
             positions = self.positions[start + first : start + first + len(hidden)]
             for depth in sorted({*depths, top or self.n_layer}):
-                if self._layers:
-                    hidden = self._layers.run(hidden, start + first, below, depth)
+                if self.packed:
+                    hidden = self.packed.layers.run(hidden, start + first, below, depth)
                 else:
                     hidden = self.model.run_layers(hidden, positions, below, depth)
                 below, states[depth] = depth, hidden
         return states
+
+    def _packed_model(self) -> PackedModel:
+        model, copies = self.model, self.draft_model
+        draft_layers = packed_layers(copies) if copies else None
+        embedding = model.embedding
+        return PackedModel(
+            packed_layers(model), embedding.weight, self._ends, embedding.scale, draft_layers, self._draft_ends
+        )
+
+    def current_graphs(self) -> Graphs:
+        """Return the programs that read and write the model's cache. Raises RuntimeError if that is another one now."""
+        if self.model.cos is not self._captured_cos:  # captured graphs would write to freed memory
+            raise RuntimeError("another runner of this model has replaced the cache in the middle of a text")
+        return self._graphs
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids -> hidden [T, D]."""
@@ -262,11 +279,12 @@ class Runner:
         skip_mlp: Collection[int] = (),
         draft: bool = False,
     ) -> Tensor:
-        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the drafter's, if any."""
-        if layers := (draft and self._draft_layers) or self._layers:
+        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the draft_model's, if any."""
+        if packed := self.packed:
+            layers = (draft and packed.draft_layers) or packed.layers
             return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
         positions = self.positions[position : position + len(hidden)]
-        run = self._rounds.run_layers if self._rounds.on_gpu else self.run_blocks
+        run = self._graphs.run_layers if self._graphs.on_gpu else self.run_blocks
         parts = [
             run(rows, at, start, stop, skip_attention, skip_mlp, draft)
             for rows, at in zip(hidden.split(self.width), positions.split(self.width), strict=True)
@@ -282,7 +300,7 @@ class Runner:
         draft: bool = False,
     ) -> float:
         """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less, a layer
-        of the drafter what its bytes are of the model's."""
+        of the draft_model what its bytes are of the model's."""
         left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
         return self.counted(stop - start, left_out, draft)
 
@@ -303,7 +321,7 @@ class Runner:
         draft: bool = False,
     ) -> Tensor:
         """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
-        layers = (draft and self.drafter or self.model).layers
+        layers = (draft and self.draft_model or self.model).layers
         rows, hidden = hidden.shape[0], self._pad(hidden)
         positions = torch.cat((positions, self._padding[: len(hidden) - rows]))
         cos, sin = self.model.cos[positions], self.model.sin[positions]
@@ -320,60 +338,10 @@ class Runner:
             return nullcontext()
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
-    def play(
-        self,
-        plan: DraftPlan,
-        sampling: SamplingConfig,
-        token: int,
-        position: int,
-        limit: int,
-        want_hidden: bool = False,
-    ) -> PlayedRound | None:
-        """Play a round without the policy's say, with up to `limit` drafts; in C++ in one call. None: cannot.
-
-        want_hidden: also keep the states after the last layer. Between the calls of a round Python takes as long as a
-        small model's layers do.
-        """
-        if not self._layers and self.model.cos is not self._captured_cos:  # captured graphs would write to freed memory
-            raise RuntimeError("another runner of this model has replaced the cache in the middle of a text")
-        sampled = sampling.temperature > 0
-        if plan.asks_policy or (sampled and not (sampling.is_plain and self._can_sample)):
-            return None
-        if self._layers:
-            drafts = min(len(plan.proposed) or plan.num_draft_tokens, limit)
-            exits = () if plan.proposed or not drafts else plan.exits or (self.n_layer,)
-            return self._layers.play_round(
-                self.model.embedding.weight,
-                self._ends,
-                token,
-                position,
-                exits,
-                drafts,
-                embedding_scale=self.model.embedding.scale,
-                draft=self._draft_layers,
-                draft_head=self._draft_ends,
-                leave_if=plan.leave_if,
-                stop_unless=plan.stop_unless,
-                skip_attention=plan.skip_attention,
-                skip_mlp=plan.skip_mlp,
-                proposed=plan.proposed[:drafts],
-                temperature=sampling.temperature,
-                seed=sampling.seed,
-                adapters=self._adapters_at(plan.adapters, exits),
-                want_hidden=want_hidden,
-            )
-        if max(plan.num_draft_tokens, len(plan.proposed)) >= self.width or (plan.leave_if and plan.leave_if.compares):
-            return None
-        return self._rounds.play(plan, sampling, token, position, limit, want_hidden)
-
     def adapted(self, hidden: Tensor, adapters: Adapters | None, depth: int) -> Tensor:
         """hidden [T, D] that leaves at `depth`, as the adapter of that exit corrects it, if there is one."""
         adapter = adapters and adapters.ready(hidden).get(depth)
         return adapter(hidden) if adapter else hidden
-
-    def _adapters_at(self, adapters: Adapters | None, exits: Sequence[int]) -> list[Adapter | None]:
-        ready = adapters.ready(self.model.norm.weight) if adapters else {}
-        return [ready.get(depth) for depth in exits] if ready else []
 
     def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
         """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.

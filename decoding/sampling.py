@@ -125,8 +125,12 @@ class CoupledSampler:
         """As `choices`, or the best tokens where choices take a sort each: to estimate how often exits agree."""
         return self.choices(exit, position) if self.config.temperature == 0 or self.config.is_plain else exit.tokens()
 
+    def first(self, exit: Exit, position: int) -> int:
+        """Choose the token after a prompt, for `position`, by the full model's one row."""
+        return next(iter(self.choices(exit, position)))
+
     def draft(self, exit: Exit, position: int) -> int:
-        """The draft's token for `position` from its one row."""
+        """Choose the draft's token for `position` by its one row."""
         return next(iter(self.choices(exit, position)))
 
     def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
@@ -157,7 +161,12 @@ class RejectionSampler:
     def _draw(self, probs: Tensor) -> int:
         return int(torch.multinomial(probs.cpu(), 1, generator=self.random))
 
+    def first(self, exit: Exit, position: int) -> int:
+        """As CoupledSampler.first."""
+        return self._draw(probabilities(exit.logits()[0], self.config))
+
     def draft(self, exit: Exit, position: int) -> int:
+        """As CoupledSampler.draft; remembers the probabilities for `verify`."""
         self.draft_probs[position] = probs = probabilities(exit.logits()[0], self.config)
         return self._draw(probs)
 
@@ -190,6 +199,9 @@ class LedSampler:
 
     def choices(self, exit: Exit, position: int) -> list[int]:
         return self.agreed(list(self.sampler.choices(exit, position)))
+
+    def first(self, exit: Exit, position: int) -> int:
+        return self.agreed(self.sampler.first(exit, position))
 
     def draft(self, exit: Exit, position: int) -> int:
         return self.agreed(self.sampler.draft(exit, position))

@@ -10,8 +10,8 @@ tell which token it would choose there, and how surely. The draft exits at the f
     saturation          cosine of the hidden state with that at the candidate before >= threshold
     consistent_tokens   the last `checks` candidates chose one token
 
-If it holds nowhere, the draft exits at the last candidate. The rules are data, `leave_if` of a DraftPlan, so that C++
-and CUDA graphs apply them inside a round. `plan.Leaving` applies them in Python.
+If it holds nowhere, the draft exits at the last candidate. The rules are data, `exit_if` of a DraftPlan, so that C++
+and CUDA graphs apply them inside a round. `plan.ExitJudge` applies them in Python.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from drafting.plan import DraftPlan, RoundContext, Rule
+from drafting.plan import DraftPlan, Measure, RoundContext, Rule
 from drafting.policy import Depths, SelfDrafting, candidates_or_default, check_exit_layer, check_range
 from errors import UserError
 
@@ -48,7 +48,7 @@ class ThresholdExit(SelfDrafting):
     threshold: float
     candidates: Depths = field(default=Depths(), kw_only=True)
     decay: float = field(default=0.0, kw_only=True)
-    measure, low, high = "", 0.0, 1.0  # measure: of plan.Rule; its threshold's range. No keys: they have no annotation
+    measure, low, high = Measure.TOP1, 0.0, 1.0  # low, high: range of the threshold. No keys: not annotated
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +60,7 @@ class ThresholdExit(SelfDrafting):
         return Rule(self.measure, self.threshold * ease)
 
     def fit(self, n_layer: int) -> None:
-        self.only_plan = self.new_plan(candidates_or_default(self.candidates, n_layer), leave_if=self.exit_rule())
+        self.only_plan = self.new_plan(candidates_or_default(self.candidates, n_layer), exit_if=self.exit_rule())
 
     def start_prompt(self, prompt: Sequence[int]) -> None:
         super().start_prompt(prompt)
@@ -71,14 +71,14 @@ class ThresholdExit(SelfDrafting):
             return self.only_plan
         written = len(context.tokens) - self.prompt_length
         ease = 0.9 + 0.1 * math.exp(-self.decay * written / (written + context.remaining))
-        return dataclasses.replace(self.only_plan, leave_if=self.exit_rule(ease))
+        return dataclasses.replace(self.only_plan, exit_if=self.exit_rule(ease))
 
 
 @dataclass
 class Confidence(ThresholdExit):
     """Exit where the top-1 probability is at least the threshold (CALM; Dynamic Early Exit)."""
 
-    name, measure = "confidence", "top1"
+    name, measure = "confidence", Measure.TOP1
     threshold: float = 0.7
 
 
@@ -86,7 +86,7 @@ class Confidence(ThresholdExit):
 class Margin(ThresholdExit):
     """Exit where top-1 minus top-2 probability is at least the threshold (CALM's softmax measure)."""
 
-    name, measure = "margin", "margin"
+    name, measure = "margin", Measure.MARGIN
     threshold: float = 0.5
 
 
@@ -94,7 +94,7 @@ class Margin(ThresholdExit):
 class Entropy(ThresholdExit):
     """Exit where the entropy, in nats, is at most the threshold."""
 
-    name, measure = "entropy", "entropy"
+    name, measure = "entropy", Measure.ENTROPY
     threshold: float = 1.0
     high = math.inf
 
@@ -109,7 +109,7 @@ class Saturation(ThresholdExit):
     CALM's state measure. It needs no LM head, and never exits at the first candidate.
     """
 
-    name, measure = "saturation", "cosine"
+    name, measure = "saturation", Measure.COSINE
     threshold: float = 0.9
     low = -1.0
 
@@ -139,4 +139,4 @@ class ConsistentTokens(SelfDrafting):
             )
         if len(exits) < self.checks:
             exits = range(max(1, n_layer // 4), n_layer + 1)
-        self.only_plan = self.new_plan(exits, leave_if=Rule("repeats", self.checks))
+        self.only_plan = self.new_plan(exits, exit_if=Rule(Measure.REPEATS, self.checks))

@@ -1,11 +1,12 @@
-"""What the decoding loop and a draft policy tell each other: the contract.
+"""What the decoding loop and a draft policy tell each other: the data of the contract.
 
-At the start of a round the loop asks a policy for a DraftPlan, drafts by it, asks at candidate exits and after drafted
-tokens if the plan leaves that open, and at the end hands over the Round, the record everything downstream reads. A
-policy never sees the model and cannot change the text: every row of a round is verified from the depth up to which it
-is the full model's (`rounds.py`), whatever the policy did.
+At the start of a round the loop asks a policy for a DraftPlan and drafts by it. If the plan leaves a decision open, the
+loop asks the policy at candidate exits and after drafted tokens. At the end it hands over the Round, the record that
+everything downstream reads. A policy never sees the model and cannot change the text: whatever it does, every row of a
+round is verified (`decoding/rounds.py`).
 """
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,60 +17,85 @@ from drafting.adapters import Adapters
 from kernels.exit_head import Exit, ExitStats
 
 
-class Rule(NamedTuple):
-    """A draft is sure of its token if `measure` is at least `threshold` (entropy: at most).
+class Measure(enum.IntEnum):
+    """Name the number of an exit that a rule looks at. kernels/cpu/round.h has the same names and values.
 
-    measure: the top1, margin or entropy of ExitStats; or, only to leave at a candidate, `cosine` of its state with that
-    at the candidate before, or `repeats`, of candidates in a row that chose the same token. Data instead of code, so
-    that a runner can decide inside the one call in which it plays a round.
+    TOP1, MARGIN and ENTROPY are statistics of one exit, see ExitStats. COSINE and REPEATS compare an exit with the one
+    at the candidate before: the cosine of the two hidden states, and how many candidates in a row chose one token.
     """
 
-    measure: str
-    threshold: float
+    TOP1 = 0
+    MARGIN = 1
+    ENTROPY = 2
+    COSINE = 3
+    REPEATS = 4
 
     @property
     def compares(self) -> bool:
-        """Whether it looks at the candidate before, too."""
-        return self.measure in ("cosine", "repeats")
+        """Say whether it also looks at the candidate before."""
+        return self >= Measure.COSINE
+
+    def of(self, stats: ExitStats) -> Tensor | float:
+        """Pick this measure from the statistics of an exit; not for those that compare."""
+        return getattr(stats, self.name.lower())
+
+
+STATISTICS = tuple(measure for measure in Measure if not measure.compares)  # in the order in which kernels return them
+
+
+class Rule(NamedTuple):
+    """Call an exit sure of its token if `measure` is at least `threshold` (ENTROPY: at most).
+
+    Rules are data instead of code, so that C++ and CUDA graphs can decide without asking Python. Measures that compare
+    candidates can only decide where to exit, not when to stop.
+    """
+
+    measure: Measure
+    threshold: float
 
     def holds(self, stats: ExitStats) -> bool:
         """Decide for one row by its statistics."""
-        value = float(getattr(stats, self.measure))
-        return value <= self.threshold if self.measure == "entropy" else value >= self.threshold
+        value = float(self.measure.of(stats))
+        return value <= self.threshold if self.measure is Measure.ENTROPY else value >= self.threshold
 
 
-class Leaving:
-    """Whether one draft leaves at a candidate, asked at each on its way up."""
+class ExitJudge:
+    """Decides by a rule where one drafted token exits: ask it at each candidate on the way up."""
 
     def __init__(self, rule: Rule):
-        self.rule, self.state, self.token, self.repeats = rule, None, None, 0
+        self.rule = rule
+        self.state: Tensor | None = None  # of the candidate before
+        self.token: int | None = None
+        self.repeats = 0  # candidates in a row that chose `token`
 
-    def asks(self, exit: Exit) -> bool:
-        """Decide by the exit there; looks at no more of it than the rule needs."""
-        if self.rule.measure == "cosine":
+    def exits_at(self, exit: Exit) -> bool:
+        """Decide at the next candidate; computes no more of its exit than the rule needs."""
+        threshold = self.rule.threshold
+        if self.rule.measure is Measure.COSINE:
             before, self.state = self.state, exit.hidden[0].double()
-            reach = None if before is None else self.rule.threshold * self.state.norm() * before.norm()
+            reach = None if before is None else threshold * self.state.norm() * before.norm()
             return reach is not None and bool(self.state @ before >= reach)
-        if self.rule.measure == "repeats":
+        if self.rule.measure is Measure.REPEATS:
             before, self.token = self.token, exit.tokens()[0]
             self.repeats = self.repeats + 1 if before == self.token else 1
-            return self.repeats >= self.rule.threshold
+            return self.repeats >= threshold
         return self.rule.holds(exit.stats())
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """How one round drafts. Hashable: compiled and captured work is keyed by it.
+    """Say how one round drafts. Hashable: compiled and captured work is keyed by it.
 
     exits: candidate exit layers, ascending (counts of layers run); a draft never goes past the last one. Empty: the
-        draft runs the whole depth (which pays if it skips sublayers).
+        draft runs through all layers (which pays if it skips sublayers).
     num_draft_tokens: how many tokens to draft at most (K). 0 is plain autoregressive decoding.
-    skip_attention, skip_mlp: layers (0-based) whose sublayer the draft leaves out.
+    skip_attention, skip_mlp: layers (0-based) whose sublayer the draft skips.
     proposed: drafted tokens that need no model pass (n-gram continuations).
-    leave_if: at a candidate but the last, leave the model if this holds. None: the policy is asked (should_exit).
-    stop_unless: after each drafted token, end the draft unless this holds. None: it goes on to num_draft_tokens.
+    exit_if: a draft exits at a candidate before the last one if this rule holds. None: the policy is asked
+        (should_exit).
+    stop_unless: the draft ends after a token unless this rule holds. None: it goes on to num_draft_tokens.
     ask_to_stop: whether the policy is asked, too (should_stop).
-    adapters: what corrects the states that leave at some of the exits.
+    adapters: correct the hidden states of some of the exits.
     repeats: the policy's next plan will be this one, too, so a GPU may start the next round before this one is read.
     """
 
@@ -78,35 +104,48 @@ class DraftPlan:
     skip_attention: frozenset[int] = frozenset()
     skip_mlp: frozenset[int] = frozenset()
     proposed: tuple[int, ...] = ()
-    leave_if: Rule | None = None
+    exit_if: Rule | None = None
     stop_unless: Rule | None = None
     ask_to_stop: bool = False
     adapters: Adapters | None = None
     repeats: bool = field(default=False, compare=False)
 
+    def candidates(self, n_layer: int) -> tuple[int, ...]:
+        """List where a drafted token may exit, ascending; nothing where no layer is run to draft."""
+        if self.proposed or not self.num_draft_tokens:
+            return ()
+        return self.exits or (n_layer,)
+
+    @property
+    def most_drafts(self) -> int:
+        """Return how many tokens the round drafts at most."""
+        return len(self.proposed) or self.num_draft_tokens
+
     @property
     def asks_policy(self) -> bool:
-        """Whether the policy has a say while the round runs. If not, a runner may play it in one call."""
+        """Say whether the policy decides anything while the round runs. If not, it may be played in one call."""
         if self.proposed or not self.num_draft_tokens:
             return False
-        return self.ask_to_stop or (len(self.exits) > 1 and self.leave_if is None)
+        return self.ask_to_stop or (len(self.exits) > 1 and self.exit_if is None)
 
     @property
     def is_fixed(self) -> bool:
-        """Whether nothing is proposed, and nothing decided while the round runs."""
+        """Say whether nothing is proposed, and nothing decided while the round runs."""
         decides = self.stop_unless or self.ask_to_stop or len(self.exits) > 1
         return not self.proposed and not (decides and self.num_draft_tokens)
 
     @property
     def first_skip(self) -> int | None:
-        """The first layer with a sublayer left out: hidden states above it are not the full model's. None: no skip."""
+        """Return the first layer with a skipped sublayer, above which no state is the full model's. None: no skip."""
         return min(self.skip_attention | self.skip_mlp, default=None)
 
 
 class RoundContext(NamedTuple):
-    """What a policy may look at: all tokens so far (prompt and text), how many are still wanted, greedy or sampled.
+    """Tell a policy what it may look at when it chooses a plan.
 
-    hidden: [1, D], the full model's state after the last layer that chose the last token, for a policy that reads it.
+    tokens: all so far, prompt and text. remaining: how many are still wanted. sampled: not greedy.
+    hidden: [1, D], the model's newest state after the last layer, if the policy reads it; where drafts are verified it
+        is the one that chose the last token.
     """
 
     tokens: Sequence[int]
@@ -117,12 +156,13 @@ class RoundContext(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """One step of decoding, the record everything downstream reads (printing, statistics, feedback).
+    """Record one step of decoding: what everything downstream reads (printing, statistics, feedback).
 
-    tokens: ids emitted, `accepted` of them drafted, the last one the target's own unless the round was cut short.
-    drafted: every id proposed this round, accepted or not. exit_layers: where each drafted token left the model.
-    resume_layer: where verification restarted. seconds: wall time of the round.
-    layer_visits: how often a layer's weights were read, head_visits: the LM head's (a trimmed head counts its share).
+    tokens: ids emitted. The first `accepted` were drafted; the last one is the full model's own, unless the text ended.
+    drafted: every id drafted or proposed, accepted or not. exit_layers: where each drafted token exited.
+    resume_layer: the shallowest depth from which verification went on. seconds: wall time, the policy's choice of a
+    plan included. layer_visits: how often a layer's weights were read; a skipped sublayer counts its bytes less, a
+    low-bit layer its bytes' share. head_visits: the same of the LM head, of which a trimmed one counts its share.
     """
 
     tokens: tuple[int, ...]

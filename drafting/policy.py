@@ -22,8 +22,8 @@ This is a complete policy. It exits after the first layer that is likely enough 
 
 Listed in `catalogue.POLICIES` it is a setting of every program, as in --policy first_likely:0.8,num_draft_tokens=5.
 It need not care for exactness: the full model verifies whatever it drafts. A decision that is a `plan.Rule` can be
-part of the plan instead of a method, `new_plan(exits, leave_if=Rule("top1", self.threshold))`. It is then made inside
-the one call that plays a round, which is faster.
+part of the plan instead of a method, `new_plan(exits, exit_if=Rule(Measure.TOP1, self.threshold))`. It is then made
+inside the one call that plays a round, which is faster.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drafting.adapters import Adapters
-from drafting.plan import DraftPlan, Round, RoundContext, Rule
+from drafting.plan import DraftPlan, Measure, Round, RoundContext, Rule
 from errors import UserError
 from kernels.exit_head import Exit
 
@@ -154,11 +154,11 @@ class StopRule:
     """
 
     def __init__(self, text: str):
-        self.rule: Rule | None = Rule("entropy", 0.3**2) if text == "svip" else None
+        self.rule: Rule | None = Rule(Measure.ENTROPY, 0.3**2) if text == "svip" else None
         self.adaptive = text == "adaptive"
         if text not in ("never", "svip", "adaptive"):
             try:
-                self.rule = Rule("top1", float(text))
+                self.rule = Rule(Measure.TOP1, float(text))
             except ValueError:
                 raise UserError(f"stop must be never, adaptive, svip or a number in 0..1, got {text!r}") from None
             check_range("stop", self.rule.threshold, 0.0, 1.0)
@@ -173,7 +173,7 @@ class StopRule:
         """Return the rule of a round of at most `num_draft_tokens` drafts; None: the draft does not end early."""
         self.most = min(num_draft_tokens, context.remaining - 1)
         if self.adaptive and self.rule is None:
-            self.rule = Rule("top1", 0.5 if context.sampled else 0.8)
+            self.rule = Rule(Measure.TOP1, 0.5 if context.sampled else 0.8)
         return self.rule
 
     def end_round(self, round: Round) -> None:
@@ -184,7 +184,7 @@ class StopRule:
         stopped = len(round.drafted) < self.most
         step = 0.01 if self.acceptance < 0.9 else -0.01 if stopped else 0.0
         threshold = self.rule.threshold
-        self.rule = Rule("top1", min(max(0.9 * threshold + 0.1 * (threshold + step), 0.0), 1.0))
+        self.rule = Rule(Measure.TOP1, min(max(0.9 * threshold + 0.1 * (threshold + step), 0.0), 1.0))
 
 
 @dataclass

@@ -17,8 +17,8 @@ import cli
 import generate
 from decoding import calibrate, compare
 from decoding.generation import ideal_speedup
-from decoding.rounds import Drafter
 from decoding.runner import Runner
+from decoding.sampling import CoupledSampler
 from drafting.catalogue import POLICIES
 from drafting.plan import Round
 from errors import UserError
@@ -371,13 +371,13 @@ def test_comparing_reports_both_speeds_and_that_the_tokens_agree(call, monkeypat
 
 def test_comparing_notices_a_text_that_is_not_the_plain_one(call, monkeypatch):
     monkeypatch.setattr(compare, "COMPARE_REPEATS", 1)
-    monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
-    verify = Drafter.verify
+    monkeypatch.setattr(Runner, "call_by_call", True)  # so that there is a call to falsify
+    verify = CoupledSampler.verify
     monkeypatch.setattr(
-        Drafter,
+        CoupledSampler,
         "verify",
-        lambda self, rows, draft, *where: Exit.of_logits(
-            verify(self, rows, draft, *where).logits() * (-1 if draft.tokens else 1)
+        lambda self, drafted, exit, position: verify(
+            self, drafted, Exit.of_logits(exit.logits() * (-1 if drafted else 1)), position
         ),
     )
     result, out, _ = call("--prompt", PROMPT, "--max_new_tokens", 6, "--compare", "--draft_exit", 1)

@@ -330,12 +330,11 @@ Tensor layers(Tensor hidden, Tensor table_tensor, int64_t position, int64_t star
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// play_round
+// play_round, and the tables it reads
 // ---------------------------------------------------------------------------------------------------------------------
 // Check an embedding and say how its rows are read. scale: of a quantised one, [V] fp32 or [V, groups] bf16.
-template <typename T>
-Embedding<T> embedding_of(const char* op, const Tensor& weight, const std::optional<Tensor>& scale, int64_t d,
-                          int64_t n_vocab, const Tensor& like) {
+Embedding embedding_of(const char* op, const Tensor& weight, const std::optional<Tensor>& scale, int64_t d,
+                       int64_t n_vocab, const Tensor& like) {
   check_contiguous(op, "embedding", weight);
   const void* data = weight.data_ptr();
   if (!scale) {
@@ -345,7 +344,7 @@ Embedding<T> embedding_of(const char* op, const Tensor& weight, const std::optio
     const int64_t rows = packed ? weight_of(op, weight, like).columns : weight.size(0);
     STD_TORCH_CHECK(features == d && rows >= n_vocab, op, ": embedding does not fit ", d, " features and ", n_vocab,
                     " tokens");
-    return {packed ? Embedding<T>::PACKED : Embedding<T>::PLAIN, data, nullptr, 0};
+    return {packed ? Embedding::PACKED : Embedding::PLAIN, data, nullptr, 0};
   }
   check_contiguous(op, "the embedding's scale", *scale);
   const bool int8 = dtype_of(weight) == aoti_torch_dtype_int8();
@@ -356,71 +355,108 @@ Embedding<T> embedding_of(const char* op, const Tensor& weight, const std::optio
                       scale->dim() == (int8 ? 1 : 2) && scale->size(0) == weight.size(0) && groups > 0 &&
                       d % groups == 0 && (int8 || d / groups % 2 == 0),
                   op, ": the quantised embedding does not fit ", d, " features and ", n_vocab, " tokens");
-  return {int8 ? Embedding<T>::INT8 : Embedding<T>::INT4, data, scale->data_ptr(), groups};
+  return {int8 ? Embedding::INT8 : Embedding::INT4, data, scale->data_ptr(), groups};
 }
 
-// draft_table, draft_head: what drafts copy their rows through instead of the model's layers and head (low-bit copies).
-// Returns [drafted n, heads read while drafting, layers read, layers of copies read, attentions and MLPs left out of
-// the latter, resume layer], then n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model;
-// and, if wanted, the n + 1 states they were chosen from. downs, ups, ranks: of the adapter of each exit (rank 0: none).
-std::tuple<Tensor, Tensor> play_round(Tensor table_tensor, Tensor embedding, std::optional<Tensor> embedding_scale, Tensor norm,
-                  Tensor head, int64_t n_vocab, int64_t token, int64_t position, std::vector<int64_t> exits,
-                  int64_t drafts, int64_t leave_measure, double leave_threshold, int64_t stay_measure,
-                  double stay_threshold, std::vector<int64_t> skips, std::vector<int64_t> proposed,
-                  std::optional<Tensor> draft_table_tensor, std::optional<Tensor> draft_head_weight,
-                  int64_t draft_vocab, double temperature, int64_t seed, std::vector<Tensor> downs,
-                  std::vector<Tensor> ups, std::vector<int64_t> ranks, bool want_hidden) {
-  const LayerTable& table = table_of("play_round", table_tensor);
-  const LayerTable& draft_table = draft_table_tensor ? table_of("play_round", *draft_table_tensor) : table;
-  check_contiguous("play_round", "norm", norm);
-  STD_TORCH_CHECK(is_bf16(norm) == bool(table.bf16), "play_round: every weight must have the layers' dtype");
-  const CheckedWeight w = weight_of("play_round", head, norm);
-  const CheckedWeight draft_w = draft_head_weight ? weight_of("play_round", *draft_head_weight, norm) : w;
-  const bool given = !proposed.empty();
-  STD_TORCH_CHECK(w.features == table.d && norm.numel() == table.d && n_vocab <= w.columns,
-                  "play_round: norm and head do not fit ", table.d, " features and ", n_vocab, " tokens");
-  STD_TORCH_CHECK(draft_w.features == table.d && draft_vocab <= draft_w.columns && draft_table.bf16 == table.bf16 &&
-                      draft_table.d == table.d && draft_table.slots == table.slots &&
-                      draft_table.n_layer <= table.n_layer,
-                  "play_round: the draft's layers and head are of another model");
-  STD_TORCH_CHECK(0 < draft_vocab && draft_vocab <= n_vocab, "play_round: draft_vocab must be in 1..", n_vocab,
-                  ", got ", draft_vocab);
+// A table that an op of this file has made; `made_by` names it.
+template <typename Table>
+const Table& checked_table(const char* op, const Tensor& tensor, const char* made_by) {
+  STD_TORCH_CHECK(dtype_of(tensor) == aoti_torch_dtype_int64() && tensor.numel() >= int64_t(sizeof(Table)) / 8 &&
+                      data<int64_t>(tensor)[0] == Table::TAG,
+                  op, ": the table must come from ", made_by);
+  return *reinterpret_cast<const Table*>(data<int64_t>(tensor));
+}
+
+// A ModelTable. draft_layers, draft_head: low-bit copies for drafts; draft_vocab: drafts know the first so many tokens.
+Tensor model_table(Tensor layers_tensor, Tensor embedding, std::optional<Tensor> embedding_scale, Tensor norm,
+                   Tensor head, int64_t n_vocab, std::optional<Tensor> draft_layers_tensor,
+                   std::optional<Tensor> draft_head, int64_t draft_vocab) {
+  const char* op = "model_table";
+  const LayerTable& layers = table_of(op, layers_tensor);
+  const LayerTable& draft_layers = draft_layers_tensor ? table_of(op, *draft_layers_tensor) : layers;
+  check_contiguous(op, "norm", norm);
+  STD_TORCH_CHECK(is_bf16(norm) == bool(layers.bf16), op, ": every weight must have the layers' dtype");
+  const CheckedWeight w = weight_of(op, head, norm), draft_w = draft_head ? weight_of(op, *draft_head, norm) : w;
+  STD_TORCH_CHECK(w.features == layers.d && norm.numel() == layers.d && n_vocab <= w.columns, op,
+                  ": norm and head do not fit ", layers.d, " features and ", n_vocab, " tokens");
+  STD_TORCH_CHECK(draft_w.features == layers.d && draft_vocab <= draft_w.columns && draft_layers.bf16 == layers.bf16 &&
+                      draft_layers.d == layers.d && draft_layers.slots == layers.slots &&
+                      draft_layers.n_layer <= layers.n_layer,
+                  op, ": the draft's layers and head are of another model");
+  STD_TORCH_CHECK(0 < draft_vocab && draft_vocab <= n_vocab, op, ": draft_vocab must be in 1..", n_vocab, ", got ",
+                  draft_vocab);
+  Tensor result = new_tensor({int64_t(sizeof(ModelTable)) / 8}, aoti_torch_dtype_int64());
+  const Embedding rows = embedding_of(op, embedding, embedding_scale, layers.d, n_vocab, norm);
+  *reinterpret_cast<ModelTable*>(data<int64_t>(result)) = {
+      ModelTable::TAG, &layers, &draft_layers, rows, norm.data_ptr(), w.weight, draft_w.weight, n_vocab, draft_vocab};
+  return result;
+}
+
+// A PlanTable. exits: the candidates; measures: of the rules to exit and to go on, -1 for none; skips: 2 * layer for its
+// attention, 2 * layer + 1 for its MLP; downs, ups, ranks: of the adapter of each exit (rank 0: none), or nothing at
+// all; ends: the tokens that end a text. norm: of the model, for its dtype.
+Tensor plan_table(Tensor model_tensor, Tensor norm, std::vector<int64_t> exits, int64_t exit_measure,
+                  int64_t stop_measure, std::vector<int64_t> skips, std::vector<Tensor> downs, std::vector<Tensor> ups,
+                  std::vector<int64_t> ranks, std::vector<int64_t> ends) {
+  const char* op = "plan_table";
+  const ModelTable& model = checked_table<ModelTable>(op, model_tensor, "model_table");
+  const LayerTable &layers = *model.layers, &draft_layers = *model.draft_layers;
+  const int64_t n_exits = int64_t(exits.size()), n_ends = int64_t(ends.size());
+  STD_TORCH_CHECK(norm.data_ptr() == model.norm, op, ": norm must be the model's");
+  STD_TORCH_CHECK(NONE <= exit_measure && exit_measure <= REPEATS && NONE <= stop_measure && stop_measure <= ENTROPY,
+                  op, ": no rules to exit and to go on have the measures ", exit_measure, " and ", stop_measure);
+  STD_TORCH_CHECK(exit_measure != NONE || n_exits < 2, op, ": several exits need a rule to exit");
+  STD_TORCH_CHECK(downs.size() == ranks.size() && ups.size() == ranks.size() &&
+                      (ranks.empty() || ranks.size() == exits.size()),
+                  op, ": adapters need a down, an up and a rank for each exit");
+  Tensor result = new_tensor({PlanTable::words(n_exits, layers.n_layer, n_ends)}, aoti_torch_dtype_int64());
+  auto& plan = *reinterpret_cast<PlanTable*>(data<int64_t>(result));
+  const int64_t own = model.draft_layers == model.layers ? layers.n_layer : 0;
+  plan = {PlanTable::TAG, &model, own, exit_measure, stop_measure, n_exits, n_ends};
+  for (int64_t i = 0; i < n_exits; i++) {
+    STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= draft_layers.n_layer, op,
+                    ": exits must ascend in 1..", draft_layers.n_layer, ", got ", exits[i]);
+    plan.candidates()[i] = {exits[i], {}};
+    if (ranks.empty() || !ranks[i]) continue;
+    const CheckedWeight down = weight_of(op, downs[i], norm), up = weight_of(op, ups[i], norm);
+    STD_TORCH_CHECK(ranks[i] > 0 && down.features == layers.d && ranks[i] <= down.columns && up.features == ranks[i] &&
+                        layers.d <= up.columns,
+                    op, ": adapter ", i, " does not fit ", layers.d, " features and rank ", ranks[i]);
+    plan.candidates()[i].adapter = {down.weight, up.weight, ranks[i]};
+  }
+  std::fill_n(plan.skipped(), 2 * layers.n_layer, 0);
+  for (int64_t sublayer : skips) {
+    STD_TORCH_CHECK(0 <= sublayer && sublayer < 2 * layers.n_layer, op, ": skips must be in 0..",
+                    2 * layers.n_layer - 1, ", got ", sublayer);
+    plan.skipped()[sublayer] = 1;
+    plan.own = std::min(plan.own, sublayer / 2);
+  }
+  std::copy(ends.begin(), ends.end(), plan.ends());
+  return result;
+}
+
+// Draft up to `drafts` tokens after `token` at `position`, or take the proposed ones, and verify them.
+// Returns [drafted n, heads read while drafting, layers read, layers of copies read, attentions and MLPs skipped in the
+// latter, resume layer], then n drafted tokens, n exit layers (0 if proposed), and n + 1 choices of the full model;
+// and, if wanted, the n + 1 states they were chosen from.
+std::tuple<Tensor, Tensor> play_round(Tensor plan_tensor, int64_t token, int64_t position, int64_t drafts,
+                                      std::vector<int64_t> proposed, double exit_threshold, double stop_threshold,
+                                      double temperature, int64_t seed, bool want_hidden) {
+  const char* op = "play_round";
+  const PlanTable& plan = checked_table<PlanTable>(op, plan_tensor, "plan_table");
+  const ModelTable& model = *plan.model;
+  const LayerTable& table = *model.layers;
   auto check_token = [&](const char* name, int64_t id) {
-    STD_TORCH_CHECK(0 <= id && id < n_vocab, "play_round: ", name, " must be in 0..", n_vocab - 1, ", got ", id);
+    STD_TORCH_CHECK(0 <= id && id < model.n_vocab, op, ": ", name, " must be in 0..", model.n_vocab - 1, ", got ", id);
   };
   check_token("token", token);
   for (int64_t id : proposed) check_token("every proposed token", id);
+  const bool given = !proposed.empty();
   if (given) drafts = int64_t(proposed.size());
-  STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots,
-                  "play_round: positions must be in 0..", table.slots - 1, ", got ", position, "..", position + drafts);
-  for (size_t i = 0; i < exits.size(); i++)
-    STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= draft_table.n_layer,
-                    "play_round: exits must ascend in 1..", draft_table.n_layer, ", got ", exits[i]);
-  STD_TORCH_CHECK(given || !drafts || !exits.empty(), "play_round: drafts need an exit");
-  STD_TORCH_CHECK(Rule::NONE <= leave_measure && leave_measure <= Rule::REPEATS && Rule::NONE <= stay_measure &&
-                      stay_measure <= Rule::ENTROPY,
-                  "play_round: no rule to leave or to stop has the measures ", leave_measure, " and ", stay_measure);
-  STD_TORCH_CHECK(leave_measure >= 0 || exits.size() < 2, "play_round: several exits need a rule to leave");
-  STD_TORCH_CHECK(downs.size() == ranks.size() && ups.size() == ranks.size() &&
-                      (ranks.empty() || ranks.size() == exits.size()),
-                  "play_round: adapters need a down, an up and a rank for each exit");
-  std::vector<Adapter> adapters(ranks.size());
-  for (size_t i = 0; i < ranks.size(); i++) {
-    if (!ranks[i]) continue;
-    const CheckedWeight down = weight_of("play_round", downs[i], norm), up = weight_of("play_round", ups[i], norm);
-    STD_TORCH_CHECK(ranks[i] > 0 && down.features == table.d && ranks[i] <= down.columns && up.features == ranks[i] &&
-                        table.d <= up.columns,
-                    "play_round: adapter ", i, " does not fit ", table.d, " features and rank ", ranks[i]);
-    adapters[i] = {down.weight, up.weight, ranks[i]};
-  }
-  const Draw draw = draw_of("play_round", temperature, seed, position);
-  const float eps = float(table.eps);
-  int64_t own = draft_table_tensor ? 0 : table.n_layer;
-  for (int64_t sublayer : skips) {
-    STD_TORCH_CHECK(0 <= sublayer && sublayer < 2 * table.n_layer, "play_round: skips must be in 0..",
-                    2 * table.n_layer - 1, ", got ", sublayer);
-    own = std::min(own, sublayer / 2);
-  }
+  STD_TORCH_CHECK(0 <= drafts && 0 <= position && position + drafts < table.slots, op, ": positions must be in 0..",
+                  table.slots - 1, ", got ", position, "..", position + drafts);
+  STD_TORCH_CHECK(given || !drafts || plan.n_candidates, op, ": drafts need an exit");
+  const Draw draw = draw_of(op, temperature, seed, position);
   std::vector<int64_t> drafted(proposed), exit_layers(drafts), chosen(drafts + 1), depth(2 * (drafts + 1)), counts;
   drafted.resize(drafts);
   static const Tensor no_states = new_tensor({0}, aoti_torch_dtype_float32());
@@ -429,18 +465,18 @@ std::tuple<Tensor, Tensor> play_round(Tensor table_tensor, Tensor embedding, std
     using T = decltype(zero);
     static thread_local Scratch scratch;
     T* hidden = (T*)scratch.get(2 * (drafts + 1) * table.d);
-    const Head<T> draft_head{data<T>(norm), draft_w.weight, table.d, draft_vocab, eps};
-    const Head<T> full_head{data<T>(norm), w.weight, table.d, n_vocab, eps};
-    const auto rows_of_tokens = embedding_of<T>("play_round", embedding, embedding_scale, table.d, n_vocab, norm);
-    Round<T> round{table, draft_table, rows_of_tokens, draft_head, full_head, draw, exits, adapters,
-                   {leave_measure, leave_threshold}, {stay_measure, stay_threshold}, skips, own, position,
+    const float eps = float(table.eps);
+    const Head<T> draft_head{(const T*)model.norm, model.draft_head, table.d, model.draft_vocab, eps};
+    const Head<T> full_head{(const T*)model.norm, model.head, table.d, model.n_vocab, eps};
+    Round<T> round{plan, model, table, *model.draft_layers, draft_head, full_head, draw,
+                   {plan.exit_measure, exit_threshold}, {plan.stop_measure, stop_threshold}, position,
                    {hidden, depth.data()}, {hidden + (drafts + 1) * table.d, depth.data() + drafts + 1}};
     with_team(threads_for(bytes_of_layers<T>(table, table.n_layer), TEAM_BYTES),
               [&] { round.run(token, drafts, given, drafted.data(), exit_layers.data(), chosen.data()); });
     const auto& c = round.counts;
     counts = {c.drafted, c.heads, c.layers, c.draft_layers, c.skipped_attention, c.skipped_mlp, c.resume};
     if (!want_hidden) return;
-    states = new_tensor({c.drafted + 1, table.d}, dtype_of(norm));
+    states = new_tensor({c.drafted + 1, table.d}, table.bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
     std::copy_n(hidden, (c.drafted + 1) * table.d, data<T>(states));
   };
   if (table.bf16) run(bf16{});
@@ -465,11 +501,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
         "float temperature, int seed, int position) -> (Tensor tokens, Tensor stats, Tensor samples)");
   m.def("layer_table(Tensor[] tensors, Tensor cos, Tensor sin, int heads, float eps) -> Tensor");
   m.def("layers(Tensor hidden, Tensor table, int position, int start, int stop, int[] skips) -> Tensor");
-  m.def("play_round(Tensor table, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor head, int n_vocab, "
-        "int token, int position, int[] exits, int drafts, int leave_measure, float leave_threshold, int stay_measure, "
-        "float stay_threshold, int[] skips, int[] proposed, Tensor? draft_table, Tensor? draft_head, int draft_vocab, "
-        "float temperature, int seed, Tensor[] downs, Tensor[] ups, int[] ranks, bool want_hidden) "
-        "-> (Tensor found, Tensor hidden)");
+  m.def("model_table(Tensor layers, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor head, int n_vocab, "
+        "Tensor? draft_layers, Tensor? draft_head, int draft_vocab) -> Tensor");
+  m.def("plan_table(Tensor model, Tensor norm, int[] exits, int exit_measure, int stop_measure, int[] skips, "
+        "Tensor[] downs, Tensor[] ups, int[] ranks, int[] ends) -> Tensor");
+  m.def("play_round(Tensor plan, int token, int position, int drafts, int[] proposed, float exit_threshold, "
+        "float stop_threshold, float temperature, int seed, bool want_hidden) -> (Tensor found, Tensor hidden)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
@@ -480,5 +517,7 @@ STABLE_TORCH_LIBRARY_IMPL(skipfast_cpu, CPU, m) {
   m.impl("exit_head", TORCH_BOX(&exit_head));
   m.impl("layer_table", TORCH_BOX(&layer_table));
   m.impl("layers", TORCH_BOX(&layers));
+  m.impl("model_table", TORCH_BOX(&model_table));
+  m.impl("plan_table", TORCH_BOX(&plan_table));
   m.impl("play_round", TORCH_BOX(&play_round));
 }

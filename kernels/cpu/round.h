@@ -1,4 +1,7 @@
-// round: a whole round in one call: draft as a plan says, verify, and every token the full model would choose.
+// round: a whole round in one call: draft by a plan, verify, and report the full model's token after every row.
+//
+// The C++ twin of the loop in decoding/rounds.py. Whatever does not change from round to round stands in tables that are
+// checked once (see decoding/packed.py).
 #pragma once
 #include "exit_head.h"
 #include "layers.h"
@@ -22,13 +25,13 @@ struct Head {
   }
 };
 
-// Where the hidden states of tokens begin: [V, D], of which one row is read.
-template <typename T>
+// The hidden states that tokens begin with: [V, D], of which one row is read.
 struct Embedding {
-  enum Kind { PLAIN, PACKED, INT8, INT4 } kind;  // PACKED: rows are columns of a packed LM head
+  enum Kind : int64_t { PLAIN, PACKED, INT8, INT4 } kind;  // PACKED: rows are columns of a packed LM head
   const void *data, *scale;
   int64_t groups;  // of a row that have a scale (INT4)
 
+  template <typename T>
   void row(int64_t token, int64_t d, T* to) const {
     if (kind == PLAIN) return (void)std::memcpy(to, (const T*)data + token * d, d * sizeof(T));
     if (kind == PACKED) {
@@ -51,16 +54,23 @@ struct Embedding {
   }
 };
 
-// adapters.Adapter: what corrects a state that leaves at an exit. rank 0: none.
-struct Adapter {
-  Weight down, up;
-  int64_t rank = 0;
+// A model and what drafts for it: the op model_table. Pointers stay valid while their owner keeps the tensors.
+struct ModelTable {
+  static constexpr int64_t TAG = 0x6d6f64656c;  // stands first, to tell this table from others
+  int64_t tag;
+  const LayerTable *layers, *draft_layers;  // drafts run their own layers through the second: the first, or low-bit ones
+  Embedding embedding;
+  const void* norm;
+  Weight head, draft_head;
+  int64_t n_vocab, draft_vocab;
 };
 
-// plan.Rule: what an exit must be like. The first three measures are statistics of the exit, the others compare it with
-// the candidate before.
+// Which number of an exit a rule looks at: drafting.plan.Measure has the same names and values. The first three are
+// statistics of the exit, the others compare it with the exit at the candidate before.
+enum Measure : int64_t { NONE = -1, TOP1 = 0, MARGIN = 1, ENTROPY = 2, COSINE = 3, REPEATS = 4 };
+
+// drafting.plan.Rule.
 struct Rule {
-  enum Measure : int64_t { NONE = -1, TOP1, MARGIN, ENTROPY, COSINE, REPEATS };
   int64_t measure;
   double threshold;
   explicit operator bool() const { return measure != NONE; }
@@ -70,7 +80,36 @@ struct Rule {
   }
 };
 
-// The C++ twin of rounds.Drafter: rows climb through the layers; whoever goes deeper takes those waiting there along.
+// drafting.adapters.Adapter: corrects a state that exits. rank 0: none.
+struct Adapter {
+  Weight down, up;
+  int64_t rank = 0;
+};
+
+// A drafting.plan.DraftPlan without the numbers that change from round to round: the op plan_table. Behind it stand
+// its candidate exits, a flag for each sublayer of the model, and the tokens that end a text.
+struct PlanTable {
+  struct Candidate {
+    int64_t depth;
+    Adapter adapter;
+  };
+  static constexpr int64_t TAG = 0x706c616e;
+  int64_t tag;
+  const ModelTable* model;
+  int64_t own;  // depth up to which a drafted row is the full model's own
+  int64_t exit_measure, stop_measure;
+  int64_t n_candidates, n_ends;
+
+  Candidate* candidates() const { return (Candidate*)(this + 1); }
+  int64_t* skipped() const { return (int64_t*)(candidates() + n_candidates); }  // of attention 2 * layer, of MLP + 1
+  int64_t* ends() const { return skipped() + 2 * model->layers->n_layer; }
+  bool ends_text(int64_t token) const { return std::find(ends(), ends() + n_ends, token) != ends() + n_ends; }
+  static int64_t words(int64_t candidates, int64_t n_layer, int64_t ends) {
+    return int64_t(sizeof(PlanTable) + candidates * sizeof(Candidate)) / 8 + 2 * n_layer + ends;
+  }
+};
+
+// One round: rows climb through the layers, and take along the rows that wait on their way.
 template <typename T>
 struct Round {
   // Rows at consecutive positions, each waiting at a depth; later ones never deeper than earlier ones.
@@ -84,34 +123,29 @@ struct Round {
       return first;
     }
   };
-  const LayerTable &table, &draft_table;  // the model's, and what copies climb through: its own or low-bit layers
-  const Embedding<T>& embedding;
+  const PlanTable& plan;
+  const ModelTable& model;
+  const LayerTable &table, &draft_table;  // the model's
   Head<T> draft_head, head;
-  Draw sampling;  // its position is not looked at
-  const std::vector<int64_t>& exits;  // candidates, ascending
-  const std::vector<Adapter>& adapters;  // of the exits, or none at all
-  Rule leave, stay;                   // at a candidate; after a token
-  const std::vector<int64_t>& skips;  // 2 * layer for its attention, 2 * layer + 1 for its MLP
-  int64_t own;                        // depth up to which a drafted row is the full model's
-  int64_t position;                   // of the first row
-  Rows rows, copies;                  // the rows; copies of them on their way above `own`
+  Draw sampling;        // its position is not looked at
+  Rule exit_rule, stop_rule;  // at a candidate; after a token
+  int64_t position;     // of the first row
+  Rows rows, copies;    // the rows; copies of them on their way above plan.own
 
   struct Counts {
-    // draft_layers: of copies, from which the sublayers left out are missing
+    // draft_layers: read for copies, from which the skipped sublayers are missing
     int64_t drafted = 0, heads = 0, layers = 0, draft_layers = 0, skipped_attention = 0, skipped_mlp = 0, resume = 0;
   } counts{};
 
   void enter(int64_t token) {
     const int64_t row = rows.count++;
     rows.depth[row] = 0;
-    embedding.row(token, table.d, rows.hidden + row * table.d);
+    model.embedding.row(token, table.d, rows.hidden + row * table.d);
   }
-  // Take the last row and all that wait where it waits to depth `stop`; the rows themselves skip nothing below `own`.
+  // Take the last row and all that wait where it waits to depth `stop`; the rows themselves skip nothing.
   void climb(Rows& which, int64_t stop) {
     const int64_t first = which.first_beside_last(), start = which.depth[first], last = which.count;
-    auto skipped = [&](int64_t sublayer) {
-      return &which == &copies && std::find(skips.begin(), skips.end(), sublayer) != skips.end();
-    };
+    auto skipped = [&](int64_t sublayer) { return &which == &copies && plan.skipped()[sublayer]; };
     LayerRun<T>{&which == &copies ? draft_table : table, which.hidden + first * table.d, last - first, position + first}
         .run(start, stop, skipped);
     std::fill(which.depth + first, which.depth + last, stop);
@@ -123,19 +157,19 @@ struct Round {
     for (; copies.count < rows.count; copies.count++) {
       const int64_t row = copies.count;
       std::memcpy(copies.hidden + row * table.d, rows.hidden + row * table.d, table.d * sizeof(T));
-      copies.depth[row] = own;
+      copies.depth[row] = plan.own;
     }
     climb(copies, stop);
   }
-  // A row that leaves, as the adapter of its exit corrects it.
-  const T* adapted(const T* row, size_t exit) const {
-    if (exit >= adapters.size() || !adapters[exit].rank) return row;
+  // A row that exits, corrected by the adapter of its exit.
+  const T* adapted(const T* row, const Adapter& adapter) const {
+    if (!adapter.rank) return row;
     static thread_local Scratch scratch;
-    const int64_t d = table.d, rank = adapters[exit].rank;
+    const int64_t d = table.d, rank = adapter.rank;
     T *result = (T*)scratch.get(2 * d + rank), *added = result + d, *inner = added + d;
     std::memcpy(result, row, d * sizeof(T));
-    Linear<T>{row, adapters[exit].down, inner, 1, d, rank, 1, nullptr}.run();
-    Linear<T>{inner, adapters[exit].up, added, 1, rank, d, 1, nullptr}.run();
+    Linear<T>{row, adapter.down, inner, 1, d, rank, 1, nullptr}.run();
+    Linear<T>{inner, adapter.up, added, 1, rank, d, 1, nullptr}.run();
     add_to(result, added, d);
     return result;
   }
@@ -145,9 +179,9 @@ struct Round {
               int64_t* best = nullptr) const {
     const bool sampled = sampling.temperature > 0;
     int64_t unread;  // statistics come with the best token
-    int64_t* found = best || !stats ? best : &unread;
+    int64_t* argmax = best || !stats ? best : &unread;
     with.run(hidden, count, {sampling.temperature, sampling.seed, position + first + 1},
-             {sampled ? found : tokens, stats, sampled ? tokens : nullptr});
+             {sampled ? argmax : tokens, stats, sampled ? tokens : nullptr});
     if (best && !sampled) *best = *tokens;
   }
   // Whether a state still points where the one at the candidate before pointed; keeps it in `before` [d].
@@ -158,31 +192,31 @@ struct Round {
       product += a * b, length += a * a, length_before += b * b;
     }
     std::memcpy(before, state, table.d * sizeof(T));
-    return !first && product >= leave.threshold * std::sqrt(length) * std::sqrt(length_before);
+    return !first && product >= exit_rule.threshold * std::sqrt(length) * std::sqrt(length_before);
   }
 
-  // Let the last row climb until it leaves -> its exit layer. stats [4] are filled if a rule needs them.
+  // Let the last row climb until it exits -> its exit layer. stats [4] are filled if a rule needs them.
   int64_t draft(int64_t* token, float* stats) {
     static thread_local Scratch scratch;
     T* const before = (T*)scratch.get(table.d);
     int64_t repeats = 0, repeated = -1;  // candidates in a row that chose a token
-    for (size_t i = 0; i < exits.size(); i++) {
-      const int64_t exit = exits[i], row = rows.count - 1;
+    for (int64_t i = 0; i < plan.n_candidates; i++) {
+      const int64_t exit = plan.candidates()[i].depth, row = rows.count - 1, own = plan.own;
       if (rows.depth[rows.count - 1] < own) climb(rows, std::min(exit, own));
       if (exit > own) climb_copy(exit);
-      const bool last = exit == exits.back();
-      const T* state = adapted((exit > own ? copies : rows).hidden + row * table.d, i);
-      const bool by_state = leave.measure == Rule::COSINE;
+      const bool last = i + 1 == plan.n_candidates;
+      const T* state = adapted((exit > own ? copies : rows).hidden + row * table.d, plan.candidates()[i].adapter);
+      const bool by_state = exit_rule.measure == COSINE;
       if (by_state && !last && !has_settled(state, before, i == 0)) continue;  // no head is asked
       int64_t best;
-      choose(draft_head, state, row, 1, token, stay || (leave.by_stats() && !last) ? stats : nullptr,
-             leave.measure == Rule::REPEATS ? &best : nullptr);
+      choose(draft_head, state, row, 1, token, stop_rule || (exit_rule.by_stats() && !last) ? stats : nullptr,
+             exit_rule.measure == REPEATS ? &best : nullptr);
       counts.heads++;
-      if (last || by_state || (leave.by_stats() && leave.holds(stats))) return exit;
-      if (leave.measure != Rule::REPEATS) continue;
+      if (last || by_state || (exit_rule.by_stats() && exit_rule.holds(stats))) return exit;
+      if (exit_rule.measure != REPEATS) continue;
       repeats = best == repeated ? repeats + 1 : 1;
       repeated = best;
-      if (repeats >= leave.threshold) return exit;
+      if (repeats >= exit_rule.threshold) return exit;
     }
     return 0;
   }
@@ -204,7 +238,7 @@ struct Round {
       exit_layers[n] = draft(drafted + n, stats);
       counts.resume = rows.depth[n];
       enter(drafted[n++]);
-      if (stay && !stay.holds(stats)) break;
+      if ((stop_rule && !stop_rule.holds(stats)) || plan.ends_text(drafted[n - 1])) break;
     }
     for (int64_t i = 0; given && i < n; i++) enter(drafted[i]);
     counts.drafted = n;

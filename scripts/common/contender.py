@@ -10,7 +10,7 @@ from decoding.compare import share_equal
 from decoding.generation import GenerateConfig, Generation, Totals, summed
 from decoding.runner import Runner
 from drafting.policy import DraftPolicy
-from generate import decode, early_exit
+from generate import decode
 
 # (prompt, new tokens) -> tokens, seconds of decoding those after the first, {"prefill_s": …, …}
 Continue = Callable[[list[int], int], tuple[list[int], float, dict]]
@@ -78,11 +78,10 @@ def skipfast_contender(
     exact: False names a baseline without the padding that equal bits need. verified: False decodes with unverified
     early exits, is named so and has a judge of its text. quantize: the format of the model.
     """
-    decoding = decode if verified else early_exit
 
     def run(prompt: list[int], count: int) -> tuple[list[int], float, dict]:
         wanted = dataclasses.replace(config, max_new_tokens=count)
-        generation = Generation.collect(decoding(runner, prompt, wanted, policy))
+        generation = Generation.collect(decode(runner, prompt, wanted, policy, verified=verified))
         return generation.tokens, generation.decode_s, generation.summary(runner.model)
 
     def judge(prompt: list[int], text: Sequence[int]) -> float:

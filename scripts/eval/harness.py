@@ -28,7 +28,7 @@ from decoding.runner import PREFILL_CHUNK, Runner
 from decoding.sampling import SamplingConfig
 from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import decode, early_exit
+from generate import decode
 from scripts.common.metrics import INSTALL
 from scripts.common.ranks import Ranks
 
@@ -354,8 +354,8 @@ class Evaluated:
         config = GenerateConfig(count, sampling, (*self.own_tokenizer.eos_ids, *special))
         check_prompt(prompt, config, self.runner.model.args.vocab_size, self.max_length)
         output = cli.StreamedText(self.own_tokenizer, stops)
-        decoding = decode if self.verified else early_exit
-        generation = Generation.collect(decoding(self.runner, prompt, config, self.policy, finished=output.ends_at))
+        rounds = decode(self.runner, prompt, config, self.policy, finished=output.ends_at, verified=self.verified)
+        generation = Generation.collect(rounds)
         text = self.own_tokenizer.decode(generation.tokens, continues=True)
         summary = generation.summary(self.runner.model)
         return text if output.cut is None else text[: output.cut], summary

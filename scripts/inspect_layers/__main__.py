@@ -18,7 +18,7 @@ from decoding.generation import GenerateConfig, Generation, check_prompt
 from decoding.runner import check_num_draft_tokens
 from drafting.catalogue import make_policy
 from errors import UserError
-from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode, early_exit, make_runner
+from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode, make_runner
 from loading.files import check_writable, make_folder, write_json, write_text
 from scripts.common import samples
 from scripts.inspect_layers import lens, page
@@ -66,8 +66,7 @@ def look_at(
     runner = make_runner(session, length, policy, config.sampling, prompts[0])
     lenses, summaries = [], []
     for prompt in prompts:
-        decoding = early_exit if flags.no_verify else decode
-        generation = Generation.collect(decoding(runner, prompt, config, policy))
+        generation = Generation.collect(decode(runner, prompt, config, policy, verified=not flags.no_verify))
         left = lens.departures(generation, runner.n_layer)
         lenses.append(lens.read(runner, [*prompt, *generation.tokens], len(prompt), left))
         summaries.append(generation.summary(session.model))

@@ -11,7 +11,7 @@ from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import POLICIES, make_policy
-from generate import early_exit
+from generate import decode
 from tests.helpers.models import N_LAYER, PRECISION, PROMPT, SAMPLING, random_model, tokens_of
 from tests.helpers.policies import EXAMPLES, example
 
@@ -26,7 +26,7 @@ def make_runner(precision="fp32", pack=True):
 def exited(runner, policy, sampling="greedy", new=NEW, **config):
     policy = make_policy(policy, N_LAYER) if isinstance(policy, str) else policy
     config = GenerateConfig(new, SAMPLING[sampling], **config)
-    return Generation.collect(early_exit(runner, PROMPT, config, policy))
+    return Generation.collect(decode(runner, PROMPT, config, policy, verified=False))
 
 
 def depths_of(generation):
@@ -137,4 +137,4 @@ def test_a_policy_that_proposes_is_refused(policy):
 def test_rejection_sampling_is_refused_where_nothing_is_verified():
     config = GenerateConfig(NEW, SamplingConfig(0.8, seed=3, verification="rejection"))
     with pytest.raises(ValueError, match="does not go with --verification rejection"):
-        Generation.collect(early_exit(make_runner(), PROMPT, config, make_policy("static:2", 4)))
+        Generation.collect(decode(make_runner(), PROMPT, config, make_policy("static:2", 4), verified=False))

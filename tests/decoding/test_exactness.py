@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decoding.generation import GenerateConfig, Generation
-from decoding.rounds import Drafter, Rows
+from decoding.rounds import CallSteps, RoundPlayer, WaitingRows
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import make_policy
@@ -64,7 +64,7 @@ def test_drafting_with_low_bit_copies_changes_no_token(precision, mode, backend,
     drafter = low_bit_copies(model, mode, N_LAYER, pack)
     if pack:
         model.pack_weights()
-    runner = Runner(model, 80, max_rows=8, compile=backend != "eager", drafter=drafter)
+    runner = Runner(model, 80, max_rows=8, compile=backend != "eager", draft_model=drafter)
     assert runner.backend == backend
     runner.warm_up(skips_sublayers=True)
     policies = (
@@ -93,7 +93,7 @@ def test_low_bit_copies_are_what_drafts_read():
     """Their layers and head count what their bytes are of the model's, and the model's own run once a round."""
     model = random_model(torch.bfloat16, pack=False)
     drafter = low_bit_copies(model, "int8", 2, pack=False)
-    whole, cheap = Runner(model, 80, max_rows=4), Runner(model, 80, max_rows=4, drafter=drafter)
+    whole, cheap = Runner(model, 80, max_rows=4), Runner(model, 80, max_rows=4, draft_model=drafter)
     head = (drafter.lm_head.weight.nbytes + drafter.lm_head.scale.nbytes) / model.lm_head.weight.nbytes
     assert 0.5 < head < 0.6
     step = tokens_of(cheap, PROMPT, "static:2,num_draft_tokens=3", SamplingConfig()).rounds[0]
@@ -311,19 +311,20 @@ def test_a_drafted_row_is_the_full_models_up_to_the_depth_it_has_reached(precisi
     make = lambda: Runner(random_model(PRECISION[precision], pack), 64, max_rows=8, compile=pack)
     drafting, full = make(), make()
     drafting.prefill(prompt)
-    policy, rows = Script(depths), Rows(drafting, len(prompt))
-    drafter = Drafter(drafting, policy, make_sampler(SamplingConfig()), ())
-    draft = drafter.draft(rows, policy.start_round(RoundContext(prompt, 9)), 77, 8)
-    assert draft.exit_layers == list(depths) and draft.resume_layer == min(reached)
+    policy, rows, sampler = Script(depths), WaitingRows(drafting, len(prompt)), make_sampler(SamplingConfig())
+    plan = policy.start_round(RoundContext(prompt, 9))
+    steps = CallSteps(drafting, sampler, plan, rows, 77)
+    drafted, exit_layers = RoundPlayer(drafting, policy, sampler).draft(steps, plan, 77, 8)
+    assert exit_layers == list(depths)
     full.prefill(prompt)
-    hidden, states = full.embed([77, *draft.tokens[:-1]]), {}
+    hidden, states = full.embed([77, *drafted[:-1]]), {}
     for layer in range(N_LAYER):
         hidden = states[layer + 1] = full.run_layers(hidden, len(prompt), layer, layer + 1)
-    assert {depth: sum(map(len, parts)) for depth, parts in rows.waiting.items()} == {
+    assert {depth: sum(map(len, parts)) for depth, parts in rows.at.items()} == {
         depth: len(there) for depth, there in reached.items()
     }
     for depth, there in reached.items():
-        assert torch.equal(torch.cat(rows.waiting[depth]), states[depth][there])
+        assert torch.equal(torch.cat(rows.at[depth]), states[depth][there])
         slots = [len(prompt) + row for row in there]
         for found, wanted in zip(drafting.model.layers[:depth], full.model.layers[:depth], strict=True):
             found, wanted = found.attention, wanted.attention

@@ -80,7 +80,7 @@ def test_drafting_with_the_gpu_kernels_changes_no_token(gpu_kernels, mode):
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    monkeypatch.setattr("decoding.runner.DeviceRounds", AsOnGPU)
+    monkeypatch.setattr("decoding.runner.Graphs", AsOnGPU)
     AsOnGPU.captures, AsOnGPU.replays = Counter(), Counter()
     return AsOnGPU
 
@@ -91,7 +91,7 @@ def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(
     dtype, sampling, as_on_gpu, monkeypatch, skip_file
 ):
     """But for what was read because a draft was started before it was known to be unwanted."""
-    monkeypatch.setattr(Runner, "_can_sample", True)  # by a fused kernel on a GPU, here from the logits
+    monkeypatch.setattr(Runner, "can_sample", True)  # by a fused kernel on a GPU, here from the logits
     monkeypatch.setattr(Exit, "can_sample", lambda self: False)
     monkeypatch.setattr(Exit, "samples", samples_from_logits)
     model = random_model(dtype, pack=False)
@@ -120,7 +120,9 @@ def test_low_bit_copies_draft_in_rounds_by_graphs_too(as_on_gpu):
     for found, kind, copies in zip((own, *drafted), (Runner, Runner, CallByCall), (False, True, True), strict=True):
         drafter = low_bit_copies(model, "int4", N_LAYER, pack=False) if copies else None
         for policy in ("static:3", "confidence:0.05,candidates=1-2-3", "static:3,stop=0.03"):
-            rounds = tokens_of(kind(model, 80, max_rows=8, drafter=drafter), PROMPT, policy, SamplingConfig()).rounds
+            rounds = tokens_of(
+                kind(model, 80, max_rows=8, draft_model=drafter), PROMPT, policy, SamplingConfig()
+            ).rounds
             found.append([step.drafted for step in rounds])
     assert drafted[0] == drafted[1] != own
 
@@ -131,7 +133,7 @@ def test_nothing_that_a_plan_can_say_changes_a_token_of_rounds_by_graphs(samplin
     model = random_model(torch.bfloat16, pack=False)
     drafter = low_bit_copies(model, "int8", N_LAYER, pack=False) if copies else None
     expected = tokens_of(CallByCall(model, 80, max_rows=1), [1, 5, 9], "none", SAMPLING[sampling]).tokens
-    runner = Runner(model, 80, max_rows=8, drafter=drafter)
+    runner = Runner(model, 80, max_rows=8, draft_model=drafter)
     for policy in [*(example(text, skip_file, N_LAYER) for text in COMBINATIONS), *map(Chaos, range(6))]:
         assert tokens_of(runner, [1, 5, 9], policy, SAMPLING[sampling]).tokens == expected, str(policy)
 
@@ -151,8 +153,8 @@ def test_a_draft_is_started_before_the_last_one_is_judged_and_a_round_before_the
 
     def events(policy):
         runner = Runner(model, 90, max_rows=8)
-        runner._rounds.found = [Watched(runner._rounds.ids) for _ in range(2)]
-        runner._rounds.seen = [Watched(runner._rounds.stats) for _ in range(2)]
+        runner._graphs.found = [Watched(runner._graphs.ids) for _ in range(2)]
+        runner._graphs.seen = [Watched(runner._graphs.stats) for _ in range(2)]
         order.clear()
         found = tokens_of(runner, [1, 5, 9], example(policy, skip_file, N_LAYER), SamplingConfig(), new=40)
         return found.rounds, "".join(event[0] for event in order)
@@ -187,7 +189,7 @@ def test_a_round_started_ahead_is_forgotten_when_another_text_begins(as_on_gpu):
     model = random_model(torch.float32, pack=False)
     runner, fresh = Runner(model, 60, max_rows=4), Runner(model, 60, max_rows=4)
     list(itertools.islice(decode(runner, [1, 5, 9], GenerateConfig(30), make_policy("static:2", 4)), 4))
-    (_, token, position, *_), _ = runner._rounds.ahead
+    (_, token, position, *_), _ = runner._graphs.ahead
     draw = random.Random(0)
     found = None
     while found != [token]:  # another text that asks for a round after the same token at the same position
@@ -231,7 +233,7 @@ def test_rows_that_pad_the_graphs_of_layers_stay_finite_over_long_texts(as_on_gp
     found = tokens_of(runner, [1, 5, 9], "static:2", by_graphs, new=150).tokens
     assert set(AsOnGPU.replays) == {"layers"}
     without_graphs = Runner(models[1], 250, max_rows=8)
-    without_graphs._rounds.on_gpu = False
+    without_graphs._graphs.on_gpu = False
     assert found == tokens_of(without_graphs, [1, 5, 9], "none", by_graphs, new=150).tokens
 
 
@@ -274,10 +276,10 @@ def test_a_cache_that_another_runner_made_longer_is_used_from_the_next_text_on(a
     model = random_model(torch.float32, pack=False)
     short = Runner(model, 40, max_rows=4)
     expected = tokens_of(short, [1, 5, 9], "static:2", SamplingConfig(), new=12).tokens
-    captured = dict(short._rounds.graphs)
+    before = short._graphs
     Runner(model, 400, max_rows=4)
     assert tokens_of(short, [1, 5, 9], "static:2", SamplingConfig(), new=12).tokens == expected
-    assert captured and not captured.items() & short._rounds.graphs.items(), "a graph would read the freed cache"
+    assert short._graphs is not before, "a graph would read the freed cache"
 
 
 def test_a_text_or_conversation_whose_cache_another_runner_replaced_ends_with_an_error(as_on_gpu):

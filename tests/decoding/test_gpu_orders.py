@@ -142,8 +142,8 @@ class Changing(DraftPolicy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_texts_in_any_order_by_any_runner_of_a_model_are_those_of_plain_decoding(dtype, monkeypatch, skip_file):
     """New texts and conversations that go on; ended early, given up, interrupted within a round; to the cache's end."""
-    monkeypatch.setattr("decoding.runner.DeviceRounds", OnStream)
-    monkeypatch.setattr(Runner, "_can_sample", True)  # by a fused kernel on a GPU, here from the logits
+    monkeypatch.setattr("decoding.runner.Graphs", OnStream)
+    monkeypatch.setattr(Runner, "can_sample", True)  # by a fused kernel on a GPU, here from the logits
     monkeypatch.setattr(Exit, "can_sample", lambda self: False)
     monkeypatch.setattr(Exit, "samples", samples_from_logits)
     plain, interrupted, ahead = make_policy("none", N_LAYER), 0, 0
@@ -169,7 +169,7 @@ def test_texts_in_any_order_by_any_runner_of_a_model_are_those_of_plain_decoding
             try:
                 for step in itertools.islice(decode(runner, prompt, config, policy, cached), rounds):
                     found += step.tokens
-                    ahead += bool(runner._rounds.ahead)
+                    ahead += bool(runner._graphs.ahead)
                 assert rounds < 99 or len(found) == len(expected)
             except Interrupted:
                 interrupted += 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoding import calibrate
-from decoding.rounds import agreement
+from decoding.calibrate import agreement
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, choose, make_sampler
 from drafting.auto import RETRY, expected_tokens

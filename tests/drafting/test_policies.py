@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from drafting.catalogue import ALIASES, POLICIES, make_policy
 from drafting.exits import Static
-from drafting.plan import DraftPlan, Round, RoundContext, Rule
+from drafting.plan import DraftPlan, Measure, Round, RoundContext, Rule
 from drafting.policy import Autoregressive, DraftPolicy
 from tests.helpers.policies import EXAMPLES, SETTINGS, example
 
@@ -309,11 +309,11 @@ def test_every_policy_keeps_the_contract(name, skip_file):
 def test_thresholds_ease_with_the_text_as_calm_has_it():
     policy = make_policy("confidence:0.8,decay=4", 8)
     policy.start_prompt([1, 2, 3])
-    thresholds = [policy.start_round(RoundContext(range(3 + t), 10 - t)).leave_if.threshold for t in (0, 5, 9)]
+    thresholds = [policy.start_round(RoundContext(range(3 + t), 10 - t)).exit_if.threshold for t in (0, 5, 9)]
     assert thresholds == pytest.approx([0.8 * (0.9 + 0.1 * math.exp(-4 * share)) for share in (0, 0.5, 0.9)])
     easier = make_policy("entropy:0.8,decay=4", 8)
     easier.start_prompt([1, 2, 3])
-    assert easier.start_round(RoundContext(range(12), 1)).leave_if.threshold > 0.8
+    assert easier.start_round(RoundContext(range(12), 1)).exit_if.threshold > 0.8
 
 
 def test_a_random_exit_lies_between_a_quarter_and_three_quarters_and_anywhere_there():
@@ -373,7 +373,7 @@ def test_in_a_combination_proposals_come_first_and_only_their_policy_hears_of_th
     both.end_round(Round((7, 5, 1), drafted=plan.proposed, accepted=2))
     assert told.stop_rule.acceptance == 0.9, "a proposal says nothing about exits"
     plan = both.start_round(RoundContext([5, 6, 7, 5, 6, 7, 5, 1], 6))
-    assert plan == DraftPlan((2,), 3, stop_unless=Rule("top1", 0.8))
+    assert plan == DraftPlan((2,), 3, stop_unless=Rule(Measure.TOP1, 0.8))
     both.end_round(Round((1,), drafted=(2, 3), exit_layers=(2, 2), resume_layer=2))
     assert told.stop_rule.acceptance == 0.45
 
@@ -383,7 +383,12 @@ def test_a_combination_leaves_by_its_last_exits_skips_all_sets_and_stops_by_its_
     policy = make_policy(parts, 8)
     policy.start_prompt([1])
     assert policy.start_round(CONTEXT) == DraftPlan(
-        (2, 4), 3, frozenset({2}), frozenset({1, 3}), leave_if=Rule("top1", 0.6), stop_unless=Rule("top1", 0.25)
+        (2, 4),
+        3,
+        frozenset({2}),
+        frozenset({1, 3}),
+        exit_if=Rule(Measure.TOP1, 0.6),
+        stop_unless=Rule(Measure.TOP1, 0.25),
     )
     assert policy.num_draft_tokens == 6 and policy.skips_sublayers and not policy.verifiable_only
     assert make_policy("static:2+prompt_lookup", 8).verifiable_only
@@ -402,9 +407,9 @@ def test_equal_plans_are_one_key_and_different_plans_are_several():
         make(skip_attention=frozenset({2})),
         make(skip_mlp=frozenset({1})),
         make(proposed=(1,)),
-        make(leave_if=Rule("top1", 0.5)),
-        make(leave_if=Rule("margin", 0.5)),
-        make(stop_unless=Rule("top1", 0.5)),
+        make(exit_if=Rule(Measure.TOP1, 0.5)),
+        make(exit_if=Rule(Measure.MARGIN, 0.5)),
+        make(stop_unless=Rule(Measure.TOP1, 0.5)),
         make(ask_to_stop=True),
     ]
     assert len(set(different)) == len(different)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from decoding.graphs import DeviceRounds
+from decoding.graphs import Graphs
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, choose
 
@@ -14,11 +14,10 @@ from decoding.sampling import SamplingConfig, choose
 class CallByCall(Runner):
     """Plays no round in one call: the reference for everything that does."""
 
-    def play(self, *_):
-        return None
+    call_by_call = True
 
 
-class AsOnGPU(DeviceRounds):
+class AsOnGPU(Graphs):
     """Rounds in parts and ahead of being asked for, as on a GPU; the graph of a program is the program itself."""
 
     captures, replays = Counter(), Counter()  # by the program's name

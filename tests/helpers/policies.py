@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafting.catalogue import POLICIES, make_policy
-from drafting.plan import DraftPlan, Rule
+from drafting.plan import DraftPlan, Measure, Rule
 from drafting.policy import DraftPolicy
 from tests.helpers.models import N_LAYER, VOCAB_SIZE
 
@@ -96,13 +96,18 @@ class Chaos(DraftPolicy):
             return DraftPlan(proposed=tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 5))))
         depths = draw.sample(range(1, N_LAYER + 1), draw.randint(1, 3)) if kind != "skips" else []
         subset = lambda: frozenset(i for i in range(N_LAYER) if draw.random() < 0.3) if kind != "exits" else frozenset()
-        rules = [None, Rule("top1", draw.random() ** 2), Rule("margin", draw.random() ** 2), Rule("entropy", 4.5)]
+        rules = [
+            None,
+            Rule(Measure.TOP1, draw.random() ** 2),
+            Rule(Measure.MARGIN, draw.random() ** 2),
+            Rule(Measure.ENTROPY, 4.5),
+        ]
         return DraftPlan(
             tuple(sorted(depths)),
             draw.randint(1, 5),
             subset(),
             subset(),
-            leave_if=draw.choice(rules),
+            exit_if=draw.choice(rules),
             stop_unless=draw.choice([None, *rules]),
             ask_to_stop=draw.random() < 0.5,
         )

@@ -7,7 +7,8 @@ the result to 8 bits of mantissa, two where Llama rounds in between).
 import pytest
 import torch
 
-from decoding.packed import PackedLayers
+from decoding.packed import PackedLayers, PackedModel
+from drafting.plan import DraftPlan
 from kernels import cpu
 from kernels.attention import attention, attention_reference, new_cache, plain_keys
 from kernels.exit_head import Draw, Exit, Head, exit_head, exit_stats_reference
@@ -359,9 +360,12 @@ def test_a_round_in_one_call_says_what_it_says_call_by_call(dtype, drafts, setti
     layers.run(embedding[torch.arange(position)], 0, 0, 3)  # a prompt
     settings = dict(settings)
     draft_head = head.trimmed(settings.pop("draft_vocab", 200))
-    where = token, position, (exit_layer,), drafts
-    found = layers.play_round(embedding, head, *where, draft_head=draft_head, **settings)
-    assert layers.play_round(pack(embedding), head, *where, draft_head=draft_head, **settings) == found
+    plan = DraftPlan((exit_layer,), drafts)
+    found, other = (
+        PackedModel(layers, rows, head, draft_head=draft_head).play_round(plan, token, position, drafts, **settings)
+        for rows in (embedding, pack(embedding))
+    )
+    assert other[:-1] == found[:-1]
     temperature, proposed = settings.get("temperature"), settings.get("proposed", ())
 
     def choose(hidden, which, position):
@@ -376,15 +380,17 @@ def test_a_round_in_one_call_says_what_it_says_call_by_call(dtype, drafts, setti
     hidden = layers.run(embedding[[token, *drafted]], position, 0, 3)
     assert found.drafted == drafted and found.chosen == choose(hidden, head, position + 1)
     made = 0 if proposed else len(drafted)
-    assert (found.layers, found.draft_heads, found.left_out) == (3 + made * exit_layer, made, (0, 0))
+    assert (found.layers, found.heads, found.left_out) == (3 + made * exit_layer, made, (0, 0))
 
 
 def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
     layers = make_layers(torch.float32, n_layer=1, d=64, f=96, heads=4, groups=2, e=16, slots=32)
     _, head = make_head(torch.float32, 50, 64)
 
-    def play(exits=(1,), **settings):
-        return layers.play_round(torch.randn(50, 64), head, 1, 28, exits, 2, **settings)
+    def play(exits=(1,), skip_mlp=(), draft_head=None, drafts=2, **settings):
+        model = PackedModel(layers, torch.randn(50, 64), head, draft_head=draft_head)
+        plan = DraftPlan(exits, drafts, skip_mlp=frozenset(skip_mlp), exit_if=settings.pop("exit_if", None))
+        return model.play_round(plan, 1, 28, 2, **settings)
 
     assert len(play().chosen) == 3 and len(play(proposed=[4, 2, 0]).chosen) == 4
     for settings, message in (
@@ -396,7 +402,9 @@ def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
         ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": 1.0, "seed": -1}, "seed must be 0 or more"),
         ({"exits": (2,)}, "exits must ascend in 1..1"),
-        ({"exits": ()}, "drafts need an exit"),
+        ({"drafts": 0}, "drafts need an exit"),
+        ({"exits": (1, 2)}, "several exits need a rule to exit"),
+        ({"exit_if": (5, 0.0)}, "no rules to exit and to go on have the measures 5 and -1"),
         ({"skip_mlp": (1,)}, "skips must be in 0..1, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from decoding.engine import Engine
-from decoding.rounds import Drafter
 from decoding.runner import Runner
+from decoding.sampling import CoupledSampler
 from drafting.catalogue import POLICIES
 from kernels import cpu
 from kernels.exit_head import Exit
@@ -198,18 +198,17 @@ def test_a_picture_without_matplotlib_says_what_to_install(bench, tmp_path, monk
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8)])
 def test_a_policy_that_changes_one_token_is_not_called_identical(bench, monkeypatch, sampling):
-    run, rounds = Drafter.verify, []
+    run, rounds = CoupledSampler.verify, []
 
-    def sometimes_wrong(drafter, rows, draft, token, position):
-        exit = run(drafter, rows, draft, token, position)
-        if draft.tokens and not rounds:
+    def sometimes_wrong(sampler, drafted, exit, position):
+        if drafted and not rounds:
             rounds.append(position)
-        if draft.tokens and position == rounds[0]:  # a single round of a text
-            return Exit.of_logits(exit.logits().roll(1, -1))
-        return exit
+        if drafted and position == rounds[0]:  # a single round of a text
+            exit = Exit.of_logits(exit.logits().roll(1, -1))
+        return run(sampler, drafted, exit, position)
 
-    monkeypatch.setattr(Drafter, "verify", sometimes_wrong)
-    monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
+    monkeypatch.setattr(CoupledSampler, "verify", sometimes_wrong)
+    monkeypatch.setattr(Runner, "call_by_call", True)  # so that there is a call to falsify
     result, out, _ = bench("--policy", "static:1", *sampling)
     assert row_of(result, "static:1")["identical"] is False
     assert row_of(result, "none")["identical"] is True

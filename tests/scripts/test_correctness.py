@@ -7,8 +7,8 @@ import torch
 
 from decoding.engine import Engine, EngineConfig
 from decoding.generation import GenerateConfig, Generation
-from decoding.rounds import Drafter
 from decoding.runner import Runner
+from decoding.sampling import CoupledSampler
 from drafting.catalogue import make_policy
 from generate import decode
 from kernels.exit_head import Exit
@@ -34,19 +34,19 @@ def test_policies_that_are_exact_have_no_errors_and_exit_code_0(play, tmp_path, 
 
 def plant(monkeypatch, sample=1, round=2):
     """Falsify the verification of one round of one text: its tokens are those after them in the vocabulary."""
-    monkeypatch.setattr(Runner, "play", lambda *_: None)  # call by call, so that there is a call to falsify
-    verify, texts = Drafter.verify, []
+    monkeypatch.setattr(Runner, "call_by_call", True)  # so that there is a call to falsify
+    verify, texts = CoupledSampler.verify, []
 
-    def wrong(drafter, rows, draft, token, position):
-        exit = verify(drafter, rows, draft, token, position)
-        if not draft.tokens:
-            return exit
-        if not texts or texts[-1][0] is not drafter:
-            texts.append([drafter, 0])
-        texts[-1][1] += 1
-        return Exit.of_logits(exit.logits().roll(1, -1)) if (len(texts), texts[-1][1]) == (sample, round) else exit
+    def wrong(sampler, drafted, exit, position):
+        if drafted and (not texts or texts[-1][0] is not sampler):  # each text has its own
+            texts.append([sampler, 0])
+        if drafted:
+            texts[-1][1] += 1
+        if drafted and (len(texts), texts[-1][1]) == (sample, round):
+            exit = Exit.of_logits(exit.logits().roll(1, -1))
+        return verify(sampler, drafted, exit, position)
 
-    monkeypatch.setattr(Drafter, "verify", wrong)
+    monkeypatch.setattr(CoupledSampler, "verify", wrong)
 
 
 def test_a_planted_fault_is_found_with_its_place_and_margin_and_exit_code_1(play, tmp_path, monkeypatch, folder):
