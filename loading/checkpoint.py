@@ -245,7 +245,7 @@ def load(
     return Checkpoint(model, args, opened.folder, opened.hf_config, opened.generation_config, size)
 
 
-def load_drafter(
+def load_draft_model(
     source: Source,
     model: Transformer,
     n_layer: int,

@@ -88,7 +88,7 @@ def write_texts(group, source: str, skips: str, out: str) -> None:
             for policy in ("none", *policies):
                 which = (cheap, "static:2,stop=0.2") if policy == "draft_vocab" else (runner, policy)
                 if policy == "draft_quantize":
-                    low = checkpoint.load_drafter(checkpoint.open_source(source), loaded.model, 2, LOW, group=group)
+                    low = checkpoint.load_draft_model(checkpoint.open_source(source), loaded.model, 2, LOW, group=group)
                     which = Runner(loaded.model, 80, max_rows=8, compile=pack, draft_model=low.model), "static:2"
                 each = text(*which, ALL_SAMPLING[sampling], skips)
                 texts[policy] = each.tokens, sum(step.accepted for step in each.rounds)

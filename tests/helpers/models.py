@@ -76,7 +76,7 @@ def random_model(
 
 
 def low_bit_copies(model: Transformer, mode: str, n_layer: int, pack: bool) -> Transformer:
-    """Make what checkpoint.load_drafter makes, of a model in memory with plain weights."""
+    """Make what checkpoint.load_draft_model makes, of a model in memory with plain weights."""
     copy = Transformer(dataclasses.replace(model.args, n_layer=n_layer)).to(model.norm.weight.dtype)
     copy.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in copy.state_dict()})
     copy.embedding = model.embedding
