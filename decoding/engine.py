@@ -263,7 +263,9 @@ class Engine:
         """Read low-bit copies of the first `depth` layers, if the config asks for them. After `load`."""
         if not self.draft_format or (self.draft_model and len(self.draft_model.layers) >= depth):
             return self.draft_model
-        loaded = checkpoint.load_draft_model(self.source, self.model, depth, self.draft_format, self.progress, self.group)
+        loaded = checkpoint.load_draft_model(
+            self.source, self.model, depth, self.draft_format, self.progress, self.group
+        )
         if self.group:
             self.group.meet()
         self.draft_model, self.draft_bytes = loaded.model, loaded.bytes
