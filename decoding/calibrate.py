@@ -1,4 +1,4 @@
-"""What a policy may measure before decoding: the time of its plans' rounds here, and how well each exit guesses."""
+"""Measure for a policy before it decodes: how long rounds of its plans take here, and how often its exits are right."""
 
 import operator
 import statistics
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from decoding.rounds import RoundPlayer, Sampler
+from decoding.rounds import RoundPlayer
 from decoding.runner import Runner
-from decoding.sampling import SamplingConfig
+from decoding.sampling import Sampler, SamplingConfig
 from drafting.adapters import Adapters
 from drafting.plan import DraftPlan
 from drafting.policy import DraftPolicy
 
-SECONDS, TURNS = 0.5, 9  # time rounds for so long or so often, whichever ends first, but each plan at least once
+SECONDS, TURNS = 0.5, 9  # rounds are timed for so long or so often, whichever ends first; each plan at least once
 SAMPLE_TEXT = """The keeper of the lighthouse wrote down the weather every evening: wind from the west, a calm sea, and
 two ships far out. On Sunday, 14 March, her brother asked why she did it. "Because somebody has to," she said.
 

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from decoding.runner import head_bytes, module_bytes
 from decoding.sampling import SamplingConfig
+from decoding.visits import head_bytes, module_bytes
 from drafting.plan import Round
 from errors import UserError
 from model import Transformer

@@ -29,7 +29,7 @@ PROGRAMS = 128  # programs that are remembered, most of them as graphs; a policy
 
 
 class Arrival:
-    """A copy of a device tensor on the host, and the event that says it has arrived."""
+    """Copies a device tensor to the host without making the host wait before it reads."""
 
     def __init__(self, source: Tensor):
         self.source, self.copy = source, torch.zeros_like(source, device="cpu", pin_memory=source.is_cuda)
@@ -50,13 +50,13 @@ class Arrival:
 
 
 class Program:
-    """What is known of a program with its arguments: whether it has run, and its graph once it is captured."""
+    """Remembers of a program with its arguments whether it has run, and its graph once it is captured."""
 
     has_run, graph = False, None
 
 
 class Graphs:
-    """The programs of one Runner, and the tensors on the device that they read and write; so a graph may hold those."""
+    """Holds the programs of one Runner, and the tensors on the device that they read and write: a graph knows those."""
 
     def __init__(self, runner):
         self.runner, self.rows = runner, runner.width
@@ -235,7 +235,7 @@ class Graphs:
 
 
 class GraphSteps:
-    """The steps of a round (see rounds.Steps) as programs of Graphs. Tokens stay on the device until it is verified.
+    """Plays the steps of a round (rounds.Steps) as programs of Graphs. Tokens stay on the device until it is verified.
 
     layer_visits, head_visits: all that is read, also for drafts started ahead that nobody wants in the end.
     """
@@ -269,8 +269,8 @@ class GraphSteps:
         graphs, plan, depths = self.graphs, self.plan, self.depths
         graphs.run(graphs.draft, self.shape, self.sampled, row, candidate, self.judged)
         start, stop = depths[candidate - 1] if candidate else 0, depths[candidate]
-        self.layer_visits += graphs.runner.layer_visits(start, stop, plan.skip_attention, plan.skip_mlp, draft=True)
-        self.head_visits += graphs.runner.draft_head_share
+        self.layer_visits += graphs.runner.visits.run(start, stop, plan.skip_attention, plan.skip_mlp, draft=True)
+        self.head_visits += graphs.runner.visits.draft_head
         return GraphExit(self, graphs.send(graphs.seen) if self.judged else None, row, is_last=stop == depths[-1])
 
     def start_next(self, row: int) -> None:
@@ -296,7 +296,7 @@ class GraphSteps:
 
 
 class GraphExit:
-    """What is known of a draft's exit while its token stays on the device: its statistics, once they have arrived."""
+    """Waits for the statistics of a drafted token, which itself stays on the device."""
 
     def __init__(self, steps: GraphSteps, arrival: Arrival | None, row: int, is_last: bool):
         """is_last: at the last candidate, where the statistics are read only to decide whether to go on drafting."""
@@ -313,7 +313,7 @@ class GraphExit:
 
 
 class WholeSteps:
-    """The steps of a round of which nothing is decided: all of it is one graph, which `verify` runs."""
+    """Plays a round in which nothing is decided as one graph, which `verify` runs. The other steps only count."""
 
     resume_layer = 0
 
@@ -330,8 +330,8 @@ class WholeSteps:
     def climb(self, depth: int) -> None:
         """Count what the graph reads for a draft."""
         runner, plan = self.graphs.runner, self.plan
-        self.layer_visits += runner.layer_visits(0, depth, plan.skip_attention, plan.skip_mlp, draft=True)
-        self.head_visits += runner.draft_head_share
+        self.layer_visits += runner.visits.run(0, depth, plan.skip_attention, plan.skip_mlp, draft=True)
+        self.head_visits += runner.visits.draft_head
 
     def choose(self, exit: None) -> None:
         """Return nothing: the token stays on the device."""

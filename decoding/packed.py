@@ -28,7 +28,7 @@ def sublayers(skip_attention: Collection[int], skip_mlp: Collection[int]) -> lis
 
 
 class PackedLayers:
-    """The layers of a model, ready to be run. Keeps the tensors whose addresses stand in `table`."""
+    """Holds the layers of a model ready to be run: the tensors, and the table of their addresses."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, ...]], cos: Tensor, sin: Tensor, n_head: int, eps: float):
         """layers: for each layer its TENSORS, linears packed, caches from `attention.new_cache`. cos, sin: fp32
@@ -55,12 +55,12 @@ class PackedLayers:
 
 
 class Played(NamedTuple):
-    """What the op play_round returns, taken apart.
+    """Name what the op play_round returns.
 
     chosen: the full model's token after each row, one more than drafted. exit_layers: none of proposed tokens.
     resume_layer: the shallowest depth from which verification went on. heads: LM heads read while drafting. layers:
-    layers read for the model's own states; draft_layers: for states that only draft, of which left_out (attentions,
-    MLPs) were skipped. states: after the last layer, [len(chosen), D], if they were wanted.
+    layers read for the model's own states; draft_layers: for states that only draft, in which `skipped` (attentions,
+    MLPs) were left out. states: after the last layer, [len(chosen), D], if they were wanted.
     """
 
     drafted: list[int]
@@ -70,12 +70,12 @@ class Played(NamedTuple):
     heads: int
     layers: int
     draft_layers: int
-    left_out: tuple[int, int]
+    skipped: tuple[int, int]
     states: Tensor
 
 
 class PackedModel:
-    """A model whose rounds are played in one call.
+    """Plays rounds of a model in one call each.
 
     layers: its own. embedding: [V, D], plain, packed, or quantised with its scale. head: its weight packed.
     draft_layers: low-bit copies of the first layers, for drafts only. draft_head: the head that drafts ask, which may
@@ -142,8 +142,8 @@ class PackedModel:
         )
         n, heads, layers, draft_layers, no_attention, no_mlp, resume, *tokens = found.tolist()
         exit_layers = () if proposed else tokens[n : 2 * n]
-        left_out = no_attention, no_mlp
-        return Played(tokens[:n], exit_layers, tokens[2 * n :], resume, heads, layers, draft_layers, left_out, states)
+        skipped = no_attention, no_mlp
+        return Played(tokens[:n], exit_layers, tokens[2 * n :], resume, heads, layers, draft_layers, skipped, states)
 
 
 def plan_table(

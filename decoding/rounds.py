@@ -24,16 +24,14 @@ from torch import Tensor
 from decoding.generation import until_end
 from decoding.graphs import GraphSteps, WholeSteps
 from decoding.runner import Runner
-from decoding.sampling import CoupledSampler, LedSampler, RejectionSampler, accept
+from decoding.sampling import Sampler, accept
 from drafting.plan import DraftPlan, ExitJudge, Round
 from drafting.policy import DraftPolicy
 from kernels.exit_head import Exit
 
-Sampler = CoupledSampler | RejectionSampler | LedSampler
-
 
 class Steps(Protocol):
-    """What the loop does to the rows of one round, in this order: enter, climb …, choose, enter, climb …, verify.
+    """Name what the loop does to the rows of one round, in this order: enter, climb …, choose, enter, climb …, verify.
 
     A token that stays on the device until the round is over is None to the loop.
     Attributes: layer_visits, head_visits: what was read so far, see Round; resume_layer, after verify.
@@ -178,6 +176,7 @@ class RoundPlayer:
             self.eos_ids,
             reads_hidden,
         )
+        visits = runner.visits
         accepted, target = accept(played.drafted, played.chosen)
         if reads_hidden:
             self.remember(played.states[accepted : accepted + 1])
@@ -188,8 +187,8 @@ class RoundPlayer:
             tuple(played.exit_layers),
             played.resume_layer,
             time.perf_counter() - since,
-            runner.counted(played.layers) + runner.counted(played.draft_layers, played.left_out, draft=True),
-            played.heads * runner.draft_head_share + 1,
+            visits.layers(played.layers) + visits.layers(played.draft_layers, played.skipped, draft=True),
+            played.heads * visits.draft_head + 1,
         )
 
     def _play_unverified(self, plan: DraftPlan, token: int, position: int, remaining: int, since: float) -> Round:
@@ -203,7 +202,7 @@ class RoundPlayer:
             self.rows, self.skip_attention = WaitingRows(runner, position), plan.skip_attention
         plan = dataclasses.replace(
             plan,
-            exits=(*plan.exits, runner.n_layer) if plan.exits and plan.num_draft_tokens else (),
+            exits=tuple(sorted({*plan.exits, runner.n_layer})) if plan.num_draft_tokens else (),
             num_draft_tokens=max(1, plan.num_draft_tokens),
             skip_attention=self.skip_attention,  # no keys and values there: a text keeps its set
         )
@@ -222,7 +221,7 @@ class RoundPlayer:
 
 
 class WaitingRows:
-    """Rows at consecutive positions, each waiting at the depth it has reached: later ones never deeper than earlier.
+    """Holds rows at consecutive positions, each waiting at the depth it has reached: later ones never deeper.
 
     Attributes: at, depth -> hidden states [T, D] in order of position; end, the position after the last row.
     """
@@ -246,7 +245,7 @@ class WaitingRows:
 
 
 class CallSteps:
-    """The steps of a round, see Steps, as calls of a Runner.
+    """Plays the steps of a round by calls of a Runner.
 
     Above `own` a drafted row is not the full model's any more: it skips sublayers or runs low-bit layers. There the row
     waits, and a copy climbs on in its place.
@@ -290,7 +289,7 @@ class CallSteps:
             if start == own:  # copy the rows that have come here since the last copy was made
                 self.copies.add(own, joined(rows.at[own])[self.copies.end - self.first :])
             rows = self.copies
-        self.layer_visits += self.runner.layer_visits(start, stop, *self.skips, draft=rows.draft)
+        self.layer_visits += self.runner.visits.run(start, stop, *self.skips, draft=rows.draft)
         return rows.climb(start, stop, *self.skips)
 
     def choose(self, exit: Exit) -> int:
@@ -304,7 +303,7 @@ class CallSteps:
         rows.add(0, runner.embed([self.token, *drafted][rows.end - self.first :]))  # the last draft never entered
         for stop in sorted({*rows.at, n_layer}):
             if (start := min(rows.at)) < stop:
-                self.layer_visits += runner.layer_visits(start, stop)
+                self.layer_visits += runner.visits.run(start, stop)
                 rows.climb(start, stop)
         exit = runner.exit(joined(rows.at[n_layer]), self.sampler.draw(self.first + 1))
         self.full_heads = 1
@@ -313,7 +312,7 @@ class CallSteps:
     @property
     def head_visits(self) -> float:
         """Count the LM heads that were asked: some rules look at hidden states only."""
-        return sum(exit.asked for exit in self.exits) * self.runner.draft_head_share + self.full_heads
+        return sum(exit.asked for exit in self.exits) * self.runner.visits.draft_head + self.full_heads
 
 
 def shared_depth(plan: DraftPlan, runner: Runner) -> int:

@@ -1,17 +1,17 @@
-"""How decoding becomes fast: what runs a layer, and the number of rows a call is made with.
+"""What runs the layers and the LM head, compiled or not, and with how many rows a call.
 
-`generate.decode` speaks to the model only through a Runner. No other file of the engine mentions torch.compile. A layer
-is run by one of these backends:
+Decoding speaks to the model only through a Runner. No other file of the engine mentions torch.compile. One of these
+backends runs a layer:
   * "c++"      compiled, on a CPU whose weights are packed: a run of layers is one call into `kernels/cpu/layers.h`
   * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
   * "eager"    operation by operation; named "c++ ops" where several ranks, which talk in between, use compiled ones
 
 Exactness: a row's bits must not depend on which path computed it, or a speculative text could leave the plain one.
-  * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows, so
-    calls are made with as many rows as there are.
-  * Without them bits depend on the row count, so every decoding call is padded to one `width`; padding rows have the
-    position -1. And all layers run through one compiled block, whatever the exit, skip set
-    or policy: two differently cut graphs would keep different intermediates in fp32.
+  * With the CPU kernels every reduction (linear, norm, attention) gives a row the same bits at every number of rows. So
+    a call has as many rows as there are.
+  * Without them bits depend on the number of rows. So every decoding call is padded to one `width`; padding rows have
+    the position -1. And all layers run through one compiled block, whatever the exit, the skips or the policy: two
+    differently cut graphs would keep different intermediates in fp32.
 """
 
 import math
@@ -23,14 +23,15 @@ from contextlib import nullcontext
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decoding.graphs import Graphs
 from decoding.packed import PackedLayers, PackedModel
-from decoding.sampling import CoupledSampler, LedSampler, RejectionSampler, SamplingConfig, make_sampler
+from decoding.sampling import Sampler, SamplingConfig, make_sampler
+from decoding.visits import Visits
 from drafting.adapters import Adapters
 from errors import UserError
-from kernels.exit_head import Draw, Exit, Head
+from kernels.exit_head import Draw, Exit
 from kernels.linear import is_packed
 from model import Linear, Transformer
 
@@ -39,7 +40,7 @@ MAX_ROWS = 16  # rows a decoding call may have: num_draft_tokens + 1
 
 
 def missing_compiler(device: str = "cpu") -> str | None:
-    """Why torch.compile cannot work here for a kind of device, in one line; None if it can."""
+    """Say in one line why torch.compile cannot work here for a kind of device; None if it can."""
     language, names = ("C++", ("g++", "clang++", "c++")) if device == "cpu" else ("C", ("gcc", "clang", "cc"))
     if any(map(shutil.which, names)):
         return None
@@ -50,8 +51,15 @@ def missing_compiler(device: str = "cpu") -> str | None:
 
 
 def check_num_draft_tokens(num_draft_tokens: int) -> None:
+    """Raise UserError for more drafts than a call has rows."""
     if not 0 <= num_draft_tokens < MAX_ROWS:
         raise UserError(f"num_draft_tokens must be in 0..{MAX_ROWS - 1}, got {num_draft_tokens}")
+
+
+def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
+    """Raise UserError for a number of tokens that the vocabulary does not have."""
+    if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
+        raise UserError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")
 
 
 def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
@@ -60,27 +68,19 @@ def _run_block(layer, hidden, cos, sin, positions, run_attention, run_mlp):
 
 
 def packed_layers(model: Transformer) -> PackedLayers:
+    """Make the layers of a model ready to be run in one call."""
     tensors = [layer.tensors() for layer in model.layers]
     return PackedLayers(tensors, model.cos, model.sin, model.args.n_head, model.args.norm_eps)
 
 
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of the weights of a layer or of a part of it, scales included."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def head_bytes(head: Head) -> int:
-    return head.weight.nbytes + (0 if head.scale is None else head.scale.nbytes)
-
-
 class Runner:
-    """Runs a model for decoding with at most `max_rows` rows per call, `cache_length` tokens of prompt and text.
+    """Runs a model for decoding with at most `max_rows` rows a call, `cache_length` tokens of prompt and text.
 
     compile: use a compiled backend. exact=False gives up bit-equal rows for speed where padding costs time (a baseline
     to be measured against, named as such). notice: called with one line about anything slower than asked for.
 
-    Attributes: packed, the model for rounds in C++, where that is the backend; call_by_call, set it to play every round
-    by single calls, for comparisons.
+    Attributes: backend; width, the rows of a padded call; visits, what reading weights counts; packed, the model for
+    rounds in C++, where that is the backend; call_by_call, set it to play every round by single calls, for comparisons.
     """
 
     call_by_call = False
@@ -102,29 +102,16 @@ class Runner:
         """
         check_num_draft_tokens(max_rows - 1)
         self.model = model.requires_grad_(False)
-        self.n_layer = model.args.n_layer
-        self.cache_length = cache_length
         self.draft_model = draft_model and draft_model.requires_grad_(False)
-        linears = [m for one in (model, draft_model) if one for m in one.modules() if isinstance(m, Linear)]
+        self.n_layer, self.cache_length, self.group = model.args.n_layer, cache_length, model.group
+        linears = [m for each in (model, draft_model) if each for m in each.modules() if isinstance(m, Linear)]
         self.rows_independent = all(is_packed(linear.weight) for linear in linears)
         self._ends = model.ends()  # module attributes cost microseconds
         self._draft_ends = draft_model.ends() if draft_model else self._ends
-        self.draft_head_share = head_bytes(self._draft_ends) / head_bytes(self._ends)
         if draft_vocab is not None:
             self._draft_ends = self._draft_ends.trimmed(draft_vocab)
-            self.draft_head_share *= draft_vocab / model.args.vocab_size
-        attention, mlp = module_bytes(model.layers[0].attention), module_bytes(model.layers[0].mlp)
-        self._attention_share = attention / (attention + mlp)
-        self._draft_share = module_bytes(draft_model.layers[0]) / module_bytes(model.layers[0]) if draft_model else 1.0
-        self.backend, self.group = "eager", model.group
-        if compile and self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
-            self.backend = "c++ ops" if self.rows_independent else "eager"
-        elif compile and self.rows_independent:
-            self.backend = "c++"
-        elif compile and (reason := missing_compiler(model.norm.weight.device.type)):
-            notice(reason)
-        elif compile:
-            self.backend = "inductor"
+        self.visits = Visits(model, draft_model, draft_vocab)
+        self.backend = self._choose_backend(notice) if compile else "eager"
         # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
         # the number of drafts, so that two settings, and two processes, compute the same bits.
         self.width = max_rows if self.rows_independent or not exact else (8 if max_rows <= 8 else MAX_ROWS)
@@ -135,33 +122,47 @@ class Runner:
             draft_model.share_cache(model)
         self.positions = torch.arange(slots, device=model.cos.device)
         self._padding = torch.full((self.width,), -1, device=model.cos.device)  # a padding row's position
-        self.compile_s = 0.0
-        self.packed: PackedModel | None = None  # for the "c++" backend, from the first prefill on
-        self._compiled_block, self._warm = None, False
+        self.packed: PackedModel | None = None  # from the first prefill on
+        self._compiled_block, self._warm, self.compile_s = None, False, 0.0
         if self.backend == "inductor":
             self._compiled_block = torch.compile(_run_block, dynamic=False, fullgraph=True)
         self._graphs, self._captured_cos = Graphs(self), model.cos  # cos is made anew with every cache
 
+    def _choose_backend(self, notice: Callable[[str], None]) -> str:
+        """Return the fastest backend that works here."""
+        if self.group:  # ranks talk within a layer: neither a C++ call nor a compiled block can
+            return "c++ ops" if self.rows_independent else "eager"
+        if self.rows_independent:
+            return "c++"
+        if reason := missing_compiler(self.model.norm.weight.device.type):
+            notice(reason)
+            return "eager"
+        return "inductor"
+
     def agreed(self, value):
-        """`value`, or with several ranks that of rank 0: for whatever time or vector arithmetic decides, see tp.py."""
+        """Return `value`, or with several ranks that of rank 0.
+
+        For whatever time or vector arithmetic decides, see tp.py.
+        """
         return self.group.agreed(value) if self.group else value
 
-    def sampler(self, config: SamplingConfig) -> CoupledSampler | RejectionSampler | LedSampler:
-        """The sampler for `config`."""
+    def sampler(self, config: SamplingConfig) -> Sampler:
+        """Make the sampler for `config`."""
         return make_sampler(config, self.group.agreed if self.group else None)
 
     @property
     def unsteady_rounds(self) -> int:
-        """How many rounds of a plan take longer than all after them: they are captured as CUDA graphs."""
+        """Return how many rounds of a plan take longer than all after them: they are captured as CUDA graphs."""
         return 2 if self._graphs.on_gpu else 0
 
     @property
     def compiled(self) -> bool:
+        """Say whether a compiled backend runs the layers."""
         return self.backend != "eager"
 
     @property
     def is_warm(self) -> bool:
-        """Whether `warm_up` has compiled all that decoding will use."""
+        """Say whether `warm_up` has compiled all that decoding will use."""
         return self._warm
 
     @cached_property
@@ -223,9 +224,10 @@ class Runner:
     def prefill_states(
         self, tokens: Sequence[int], start: int = 0, depths: Sequence[int] = (), top: int | None = None
     ) -> dict[int, Tensor]:
-        """As `prefill` -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top.
+        """Do what `prefill` does -> hidden [T, D] of the last chunk of tokens at each of `depths` and at the top.
 
-        top: go only so far up; nothing is in the cache of the layers above.
+        top: go only so far up; nothing is in the cache of the layers above. Raises UserError if the cache that is to
+        hold the tokens before `start` is not there any more.
         """
         self._graphs.forget()
         if self.model.cos is not self._captured_cos:  # another runner has replaced the cache: graphs know the old one
@@ -249,6 +251,7 @@ class Runner:
         return states
 
     def _packed_model(self) -> PackedModel:
+        """Gather what a round in C++ reads."""
         model, copies = self.model, self.draft_model
         draft_layers = packed_layers(copies) if copies else None
         embedding = model.embedding
@@ -263,7 +266,7 @@ class Runner:
         return self._graphs
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
-        """Token ids -> hidden [T, D]."""
+        """Look up token ids -> hidden [T, D]."""
         weight = self.model.embedding.weight
         if len(tokens) == 1 and not is_packed(weight) and weight.is_floating_point():
             return weight[tokens[0] : tokens[0] + 1]  # a view: the lookup would cost as much as a layer's arithmetic
@@ -279,7 +282,10 @@ class Runner:
         skip_mlp: Collection[int] = (),
         draft: bool = False,
     ) -> Tensor:
-        """Layers start..stop-1 on hidden [T, D], whose first row is at `position`. draft: the draft_model's, if any."""
+        """Run layers start..stop-1 on hidden [T, D], whose first row is at `position`.
+
+        draft: the layers of the draft model, if there is one.
+        """
         if packed := self.packed:
             layers = (draft and packed.draft_layers) or packed.layers
             return layers.run(hidden, position, start, stop, skip_attention, skip_mlp)
@@ -291,25 +297,6 @@ class Runner:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def layer_visits(
-        self,
-        start: int,
-        stop: int,
-        skip_attention: Collection[int] = (),
-        skip_mlp: Collection[int] = (),
-        draft: bool = False,
-    ) -> float:
-        """How many layers' weights a run of layers reads; a sublayer left out counts its share of bytes less, a layer
-        of the draft_model what its bytes are of the model's."""
-        left_out = [sum(start <= i < stop for i in skips) for skips in (skip_attention, skip_mlp)]
-        return self.counted(stop - start, left_out, draft)
-
-    def counted(self, layers: int, left_out: Sequence[int] = (0, 0), draft: bool = False) -> float:
-        """So many layers, less the attentions and MLPs left out of them."""
-        attention, mlp = left_out
-        read = layers - attention * self._attention_share - mlp * (1 - self._attention_share)
-        return read * self._draft_share if draft else read
-
     def run_blocks(
         self,
         hidden: Tensor,
@@ -320,7 +307,7 @@ class Runner:
         skip_mlp: Collection[int] = (),
         draft: bool = False,
     ) -> Tensor:
-        """Layer by layer, padded: positions [T] lie on the device, where a captured graph finds them."""
+        """Run layer by layer, padded. positions [T] lie on the device, where a captured graph finds them."""
         layers = (draft and self.draft_model or self.model).layers
         rows, hidden = hidden.shape[0], self._pad(hidden)
         positions = torch.cat((positions, self._padding[: len(hidden) - rows]))
@@ -333,18 +320,18 @@ class Runner:
         return hidden[:rows]
 
     def _no_recompiling(self):
-        # Only while our blocks run: the stance is global, and other code of the process may want to compile.
+        """Make compiling an error only while our blocks run: other code of the process may want to compile."""
         if not self._warm:
             return nullcontext()
         return torch.compiler.set_stance("fail_on_recompile", skip_guard_eval_unsafe=True)
 
     def adapted(self, hidden: Tensor, adapters: Adapters | None, depth: int) -> Tensor:
-        """hidden [T, D] that leaves at `depth`, as the adapter of that exit corrects it, if there is one."""
+        """Correct hidden [T, D] that exits at `depth` by the adapter of that exit, if there is one."""
         adapter = adapters and adapters.ready(hidden).get(depth)
         return adapter(hidden) if adapter else hidden
 
     def exit(self, hidden: Tensor, draw: Draw | None = None, draft: bool = False) -> Exit:
-        """What the final norm and LM head say about hidden [T, D]; padded, where decoding is, up to its width.
+        """Ask the final norm and the LM head about hidden [T, D]; padded, where decoding is, up to its width.
 
         draw: how `Exit.samples` will choose. draft: with the draft's LM head, which may know fewer tokens.
         """
@@ -355,8 +342,3 @@ class Runner:
         if self.rows_independent or rows >= self.width:
             return hidden
         return torch.cat((hidden, hidden[-1:].expand(self.width - rows, -1)))
-
-
-def check_draft_vocab(draft_vocab: int | None, vocab_size: int) -> None:
-    if draft_vocab is not None and not 2 <= draft_vocab <= vocab_size:
-        raise UserError(f"draft_vocab must be in 2..{vocab_size} for this model, got {draft_vocab}")

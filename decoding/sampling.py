@@ -1,14 +1,14 @@
 """From logits to tokens: greedy, temperature, top-k and top-p, and the two ways to verify a draft.
 
-`generate.decode` asks a sampler for every drafted token and for every verdict. Both samplers are lossless. The coupled
-one (default) makes the text a function of seed and target model alone: the noise of a token is a hash of
-(seed, position, token id), so speculation on or off, any exit and any number of drafts give the same text. The
-rejection one is the textbook rule; it keeps the distribution, not the text.
+A round asks a sampler for every drafted token and for the verdict on them. Both samplers are lossless. The coupled one
+(default) makes the text a function of seed and target model alone: the noise of a token is a hash of (seed, position,
+token id). So speculation on or off, any exit and any number of drafts give the same text. The rejection one is the
+textbook rule; it keeps the distribution, not the text.
 
 A plain coupled choice (no top-k, no top-p) comes from the fused exit head where there is one, so that no logits are
-written; whoever makes the exit passes it the sampler's `draw`. All other arithmetic is fp32 and runs row by row: the
-last bits of a vectorised logarithm may depend on where an element lies in a larger tensor, and a row must not notice
-how many rows it is computed with. One SamplingConfig chooses by one arithmetic, whatever drafts.
+written; whoever makes the exit passes it the sampler's `draw`. All other arithmetic is fp32 and runs row by row. The
+reason: the last bits of a vectorised logarithm may depend on where an element lies in a larger tensor, and a row must
+not notice how many rows it is computed with. One SamplingConfig chooses by one arithmetic, whatever drafts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ VERIFICATIONS = ("coupled", "rejection")
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is chosen. temperature 0 is greedy; top_k and top_p None keep every token."""
+    """Say how a token is chosen. temperature 0 is greedy; top_k and top_p None keep every token."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -48,12 +48,12 @@ class SamplingConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a coupled choice needs nothing but logits, temperature and noise."""
+        """Say whether a coupled choice needs nothing but logits, temperature and noise."""
         return self.top_k is None and self.top_p is None and self.verification == "coupled"
 
 
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """One row of logits [V] -> (ids, scores) of the tokens that temperature, top-k and top-p leave in, fp32.
+    """Keep the tokens that temperature, top-k and top-p leave in: one row of logits [V] -> (ids, scores), fp32.
 
     Scores are logits ÷ temperature, unnormalised. Top-k comes before top-p, as in transformers; the token that
     crosses top_p is kept.
@@ -71,7 +71,7 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
 
 
 def choose(logits: Tensor, position: int, config: SamplingConfig) -> int:
-    """The token for `position` from one row of logits [V]: argmax of score + Gumbel noise (plain argmax if greedy).
+    """Choose the token for `position` from one row of logits [V]: argmax of score + Gumbel noise; greedy: of logits.
 
     Gumbel-max draws exactly from softmax(scores); draft and target share the noise (Daliri et al. 2408.07978).
     """
@@ -82,7 +82,7 @@ def choose(logits: Tensor, position: int, config: SamplingConfig) -> int:
 
 
 def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """One row of logits [V] -> probabilities [V] after temperature, top-k and top-p (one-hot if greedy), fp32."""
+    """Turn one row of logits [V] into fp32 probabilities [V] by temperature, top-k and top-p; one-hot if greedy."""
     if config.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.shape[-1]).float()
     ids, scores = candidates(logits, config)
@@ -104,15 +104,15 @@ class CoupledSampler:
         self.config = config
 
     def draw(self, position: int) -> Draw | None:
-        """What an exit needs to choose its first row's token for `position`, the others' for those behind it.
+        """Return what an exit needs to choose its first row's token for `position`, the others' for those behind it.
 
-        None where a choice takes no noise or more than noise.
+        None where a choice takes no noise, or more than noise.
         """
         config = self.config
         return Draw(position, config.seed, config.temperature) if config.temperature and config.is_plain else None
 
     def choices(self, exit: Exit, position: int) -> Iterable[int]:
-        """The token of each row, the first being for `position`."""
+        """Choose the token of each row, the first being for `position`."""
         if self.config.temperature == 0:
             return exit.tokens()
         if self.config.is_plain and exit.can_sample():
@@ -122,7 +122,7 @@ class CoupledSampler:
         return (choose(row, position + i, self.config) for i, row in enumerate(exit.logits()))
 
     def guesses(self, exit: Exit, position: int) -> Iterable[int]:
-        """As `choices`, or the best tokens where choices take a sort each: to estimate how often exits agree."""
+        """Choose as `choices` does, or take the best token where that takes a sort, to estimate how exits agree."""
         return self.choices(exit, position) if self.config.temperature == 0 or self.config.is_plain else exit.tokens()
 
     def first(self, exit: Exit, position: int) -> int:
@@ -152,26 +152,26 @@ class RejectionSampler:
         self.draft_probs: dict[int, Tensor] = {}  # position -> [V] or fewer, of the draft now under way
 
     def draw(self, position: int) -> None:
-        """No exit can choose for this sampler: a choice takes what was drafted into account."""
+        """Return None: no exit can choose for this sampler, because a choice takes what was drafted into account."""
 
     def guesses(self, exit: Exit, position: int) -> list[int]:
-        """The best token of each row, a stand-in where an exit's agreement with the target is estimated."""
+        """Return the best token of each row, a stand-in where an exit's agreement with the target is estimated."""
         return exit.tokens()
 
     def _draw(self, probs: Tensor) -> int:
         return int(torch.multinomial(probs.cpu(), 1, generator=self.random))
 
     def first(self, exit: Exit, position: int) -> int:
-        """As CoupledSampler.first."""
+        """Do what CoupledSampler.first does."""
         return self._draw(probabilities(exit.logits()[0], self.config))
 
     def draft(self, exit: Exit, position: int) -> int:
-        """As CoupledSampler.draft; remembers the probabilities for `verify`."""
+        """Do what CoupledSampler.draft does, and remember the probabilities for `verify`."""
         self.draft_probs[position] = probs = probabilities(exit.logits()[0], self.config)
         return self._draw(probs)
 
     def verify(self, drafted: Sequence[int], exit: Exit, position: int) -> tuple[int, int]:
-        """As CoupledSampler.verify. Tokens that nobody's logits proposed (n-gram drafts) count as certain drafts."""
+        """Do what CoupledSampler.verify does. Tokens without logits (n-gram drafts) count as certain drafts."""
         draft_probs, self.draft_probs = self.draft_probs, {}
         logits = exit.logits()
         for accepted, token in enumerate(drafted):
@@ -189,7 +189,7 @@ class RejectionSampler:
 
 
 class LedSampler:
-    """A sampler of one of several ranks, whose answers are rank 0's: for choices that take more than comparing.
+    """Give rank 0's answers on every rank, for choices that take more than comparing numbers.
 
     Every rank asks its own sampler, because all of them are needed for logits.
     """
@@ -210,12 +210,14 @@ class LedSampler:
         return self.agreed(self.sampler.verify(drafted, exit, position))
 
 
-def make_sampler(
-    config: SamplingConfig, agreed: Callable | None = None
-) -> CoupledSampler | RejectionSampler | LedSampler:
-    """The sampler for `config`. Greedy decoding is deterministic, so both rules coincide and the coupled one serves.
+Sampler = CoupledSampler | RejectionSampler | LedSampler
 
-    agreed: what makes a value of every rank that of rank 0, where there are several.
+
+def make_sampler(config: SamplingConfig, agreed: Callable | None = None) -> Sampler:
+    """Make the sampler for `config`.
+
+    Greedy decoding is deterministic, so both rules coincide and the coupled one serves. agreed: turns a value of any
+    rank into that of rank 0, where there are several.
     """
     rejecting = config.verification == "rejection" and config.temperature > 0
     sampler = RejectionSampler(config) if rejecting else CoupledSampler(config)

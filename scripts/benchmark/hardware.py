@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from decoding.runner import head_bytes, module_bytes
+from decoding.visits import head_bytes, module_bytes
 from model import Transformer
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding.runner import module_bytes
+from decoding.visits import module_bytes
 from drafting.auto import expected_tokens
 from kernels.exit_head import Exit
 from model import Transformer

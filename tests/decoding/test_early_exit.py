@@ -5,12 +5,15 @@ keys and values that the full model would have made of the same text.
 """
 
 import pytest
+import torch
 
 from decoding.compare import share_equal
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig, make_sampler
 from drafting.catalogue import POLICIES, make_policy
+from drafting.plan import DraftPlan
+from drafting.policy import DraftPolicy
 from generate import decode
 from tests.helpers.models import N_LAYER, PRECISION, PROMPT, SAMPLING, random_model, tokens_of
 from tests.helpers.policies import EXAMPLES, example
@@ -138,3 +141,27 @@ def test_rejection_sampling_is_refused_where_nothing_is_verified():
     config = GenerateConfig(NEW, SamplingConfig(0.8, seed=3, verification="rejection"))
     with pytest.raises(ValueError, match="does not go with --verification rejection"):
         Generation.collect(decode(make_runner(), PROMPT, config, make_policy("static:2", 4), verified=False))
+
+
+class Reading(DraftPolicy):
+    """Drafts nothing, and keeps the states that it is shown."""
+
+    reads_hidden = True
+
+    def start_prompt(self, prompt):
+        self.states = []
+
+    def start_round(self, context):
+        self.states.append(context.hidden.clone())
+        return DraftPlan()
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["kernels", "padded"])
+def test_a_policy_that_reads_the_last_state_is_shown_a_new_one_before_every_token(pack):
+    """As with verification: where every token runs through all layers, text and states are the full model's."""
+    unverified, verified = Reading(), Reading()
+    tokens = exited(make_runner(pack=pack), unverified).tokens
+    assert tokens == tokens_of(make_runner(pack=pack), PROMPT, verified, SAMPLING["greedy"], new=NEW).tokens
+    assert len(unverified.states) == NEW - 1
+    assert torch.equal(torch.cat(unverified.states), torch.cat(verified.states))
+    assert len({state.sum().item() for state in unverified.states}) > NEW / 2

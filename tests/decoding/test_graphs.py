@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
 from drafting.plan import DraftPlan
+from drafting.policy import DraftPolicy
 from generate import decode
 from kernels import cpu, gpu
 from kernels.exit_head import Exit
@@ -248,6 +250,31 @@ def test_changing_the_number_of_drafts_captures_nothing_new(as_on_gpu):
     found = tokens_of(runner, [1, 5, 9], Changing(2), SamplingConfig(), new=80)
     assert {len(step.drafted) for step in found.rounds[:-2]} == {1, 2, 3}
     assert AsOnGPU.captures == {"draft": 3, "verify": 1}
+
+
+def test_graphs_that_were_not_replayed_for_longest_go(as_on_gpu, monkeypatch):
+    class Graph:
+        def __init__(self, program):
+            self.replay = program
+            graphs.add(self)
+
+    class Changing(DraftPolicy):
+        """Skips other sublayers every third round, so that each set comes often enough to be captured."""
+
+        num_draft_tokens, rounds = 2, itertools.count()
+
+        def start_round(self, context):
+            skips = next(self.rounds) // 3
+            return DraftPlan((), 2, frozenset(layer for layer in range(1, N_LAYER) if skips >> layer & 1))
+
+    graphs, most = weakref.WeakSet(), []
+    monkeypatch.setattr("decoding.graphs.PROGRAMS", 6)
+    monkeypatch.setattr(as_on_gpu, "capture", lambda self, program: most.append(len(graphs)) or Graph(program))
+    runner = Runner(random_model(torch.float32, pack=False), 200, max_rows=4)
+    found = tokens_of(runner, [1, 5, 9], Changing(), SamplingConfig(), new=100)
+    plain = tokens_of(CallByCall(runner.model, 200, max_rows=4), [1, 5, 9], "none", SamplingConfig(), new=100)
+    assert found.tokens == plain.tokens
+    assert len(most) > 12 and max(most) <= 6, "what is captured is given up again"
 
 
 def test_times_of_plans_are_of_single_rounds_after_their_capture(as_on_gpu, monkeypatch):

@@ -380,7 +380,7 @@ def test_a_round_in_one_call_says_what_it_says_call_by_call(dtype, drafts, setti
     hidden = layers.run(embedding[[token, *drafted]], position, 0, 3)
     assert found.drafted == drafted and found.chosen == choose(hidden, head, position + 1)
     made = 0 if proposed else len(drafted)
-    assert (found.layers, found.heads, found.left_out) == (3 + made * exit_layer, made, (0, 0))
+    assert (found.layers, found.heads, found.skipped) == (3 + made * exit_layer, made, (0, 0))
 
 
 def test_a_round_of_tokens_or_numbers_that_do_not_exist_raises_a_clear_error():
