@@ -248,7 +248,9 @@ def test_prompts_come_from_lines_json_lines_or_ids(bench, tmp_path, monkeypatch)
     seen = []
     run = contender.decode
     monkeypatch.setattr(
-        contender, "decode", lambda runner, prompt, *rest: seen.append(prompt) or run(runner, prompt, *rest)
+        contender,
+        "decode",
+        lambda runner, prompt, *rest, **how: seen.append(prompt) or run(runner, prompt, *rest, **how),
     )
     files = {
         "a.txt": "import os\n\nx = 1\n",
