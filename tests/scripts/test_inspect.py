@@ -288,7 +288,7 @@ def test_mistakes_are_one_line_before_the_weights_are_read(look, folder, tmp_pat
     stranger = tmp_path / "stranger"
     shutil.copytree(folder, stranger)
     make_hf(stranger, vocab_size=400, num_hidden_layers=1)
-    train_tokenizer(stranger, 300)
+    train_tokenizer(stranger, 350)
     for flags, message in (
         (["--format", "pdf"], "format must be among html, latex, text"),
         (["--policy", "static:7"], "exit_layer must be in 1..6"),
