@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
 from decoding.engine import Engine, EngineConfig
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
