@@ -99,7 +99,7 @@ class SyntheticModel:
         return Generation.collect(self.rounds(text, count, setting))
 
     def plain_tokens(self, setting: str) -> list[int]:
-        """Return the text of plain decoding. If even that cannot be captured, all rounds go call by call from here on."""
+        """Return the text of plain decoding. If even that cannot be captured, rounds go call by call from then on."""
         if setting not in self.plain:
             arguments = "none", self.report.shapes.exact_tokens, setting
             generation = self.report.attempt(f"plain decoding, {setting}", self.continued, *arguments)
