@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness: texts by any policy, likelihoods by the LM head after any layer.
+"""Run tasks of the lm-evaluation-harness: texts by any policy, likelihoods by the LM head after any layer.
 
 The harness loads tasks, makes prompts and computes metrics; `harness.py` answers its requests. Without a flag the tiny
 tasks of `scripts/eval/tasks` run, which need no network. Under torchrun the ranks share the requests.
@@ -13,26 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
-from decoding.generation import ideal_speedup
-from decoding.runner import check_num_draft_tokens
-from drafting.catalogue import make_policy, policy_names
+from decoding.engine import Engine
+from decoding.generation import ideal_speedup, rate, summed
+from drafting.catalogue import policy_names
 from drafting.policy import DraftPolicy, check_exit_layer
 from errors import UserError
-from generate import check_unverified, check_unverified_flags, make_runner
+from generate import check_unverified, check_unverified_flags
 from loading.files import check_writable, make_folder, write_json, write_text
-from model import ModelArgs
 from scripts.common import ranks
 from scripts.eval import harness
 
 LONGEST = 4096  # positions of the cache, unless the model has fewer or --max_length says otherwise
 
 
-def wanted_policy(flags: argparse.Namespace, args: ModelArgs) -> DraftPolicy:
-    """The policy that writes texts: of --policy, else static at --exit_layer, else auto."""
+def policy_from_flags(flags: argparse.Namespace, engine: Engine) -> DraftPolicy:
+    """Make the policy that writes texts: that of --policy, or static at --exit_layer, or auto."""
     static = flags.exit_layer is not None or flags.no_verify
-    default = f"static:{flags.exit_layer or max(1, args.n_layer // 4)}" if static else "auto"
-    policy = make_policy(flags.policy or default, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
-    check_num_draft_tokens(policy.num_draft_tokens)
+    default = f"static:{flags.exit_layer or max(1, engine.n_layer // 4)}" if static else "auto"
+    policy = engine.policy(flags.policy or default, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
         check_unverified(policy, cli.sampling_config(flags))
@@ -40,7 +38,7 @@ def wanted_policy(flags: argparse.Namespace, args: ModelArgs) -> DraftPolicy:
 
 
 def json_object(text: str | None, flag: str) -> dict | None:
-    """The value of a flag that takes JSON."""
+    """Parse the value of a flag that takes JSON."""
     if text is None:
         return None
     try:
@@ -53,7 +51,7 @@ def json_object(text: str | None, flag: str) -> dict | None:
 
 
 def generation_arguments(text: str | None) -> dict:
-    """--gen_kwargs, as JSON or as the harness's key=value,key=value."""
+    """Parse --gen_kwargs, as JSON or as the harness's key=value,key=value."""
     from lm_eval.utils import simple_parse_args_string
 
     if text is None or text.lstrip().startswith("{"):
@@ -103,8 +101,11 @@ def check_tasks(tasks: dict, flags: argparse.Namespace) -> None:
                 )
 
 
-def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
-    """Where answers are kept: the harness knows requests only, so what else decides an answer goes into the name."""
+def cache_path(flags: argparse.Namespace, policy: DraftPolicy, device: str) -> str | None:
+    """Name the file that keeps answers.
+
+    The harness knows only requests, so all else that decides an answer goes into the name.
+    """
     if not flags.use_cache:
         return None
     keys = (
@@ -123,9 +124,8 @@ def cache_path(flags: argparse.Namespace, policy: DraftPolicy) -> str | None:
         "verification",
         "draft_vocab",
         "draft_quantize",
-        "device",
     )
-    decisive = [str(policy) if flags.no_verify else "", *(str(getattr(flags, key)) for key in keys)]
+    decisive = [str(policy) if flags.no_verify else "", device, *(str(getattr(flags, key)) for key in keys)]
     return f"{flags.use_cache}_{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
 
 
@@ -141,7 +141,7 @@ def evaluate(model, tasks: list, manager, flags: argparse.Namespace) -> dict | N
         limit=flags.limit,
         samples=flags.samples,
         gen_kwargs=flags.gen_kwargs or None,
-        use_cache=cache_path(flags, model.policy),
+        use_cache=cache_path(flags, model.policy, model.runner.positions.device.type),
         cache_requests=flags.cache_requests,
         bootstrap_iters=flags.bootstrap_iters,
         write_out=flags.write_out,
@@ -157,46 +157,40 @@ def evaluate(model, tasks: list, manager, flags: argparse.Namespace) -> dict | N
     )
 
 
-def decoding_numbers(model: harness.Evaluated, n_layer: int) -> dict | None:
-    """What decoding all texts took, as sums over the texts; None if there were none."""
-    texts = model.summaries
-    if not texts:
+def decoding_numbers(model: harness.HarnessModel) -> dict | None:
+    """Return the numbers of decoding, over all texts; None if there were none."""
+    if not (texts := len(model.summaries)):
         return None
-    drafted, accepted, rounds = (sum(text[key] for text in texts) for key in ("drafted", "accepted", "rounds"))
-    emitted = [len(text["tokens"]) - 1 for text in texts]
-    seconds, total = sum(text["decode_s"] for text in texts), sum(emitted)
-    layers, heads = (
-        sum((text[key] or 0) * n for text, n in zip(texts, emitted, strict=True))
-        for key in ("layer_visits_per_token", "head_visits_per_token")
-    )
+    sums = summed(model.summaries)
+    visits = sums.layer_visits, sums.head_visits
     return {
-        "texts": len(texts),
-        "new_tokens": total + len(texts),
-        "tokens_per_s": total / seconds if seconds else None,
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "tokens_per_round": total / rounds if rounds else None,
-        "layer_visits_per_token": layers / total if total else None,
-        "ideal_speedup": ideal_speedup(total, layers, heads, model.runner.model) if total else None,
+        "texts": texts,
+        "new_tokens": sums.tokens + texts,
+        "tokens_per_s": rate(sums.tokens, sums.seconds),
+        "acceptance_rate": sums.acceptance_rate,
+        "tokens_per_round": sums.tokens_per_round,
+        "layer_visits_per_token": sums.layer_visits_per_token,
+        "ideal_speedup": ideal_speedup(sums.tokens, *visits, model.runner.model) if sums.tokens else None,
     }
 
 
 def metric_rows(results: dict) -> list[list[str]]:
-    """Rows of the table: task, metric, value, standard error, few-shot examples, samples."""
+    """Make the rows of the table: task, metric, value, standard error, few-shot examples, samples."""
     rows = []
     for table in ("groups", "results"):
-        for task, found in results.get(table, {}).items():
+        for task, measures in results.get(table, {}).items():
             if table == "results" and task in results.get("groups", {}):
                 continue
             samples = results.get("n-samples", {}).get(task, {}).get("effective")
-            for key, value in found.items():
+            for key, value in measures.items():
                 metric, comma, kind = key.partition(",")
                 if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
-                error = found.get(f"{metric}_stderr,{kind}")
+                error = measures.get(f"{metric}_stderr,{kind}")
                 error = f"± {error:.4f}" if isinstance(error, float) else ""
                 label = metric if kind == "none" else f"{metric} ({kind})"
                 shots = str(results.get("n-shot", {}).get(task, ""))
-                rows.append([found.get("alias", task), label, f"{value:.4f}", error, shots, cli.shown(samples, "d")])
+                rows.append([measures.get("alias", task), label, f"{value:.4f}", error, shots, cli.shown(samples, "d")])
     return rows
 
 
@@ -228,7 +222,7 @@ def write_files(results: dict, folder: Path, log_samples: bool) -> dict:
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.eval",
-        description="Tasks of the lm-evaluation-harness, with any draft policy and any exit layer.",
+        description="Run tasks of the lm-evaluation-harness, with any draft policy and any exit layer.",
         epilog="example: python -m scripts.eval --tasks skipfast_demo --exit_layer 6 --output_dir eval_out",
     )
     cli.add_model_flags(parser)
@@ -286,10 +280,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     with ranks.joined() as everyone:
         flags = parse_flags()
-        run(flags, everyone)
+        run_tasks(flags, everyone)
 
 
-def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
+def run_tasks(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
+    """Check everything, run the tasks, write and print the results; the same call on every rank."""
     harness.check_installed()
     logging.getLogger("lm_eval").setLevel(logging.WARNING if everyone.leads else logging.ERROR)
     flags.samples, flags.metadata = (json_object(getattr(flags, key), key) for key in ("samples", "metadata"))
@@ -306,11 +301,11 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     if not wanted:
         raise UserError(f"tasks must name at least one task, got {flags.tasks!r}")
     sampling = cli.sampling_config(flags)
-    session = everyone.open_session(flags)
-    n_layer = session.args.n_layer
+    engine = everyone.open_engine(flags)
+    n_layer = engine.n_layer
     check_exit_layer(n_layer if flags.exit_layer is None else flags.exit_layer, n_layer)
-    policy = wanted_policy(flags, session.args)
-    check_limits(flags, session.args.max_seq_len)
+    policy = policy_from_flags(flags, engine)
+    check_limits(flags, engine.args.max_seq_len)
     check_writable(flags.json)
     folder = make_folder(flags.output_dir)
     manager, names = harness.find_tasks(wanted, flags.include_path, flags.metadata)
@@ -318,13 +313,13 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
     loaded = manager.load(tasks)["tasks"]
     check_tasks(loaded, flags)
     if flags.apply_chat_template:
-        session.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
+        engine.tokenizer.render_chat([{"role": "user", "content": ""}])  # no template: say so before loading
 
-    runner = make_runner(session, flags.max_length, policy, sampling, [0])
+    runner = engine.prepare([policy], flags.max_length, sampling).runner(policy)
     runner.cache_length = flags.max_length  # a policy that measures first may have made it longer
     model = harness.make_model(
         runner,
-        session.tokenizer,
+        engine.tokenizer,
         policy,
         sampling,
         everyone,
@@ -335,7 +330,7 @@ def run(flags: argparse.Namespace, everyone: ranks.Ranks) -> None:
         name=flags.checkpoint_path,
     )
     results = evaluate(model, tasks, manager, flags)
-    decoding = decoding_numbers(model, n_layer)
+    decoding = decoding_numbers(model)
     if not everyone.leads:
         return
     results["skipfast"] = {

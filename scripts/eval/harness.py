@@ -1,9 +1,9 @@
-"""skipfast as a model of the lm-evaluation-harness: what `scripts.eval` hands to its functions.
+"""Make skipfast a model of the lm-evaluation-harness, which asks it for texts and for log-likelihoods.
 
-The harness asks for texts (`generate_until`) and for log-likelihoods; a text comes out of `generate.decode` with any
-policy, a likelihood out of the LM head after any layer. Under torchrun every rank prepares the same requests, answers
-its share and gets everybody's answers, so that each computes what a single process would: the harness's own way of
-splitting, by documents, pads with repeated requests and adds numbers up in another order.
+A text is decoded by `generate.decode` with any policy. A likelihood comes from the LM head after any layer. Under
+torchrun every rank prepares the same requests, answers its share and gets the answers of all, so that each computes
+what a single process would. The harness's own way of sharing does not: it splits documents, pads them with repeated
+requests, and adds up numbers in another order.
 
 `lm_eval` is optional: it is imported inside functions.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 from decoding.generation import GenerateConfig, Generation, check_prompt
 from decoding.runner import PREFILL_CHUNK, Runner
 from decoding.sampling import SamplingConfig
+from decoding.text import TextStream
 from drafting.policy import DraftPolicy
 from errors import UserError
 from generate import decode
@@ -48,7 +48,7 @@ def check_installed() -> None:
 
 
 def find_tasks(names: Sequence[str], include_path: Sequence[str], metadata: dict | None) -> tuple:
-    """The harness's task manager and the names of tasks that `names` (patterns, groups, YAML files) mean.
+    """Return the harness's task manager, and the tasks that `names` (patterns, groups, YAML files) mean.
 
     Looks among the bundled tasks and those of include_path first: reading the harness's own list takes seconds.
     Raises UserError for a name that means nothing.
@@ -62,13 +62,13 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str], metadata: dict
     for defaults in (False, True):
         manager = TaskManager(include_path=[BUNDLED, *include_path], include_defaults=defaults, metadata=metadata)
         locate_bundled(manager)
-        found = {
+        matching = {
             name: [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else manager.match_tasks([name])
             for name in names
         }
-        missing = [name for name, matches in found.items() if not matches]
+        missing = [name for name, matches in matching.items() if not matches]
         if not missing:
-            return manager, list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
+            return manager, list(dict.fromkeys(itertools.chain.from_iterable(matching.values())))
     near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
     raise UserError(
         f"tasks: there is no task {missing[0]!r}"
@@ -98,9 +98,7 @@ def load_tasks(manager, names: Sequence[str]) -> list:
         ) from error
     inner = {name for names in loaded["group_map"].values() for name in names}
     top = loaded["groups"] | loaded["tasks"]
-    in_groups = {
-        task for group in loaded["groups"].values() for task in (each.task_name for each in group.get_all_tasks())
-    }
+    in_groups = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     return [item for name, item in top.items() if name not in inner | in_groups]
 
 
@@ -140,7 +138,7 @@ def check_generation(kwargs: dict, where: str) -> None:
 
 
 def number_of(kwargs: dict, key: str, kind: type, default=None):
-    """The number that a generation argument is; `default` without it. Raises UserError naming it."""
+    """Return a generation argument that is a number; `default` without it. Raises UserError naming it."""
     value = kwargs.get(key)
     if value is None:
         return default
@@ -154,7 +152,7 @@ def number_of(kwargs: dict, key: str, kind: type, default=None):
 
 
 def task_sampling(kwargs: dict, own: SamplingConfig) -> SamplingConfig:
-    """How a request with these generation arguments is sampled: as they say if they sample, else by `own`."""
+    """Return how to sample a request with these generation arguments: as they say if they sample, else by `own`."""
     temperature = number_of(kwargs, "temperature", float, 0.0)
     asked = SamplingConfig(
         temperature,
@@ -167,25 +165,26 @@ def task_sampling(kwargs: dict, own: SamplingConfig) -> SamplingConfig:
 
 
 def noise_numbers(requests: Sequence) -> list[int]:
-    """A number for each request, whose noise it makes: of what it asks, and how often it has come before.
+    """Return a number for each request, to be added to its seed: made of its question, and of how often it came before.
 
-    Whatever else is asked, or answered by a cache, a text stays; the harness asks for repeats by one object.
+    So a sampled text does not depend on what else is asked, or answered by a cache. The harness asks for repeats by one
+    object.
     """
-    found, seen = [], Counter()
+    numbers, seen = [], Counter()
     for request in requests:
         text = json.dumps([request.args, seen[id(request)]], sort_keys=True, default=str)
-        found.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        numbers.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
         seen[id(request)] += 1
-    return found
+    return numbers
 
 
 # ---- the model ----
 
 
 class Likelihoods:
-    """Log-likelihoods of continuations by the LM head after `exit_layer` layers.
+    """Computes log-likelihoods of continuations by the LM head after `exit_layer` layers.
 
-    Keeps what the cache holds from one call to the next, and runs only what the next text adds to it.
+    The cache keeps the last text: only the tokens by which the next one differs are run.
     """
 
     def __init__(self, runner: Runner, exit_layer: int):
@@ -193,14 +192,14 @@ class Likelihoods:
         self.cached: list[int] = []
 
     def forget(self) -> None:
-        """Something else has used the cache."""
+        """Forget the last text: something else has used the cache."""
         self.cached = []
 
     @torch.inference_mode()
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-        """Sum of log-probabilities (nats) of `continuation` after `context`, and whether it is the greedy one.
+        """Return the log-probability (nats) of `continuation` after `context`, and whether it is the greedy one.
 
-        What is too long for the cache loses its beginning.
+        A text too long for the cache loses its beginning.
         """
         tokens = [*context, *continuation][-self.runner.cache_length - 1 :]
         inputs, wanted = tokens[:-1], tokens[1:][-len(continuation) :] if continuation else []
@@ -226,7 +225,7 @@ class Likelihoods:
         return total, greedy
 
 
-class Evaluated:
+class HarnessModel:
     """The methods that the harness calls, apart from those it has itself; see `make_model`."""
 
     def __init__(
@@ -267,9 +266,9 @@ class Evaluated:
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
-        found = self.eot_token_id if self.own_tokenizer.bos_id is None else self.own_tokenizer.bos_id
-        return 0 if found is None else found
+        """Return the token to put before a text that has nothing before it."""
+        token = self.eot_token_id if self.own_tokenizer.bos_id is None else self.own_tokenizer.bos_id
+        return 0 if token is None else token
 
     @property
     def tokenizer_name(self) -> str:
@@ -282,7 +281,7 @@ class Evaluated:
         return self.own_tokenizer.render_chat(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """A chat template writes BOS and other special tokens itself."""
+        """Encode a text; a chat template has written BOS and other special tokens itself."""
         return self.own_tokenizer.encode(
             string, bos=add_special_tokens is not False and not self.chat, allow_special=self.chat
         )
@@ -290,12 +289,12 @@ class Evaluated:
     # ---- requests ----
 
     def shared(self, items: Sequence, work: Callable, what: str, disable_tqdm: bool) -> list:
-        """work(item) of every item, in order; each rank does its share and has all of them in the end."""
+        """Return work(item) of every item, in order; each rank does its share and gets all of them."""
         bar = tqdm(self.ranks.share(items), desc=what, disable=disable_tqdm or not self.ranks.leads)
         return self.ranks.gathered([work(item) for item in bar])
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        """requests: (strings, context ids, continuation ids), from the harness's `loglikelihood`.
+        """Answer requests of the harness's `loglikelihood`: (strings, context ids, continuation ids).
 
         Texts with one beginning follow one another, and short endings of one context stay on one rank.
         """
@@ -303,10 +302,10 @@ class Evaluated:
         joint = lambda i: requests[i][1] if len(requests[i][1]) > len(requests[i][2]) else i
         groups = [list(same) for _, same in itertools.groupby(order, key=joint)]
         self.likelihoods.forget()
-        found = self.shared(
+        scores = self.shared(
             groups, lambda group: [self.likelihoods.score(*requests[i][1:]) for i in group], "likelihoods", disable_tqdm
         )
-        answers = dict(zip(order, itertools.chain.from_iterable(found), strict=True))
+        answers = dict(zip(order, itertools.chain.from_iterable(scores), strict=True))
         self.scored_tokens += sum(len(request[2]) for request in requests)
         for i, (strings, *_) in enumerate(requests):
             if strings is not None:
@@ -314,7 +313,7 @@ class Evaluated:
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token predicted once with as much before it as fits."""
+        """Return log-likelihoods of whole texts; each token is predicted once, with as much before it as fits."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows, owners = [], []
@@ -332,15 +331,15 @@ class Evaluated:
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         jobs = [(noise, *request.args) for noise, request in zip(noise_numbers(requests), requests, strict=True)]
-        found = self.shared(jobs, lambda job: self.generate_one(*job), "generating", disable_tqdm)
-        for request, (text, summary) in zip(requests, found, strict=True):
+        answers = self.shared(jobs, lambda job: self.generate_one(*job), "generating", disable_tqdm)
+        for request, (text, summary) in zip(requests, answers, strict=True):
             self.summaries.append(summary)
             self.cache_hook.add_partial("generate_until", request.args, text)
-        return [text for text, _ in found]
+        return [text for text, _ in answers]
 
     @torch.inference_mode()
     def generate_one(self, noise: int, context: str, kwargs: dict) -> tuple[str, dict]:
-        """The text after `context` up to the first stop sequence, and its numbers. noise: added to the seed."""
+        """Return the text after `context` up to the first stop sequence, and its numbers. noise: added to the seed."""
         from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
 
         wanted = normalize_gen_kwargs({key: value for key, value in kwargs.items() if value is not None})
@@ -353,16 +352,15 @@ class Evaluated:
         prompt, count = maybe_truncate(prompt, count, self.max_length)
         config = GenerateConfig(count, sampling, (*self.own_tokenizer.eos_ids, *special))
         check_prompt(prompt, config, self.runner.model.args.vocab_size, self.max_length)
-        output = cli.StreamedText(self.own_tokenizer, stops)
+        output = TextStream(self.own_tokenizer, stops)
         rounds = decode(self.runner, prompt, config, self.policy, finished=output.ends_at, verified=self.verified)
         generation = Generation.collect(rounds)
         text = self.own_tokenizer.decode(generation.tokens, continues=True)
-        summary = generation.summary(self.runner.model)
-        return text if output.cut is None else text[: output.cut], summary
+        return text[: output.cut], generation.summary(self.runner.model)
 
 
 def make_model(*args, **settings):
-    """An `Evaluated` that is a model to the harness, too."""
+    """Make a `HarnessModel` that is a model to the harness, too."""
     from lm_eval.api.model import TemplateLM
 
-    return types.new_class("Skipfast", (Evaluated, TemplateLM))(*args, **settings)
+    return types.new_class("Skipfast", (HarnessModel, TemplateLM))(*args, **settings)

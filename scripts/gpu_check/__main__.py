@@ -1,9 +1,9 @@
 """Measure and check the whole GPU path with one command and no checkpoint: kernels, engine, exactness, baselines.
 
-Sections run in the order of `gpu_shapes.py` until --minutes are over. On a GPU they run in a process of their own: one
-that dies, hangs or loses the GPU takes only its section along, and another goes on. What was measured is in the JSON
-file at once. Models have random weights and an acceptance dial (`gpu_models.py`). Exit code 1: a check or a section
-failed; a missed target (`gpu_targets.py`) is a result.
+Sections run in the order of `shapes.py` until --minutes are over. On a GPU they run in a process of their own: one that
+dies, hangs or loses the GPU takes only its section along, and another goes on. Every number is in the JSON file as soon
+as it is measured. Models have random weights and an acceptance dial (`models.py`). Exit code 1: a check or a section
+failed; a missed target (`targets.py`) is a result.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WORN = 75  # exit code of a process that asks for a fresh one to go on
 
 
 def work(report: Report) -> bool:
-    """Run what is left, as long as there is time -> whether a fresh process should go on."""
+    """Run the sections that are left, as long as there is time -> True if a fresh process should go on."""
     torch.manual_seed(0)
     for name in sections_with(report.result, "not reached"):
         kind, *what = name.split()
@@ -85,8 +85,8 @@ def sections_with(result: dict, status: str) -> list[str]:
     return [name for name, section in result["sections"].items() if section["status"] == status]
 
 
-def finish(path: Path) -> bool:
-    """Print the targets and what went wrong -> whether nothing did."""
+def print_summary(path: Path) -> bool:
+    """Judge the targets, print them and all that went wrong -> True if nothing did."""
     result = read(path)
     result["targets"] = judge_all(result["sections"])
     write_json(path, result)
@@ -95,7 +95,7 @@ def finish(path: Path) -> bool:
     checks = [check for section in sections for check in section.get("checks", ())]
     wrong = [check["name"] for check in checks if not check["ok"]]
     failed = [
-        f"{name} ({', '.join(each for each in section['failures'] if each != name)})".replace(" ()", "")
+        f"{name} ({', '.join(failure for failure in section['failures'] if failure != name)})".replace(" ()", "")
         for name, section in result["sections"].items()
         if section["status"] == "failed"
     ]
@@ -109,7 +109,7 @@ def finish(path: Path) -> bool:
 
 
 def free_path(folder: str, device: str) -> Path:
-    """A file name that no earlier run has."""
+    """Return a file name that no earlier run has."""
     name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if device == "cuda" else "cpu"
     stem = f"gpu_{name}_{datetime.date.today().isoformat()}"
     endings = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
@@ -149,7 +149,7 @@ def new_file(flags: argparse.Namespace) -> Path:
 
 
 def old_file(flags: argparse.Namespace) -> Path:
-    """The file to go on with; what was running when it was cut off is measured anew."""
+    """Read the file to go on with. Sections that were running when it was cut off are measured anew."""
     path = Path(flags.resume)
     result = read(path)
     if "environment" not in result.get("sections", {}):
@@ -176,7 +176,7 @@ def main() -> None:
     else:
         command = [sys.executable, "-m", "scripts.gpu_check", *sys.argv[1:], "--resume", str(path), "--worker"]
         supervise(path, flags.minutes, command)
-    if not finish(path):
+    if not print_summary(path):
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The baseline sections of `gpu_check`: what others do with the same shape in bf16, decoding plainly."""
+"""The baseline sections of `gpu_check`: plain decoding by others, of the same shape in bf16."""
 
 import importlib.util
 import inspect
@@ -19,7 +19,7 @@ TRANSFORMERS_PROMPT = 8
 
 
 def check_baselines(report: Report, name: str) -> None:
-    """torch.compile alone, and transformers, whose prefill of a few tokens is counted."""
+    """Measure torch.compile alone, and transformers, whose prefill of a few tokens is counted."""
     args = report.shapes.models[name].args
     add(report, name, "torch.compile reduce-overhead", compiled_rate, args, report.shapes, report.device)
     if importlib.util.find_spec("transformers") is None:
@@ -30,21 +30,21 @@ def check_baselines(report: Report, name: str) -> None:
 
 
 def add(report: Report, name: str, engine: str, measure, *arguments) -> None:
-    """A row of what `measure` returns, beside our own plain decoding, if that has been measured."""
-    found = report.attempt(engine, measure, *arguments)
+    """Add a row of what `measure` returns, beside our own plain decoding, if that has been measured."""
+    numbers = report.attempt(engine, measure, *arguments)
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # above 0: it was not at its best
     torch._dynamo.utils.counters.clear()
     free_memory(report.device)
-    if found is None:
+    if numbers is None:
         return
     ours = report.result["sections"].get(f"engine {name} bf16", {}).get("rows") or [{}]
     rate = ours[0].get("tokens_per_s")
-    over = rate / found["tokens_per_s"] if rate else None
-    report.row(engine=engine, model=name, **found, cudagraph_skips=skipped, ours_over_it=over)
+    over = rate / numbers["tokens_per_s"] if rate else None
+    report.row(engine=engine, model=name, **numbers, cudagraph_skips=skipped, ours_over_it=over)
 
 
 def compiled_rate(args: ModelArgs, shapes: Shapes, device: str) -> dict:
-    """Tokens/s of one compiled decoding step, with torch's own operators, the position staying where it is."""
+    """Measure tokens/s of one compiled decoding step, with torch's own operators, at one position."""
     model = make_model(args, device)
     model.setup_cache(shapes.prompt + shapes.tokens)
     for layer in model.layers:  # else the graph would copy, or refuse, what it changes
@@ -71,9 +71,9 @@ def step_rate(model: Transformer, shapes: Shapes, device: str) -> float:
 
 
 def transformers_rate(args: ModelArgs, shapes: Shapes, device: str) -> dict:
-    """Tokens/s of generate() with one static cache, for which it compiles its model on a GPU.
+    """Measure tokens/s of generate() with one static cache, for which it compiles its model on a GPU.
 
-    The cache is ours and stays: with a new one for each call, some versions of torch would compile anew each time.
+    The cache is kept between calls: with a new one, some versions of torch would compile each time.
     """
     import transformers
 

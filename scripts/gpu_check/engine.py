@@ -36,7 +36,7 @@ def static_texts(exit_layer: int) -> list[str]:
 
 
 def dynamic_texts(exit_layer: int) -> list[str]:
-    """Policies that stop, exit, skip, propose or choose while decoding. FILE: a skip set, see `Engine.policy`."""
+    """List policies that stop, exit, skip, propose or choose while decoding. FILE: see `SyntheticModel.policy`."""
     return [
         f"static:{exit_layer},num_draft_tokens=5,stop=0.5",
         f"confidence:0.5,candidates={exit_layer}-{2 * exit_layer},num_draft_tokens=5",
@@ -46,8 +46,8 @@ def dynamic_texts(exit_layer: int) -> list[str]:
     ]
 
 
-class Engine:
-    """A model of one shape and precision, its runner, and the policies that have decoded with it."""
+class SyntheticModel:
+    """A model with random weights, of one shape and precision; its runner, and the policies that decoded with it."""
 
     def __init__(self, report: Report, name: str, mode: str):
         load_kernels()
@@ -80,7 +80,7 @@ class Engine:
         return runner
 
     def policy(self, text: str) -> DraftPolicy:
-        """The policy that `text` names, calibrated once. A skip set leaves out three of four layers behind the exit."""
+        """Make the policy that `text` names, once. FILE in it: a skip set of three in four layers behind the exit."""
         if text not in self.policies:
             args, exit_layer = self.shape.args, self.shape.exit_layer
             skips = [layer for layer in range(exit_layer, args.n_layer) if (layer - exit_layer) % 4 < 3]
@@ -95,60 +95,60 @@ class Engine:
     def rounds(self, text: str, count: int, setting: str = "greedy") -> Iterator[Round]:
         return decode(self.runner, self.prompt, GenerateConfig(count, SETTINGS[setting]), self.policy(text))
 
-    def run(self, text: str, count: int, setting: str = "greedy") -> Generation:
+    def continued(self, text: str, count: int, setting: str = "greedy") -> Generation:
         return Generation.collect(self.rounds(text, count, setting))
 
     def plain_tokens(self, setting: str) -> list[int]:
-        """The text of plain decoding. If not even that can be captured, all rounds go call by call from here on."""
+        """Return the text of plain decoding. If even that cannot be captured, rounds go call by call from then on."""
         if setting not in self.plain:
             arguments = "none", self.report.shapes.exact_tokens, setting
-            found = self.report.attempt(f"plain decoding, {setting}", self.run, *arguments)
-            if found is None:
+            generation = self.report.attempt(f"plain decoding, {setting}", self.continued, *arguments)
+            if generation is None:
                 self.runner.call_by_call = True
                 self.report.section["notices"].append("rounds call by call: playing them in one failed")
-                found = self.run(*arguments)
-            self.plain[setting] = found.tokens
+                generation = self.continued(*arguments)
+            self.plain[setting] = generation.tokens
         return self.plain[setting]
 
 
 def check_engine(report: Report, name: str, mode: str) -> None:
-    """Plain and static decoding, for one model also sampled, and then with the dynamic policies."""
-    engine = Engine(report, name, mode)
-    exit_layer, settings = engine.shape.exit_layer, ("greedy", "sampled") if engine.thorough else ("greedy",)
-    texts = check_exactness(engine, static_texts(exit_layer), settings)
-    plain = engine.plain["greedy"]
+    """Check plain and static decoding; for one model also sampled, and then with the dynamic policies."""
+    synthetic = SyntheticModel(report, name, mode)
+    exit_layer, settings = synthetic.shape.exit_layer, ("greedy", "sampled") if synthetic.thorough else ("greedy",)
+    texts = check_exactness(synthetic, static_texts(exit_layer), settings)
+    plain = synthetic.plain["greedy"]
     report.section["distinct_share"] = len(set(plain)) / len(plain)  # small: the text is a loop
-    time_in_turns(engine, texts, show_plain=True)
-    report.section["memory"] = memory(engine.model, report.device)
-    if engine.thorough:
-        time_in_turns(engine, check_exactness(engine, dynamic_texts(exit_layer), ("greedy",)))
+    time_in_turns(synthetic, texts, show_plain=True)
+    report.section["memory"] = memory(synthetic.model, report.device)
+    if synthetic.thorough:
+        time_in_turns(synthetic, check_exactness(synthetic, dynamic_texts(exit_layer), ("greedy",)))
 
 
-def check_exactness(engine: Engine, texts: Sequence[str], settings: Sequence[str]) -> list[str]:
+def check_exactness(synthetic: SyntheticModel, texts: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Compare the tokens of each policy with plain decoding's -> the policies that have run to the end."""
-    report, count, ran = engine.report, engine.report.shapes.exact_tokens, list(texts)
+    report, count, ran = synthetic.report, synthetic.report.shapes.exact_tokens, list(texts)
     for setting in settings:
-        plain = engine.plain_tokens(setting)
+        plain = synthetic.plain_tokens(setting)
         for text in texts:
-            name = f"exact: {engine.title} {text} {setting}"
-            found = report.attempt(name, engine.run, text, count, setting)
-            if found is None:
-                ran = [each for each in ran if each != text]
+            name = f"exact: {synthetic.title} {text} {setting}"
+            generation = report.attempt(name, synthetic.continued, text, count, setting)
+            if generation is None:
+                ran = [other for other in ran if other != text]
                 continue
-            different = [i for i, (a, b) in enumerate(itertools.zip_longest(found.tokens, plain)) if a != b]
+            different = [i for i, (a, b) in enumerate(itertools.zip_longest(generation.tokens, plain)) if a != b]
             numbers = {"different": len(different), "first_at": different[0]} if different else {}
             report.check(name, not different, **numbers)
             report.save()
     return ran
 
 
-def time_in_turns(engine: Engine, texts: Sequence[str], show_plain: bool = False) -> None:
+def time_in_turns(synthetic: SyntheticModel, texts: Sequence[str], show_plain: bool = False) -> None:
     """Time plain decoding and each policy in turns, so that what slows the machine slows all; add their rows."""
-    report, shapes = engine.report, engine.report.shapes
+    report, shapes = synthetic.report, synthetic.report.shapes
     runs: dict[str, list[Generation]] = {text: [] for text in ("none", *texts)}
     for turn in range(shapes.repeats + 1):  # the first is not timed: rounds are captured, as far as they are known
         for text in list(runs):
-            generation = report.attempt(f"timing: {engine.title} {text}", engine.run, text, shapes.tokens)
+            generation = report.attempt(f"timing: {synthetic.title} {text}", synthetic.continued, text, shapes.tokens)
             if generation is None:
                 del runs[text]
             elif turn:
@@ -158,13 +158,13 @@ def time_in_turns(engine: Engine, texts: Sequence[str], show_plain: bool = False
     for text, generations in runs.items():
         if text == "none" and not show_plain:
             continue
-        same = all(generation.tokens == engine.plain["greedy"][: shapes.tokens] for generation in generations)
-        report.check(f"repeatable: {engine.title} {text}", same)
-        report.row(**speed_row(report, engine.model, text, generations, runs["none"]))
+        same = all(generation.tokens == synthetic.plain["greedy"][: shapes.tokens] for generation in generations)
+        report.check(f"repeatable: {synthetic.title} {text}", same)
+        report.row(**speed_row(report, synthetic.model, text, generations, runs["none"]))
 
 
 def speed_row(report: Report, model: Transformer, text: str, runs: list[Generation], plain: list[Generation]) -> dict:
-    """Speed over plain decoding in the same turn, beside what the weight bytes alone would make of it."""
+    """Return the speedup over plain decoding in the same turn, beside the one by weight bytes alone."""
     rates = [generation.tokens_per_s for generation in runs]
     summaries = [generation.summary(model) for generation in runs]
     summary = sorted(zip(rates, range(len(runs)), summaries, strict=True))[len(runs) // 2][2]  # auto's differ

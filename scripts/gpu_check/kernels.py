@@ -30,7 +30,7 @@ def load_kernels() -> None:
 
 
 def driver() -> dict[str, str]:
-    """What the driver says of itself and of the clocks of the GPU, just now busy; nothing if it cannot be asked."""
+    """Ask the driver for its version and the clocks of the GPU, which was busy just now; nothing if it cannot tell."""
     names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem")
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
@@ -75,13 +75,13 @@ def check_kernels(report: Report, op: str) -> None:
             report.attempt(f"{op} {n}x{k}", check_linear, report, op, n, k)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(result: Tensor, expected: Tensor) -> float:
     scale = expected.abs() + expected.square().mean().sqrt()
-    return ((found.double() - expected).abs() / scale).max().item()
+    return ((result.double() - expected).abs() / scale).max().item()
 
 
 def make_weights(report: Report, n: int, k: int, mode: str, spread: float) -> tuple[list[tuple], Tensor]:
-    """Copies of a random weight and its scale (None in bf16) that together outgrow the L2; and the weight in fp64."""
+    """Make copies of a random weight and its scale (None in bf16) that outgrow the L2; also the weight in fp64."""
     plain = report.random(n, k) * spread
     if mode == "bf16":
         weight, exact = (plain, None), plain.double()
@@ -114,13 +114,16 @@ def check_linear(report: Report, op: str, n: int, k: int) -> None:
     report.same_rows(f"{op} {shape}: a row alone has the bits of the row among 8 and 16", alone)
     del exact
     for m in ROWS:
-        calls = [functools.partial(kernel, x[:m], *each) for each in arguments]
-        matmuls = [[functools.partial(F.linear, x[:m], *each) for each in arguments]] if mode == "bf16" else ()
+        calls = [functools.partial(kernel, x[:m], *tensors) for tensors in arguments]
+        matmuls = [[functools.partial(F.linear, x[:m], *tensors) for tensors in arguments]] if mode == "bf16" else ()
         report.time(op, shape, m, nbytes(weights[0]), calls, matmuls)
 
 
 def check_exit_head(report: Report, vocabulary: int, mode: str) -> None:
-    """The exit head, greedy and sampling. Its logits are rounded to bf16: a token may be nearly the largest."""
+    """Check and time the exit head, greedy and sampling.
+
+    Its logits are rounded to bf16, so a token of nearly the largest logit may be chosen.
+    """
     width, seed, temperature = report.shapes.head_width, 1, 0.8
     weights, exact = make_weights(report, vocabulary, width, mode, 4 / math.sqrt(width))
     x, shape = report.random(max(ROWS), width), f"{vocabulary}x{width} {mode}"
@@ -134,8 +137,8 @@ def check_exit_head(report: Report, vocabulary: int, mode: str) -> None:
     logits = x.double() @ exact.T
     ids = torch.arange(vocabulary, device=report.device)
     noise = torch.stack([gumbel_noise(seed, position, ids) for position in positions.tolist()])
-    found = {m: call(0, m, weights[0]) for m in ROWS}
-    tokens, stats, samples = found[16]
+    results = {m: call(0, m, weights[0]) for m in ROWS}
+    tokens, stats, samples = results[16]
     for name, scores, chosen in (("tokens", logits, tokens), ("samples", logits / temperature + noise, samples)):
         gap = scores.max(-1).values - scores.gather(-1, chosen[:, None])[:, 0]
         report.within(f"exit_head {shape}: {name} below the largest", (gap / logits.abs().amax()).max(), 4 * BOUND)
@@ -145,27 +148,27 @@ def check_exit_head(report: Report, vocabulary: int, mode: str) -> None:
         (a, b[i : i + 1])
         for m in ROWS
         for i in {0, m - 1}
-        for a, b in zip(call(i, i + 1, weights[0]), found[m], strict=True)
+        for a, b in zip(call(i, i + 1, weights[0]), results[m], strict=True)
     ]
     report.same_rows(f"exit_head {shape}: a row alone has the bits of the row among 8 and 16", alone)
     del exact
     for sampling, m in itertools.product((False, True), ROWS):
-        calls = [functools.partial(call, 0, m, each, sampling) for each in weights]
+        calls = [functools.partial(call, 0, m, weight, sampling) for weight in weights]
         report.time(
             "exit_head" + " sampling" * sampling, shape, m, nbytes(weights[0]), calls, head_matmuls(x[:m], weights)
         )
 
 
 def head_matmuls(x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> list[list[functools.partial]]:
-    """The matmul of the head alone: our kernel, and in bf16 torch's."""
+    """Return calls of the head's matmul alone: with our kernel, and in bf16 with torch's."""
     if weights[0][1] is not None:
-        return [[functools.partial(torch.ops.skipfast.linear_int8, x, *each) for each in weights]]
+        return [[functools.partial(torch.ops.skipfast.linear_int8, x, *tensors) for tensors in weights]]
     kernels = torch.ops.skipfast.linear_bf16, F.linear
     return [[functools.partial(kernel, x, weight) for weight, _ in weights] for kernel in kernels]
 
 
 def check_attention(report: Report, caches: list[tuple[Tensor, Tensor]], context: int, m: int) -> None:
-    """Attention over long caches that are partly filled. Short contexts fit the L2, whatever takes turns."""
+    """Check and time attention over partly filled long caches. Short contexts fit the L2, whatever takes turns."""
     (heads, groups, width), kernel = report.shapes.attention, torch.ops.skipfast.decode_attention
     positions = torch.arange(context - m, context, device=report.device)
     q, k, v = report.random(m, heads, width), report.random(m, groups, width), report.random(m, groups, width)
@@ -179,8 +182,8 @@ def check_attention(report: Report, caches: list[tuple[Tensor, Tensor]], context
     )
     report.check(f"attention {shape}: keys and values are in the cache", written)
     alone = [
-        (kernel(q[one], k[one], v[one], *caches[0], positions[one]), out[one])
-        for one in (slice(i, i + 1) for i in range(m))
+        (kernel(q[row], k[row], v[row], *caches[0], positions[row]), out[row])
+        for row in (slice(i, i + 1) for i in range(m))
     ]
     report.same_rows(f"attention {shape}: a row alone has the same bits", alone)
     calls = [functools.partial(kernel, q, k, v, *cache, positions) for cache in caches]

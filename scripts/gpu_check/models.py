@@ -19,7 +19,7 @@ AGREEMENT = 0.8  # of the exit with the full model, aimed at by the dial
 
 
 def make_model(args: ModelArgs, device: str) -> Transformer:
-    """A bf16 model with random weights, made on the device: residual updates of unit scale, peaked attention."""
+    """Make a bf16 model with random weights on the device: residual updates of unit scale, peaked attention."""
     with torch.device("meta"):
         model = Transformer(args)
     model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
@@ -66,16 +66,16 @@ def set_dial(model: Transformer, exit_layer: int, steps: int = 6, positions: int
 
     low, high, eps = 0.0, 1.0, 0.15
     for step in range(steps):
-        found = agreement(eps)
-        if abs(found - AGREEMENT) <= 0.02 or step == steps - 1:
+        share = agreement(eps)
+        if abs(share - AGREEMENT) <= 0.02 or step == steps - 1:
             break
-        low, high = (eps, high) if found > AGREEMENT else (low, eps)
+        low, high = (eps, high) if share > AGREEMENT else (low, eps)
         eps = (low + high) / 2 if high < 1 else min(1.0, 2 * eps)
-    return {"eps": eps, "agreement": found}
+    return {"eps": eps, "agreement": share}
 
 
 def quantise_model(model: Transformer, mode: str) -> None:
-    """int8, or int4 with an int8 head: the exit head kernel takes bf16 and int8."""
+    """Quantise to int8, or to int4 with an int8 head: the exit head kernel takes bf16 and int8."""
     if mode == "bf16":
         return
     group = int4_group(math.gcd(model.args.dim, model.args.ffn_dim))

@@ -1,4 +1,4 @@
-"""The profile sections of `gpu_check`: what a round starts, waits for, and where its time goes."""
+"""The profile sections of `gpu_check`: how many launches and waits a round has, and where its time goes."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from drafting.plan import Round
-from scripts.gpu_check.engine import Engine, dynamic_texts, static_texts
+from scripts.gpu_check.engine import SyntheticModel, dynamic_texts, static_texts
 from scripts.gpu_check.report import Report
 
 GAP_US = 5  # the GPU idle for longer between two kernels was waiting for Python, not for a kernel to start
@@ -15,33 +15,36 @@ LAUNCHING = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMem
 
 
 def check_profile(report: Report, name: str, mode: str) -> None:
-    """Launches, waits, GPU time and Python's time of a round. A process is worn by it: the profiler slows what follows,
-    and where it is detached captured graphs have crashed (pytorch issues 144455 and pull request 112507)."""
-    engine = Engine(report, name, mode)
+    """Measure launches, waits, GPU time and Python's time of a round.
+
+    Wears the process: the profiler slows all that follows, and where it was detached, captured graphs have crashed
+    (pytorch issue 144455, pull request 112507).
+    """
+    synthetic = SyntheticModel(report, name, mode)
     report.worn = report.device == "cuda"
-    exit_layer, count = engine.shape.exit_layer, report.shapes.profiled_tokens
-    dynamic = dynamic_texts(exit_layer) if engine.thorough else []
+    exit_layer, count = synthetic.shape.exit_layer, report.shapes.profiled_tokens
+    dynamic = dynamic_texts(exit_layer) if synthetic.thorough else []
     for text in ("none", *static_texts(exit_layer), *dynamic):
-        row = report.attempt(text, profile_row, engine, text, count)
+        row = report.attempt(text, profile_row, synthetic, text, count)
         if row:
             report.row(**row)
 
 
-def profile_row(engine: Engine, text: str, count: int) -> dict:
-    engine.run(text, count)  # captures what is captured
-    launches = count_launches(engine.rounds(text, count), engine.report.device)
+def profile_row(synthetic: SyntheticModel, text: str, count: int) -> dict:
+    synthetic.continued(text, count)  # captures what is captured
+    launches = count_launches(synthetic.rounds(text, count), synthetic.report.device)
     cuda, cpu = torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU
-    for activities in ([cuda], [cpu, cuda]) if engine.report.device == "cuda" else ([cpu],):
-        found = device_profile(engine.rounds(text, count), engine.report.device, activities)
-        if found["kernels"]:  # with the GPU alone some versions see nothing; the CPU's events slow Python
+    for activities in ([cuda], [cpu, cuda]) if synthetic.report.device == "cuda" else ([cpu],):
+        numbers = device_profile(synthetic.rounds(text, count), synthetic.report.device, activities)
+        if numbers["kernels"]:  # with the GPU alone some versions see nothing; the CPU's events slow Python
             break
-    return {"policy": text} | launches | found
+    return {"policy": text} | launches | numbers
 
 
 def count_launches(stream: Iterator[Round], device: str) -> dict:
-    """Graphs that a round starts, and how often it waits for the GPU but to read its result; None on a CPU.
+    """Count the graphs that a round starts, and its waits for the GPU other than to read its result; None on a CPU.
 
-    Not counted is the first round: it starts its follower, too, as each then does for the next.
+    The first round is not counted: it starts its follower, too, as each then does for the next.
     """
     if device == "cpu":
         return {"graph_launches": None, "syncs": None}
@@ -59,7 +62,7 @@ def count_launches(stream: Iterator[Round], device: str) -> dict:
 
 
 def device_profile(stream: Iterator[Round], device: str, activities: list) -> dict:
-    """Where a round's time goes: calls that start GPU work, its kernels, and the GPU waiting for Python between them.
+    """Measure where a round's time goes: calls that start GPU work, kernels, and waits for Python between them.
 
     A round that the runner started ahead of the text's end is counted with the others.
     """

@@ -1,7 +1,7 @@
-"""The results of `gpu_check` on their way to its JSON file, and how it measures time.
+"""Measure time for `gpu_check`, and write its results to the JSON file.
 
-Whatever a check finds goes into the file at once: a crash, or a machine that is taken away, loses only what was being
-measured. An error is recorded where it happened and the next thing is tried.
+Every result goes into the file at once: a crash, or a machine that is taken away, loses only the measurement that was
+running. An error is recorded where it happened, and the next thing is tried.
 """
 
 import faulthandler
@@ -52,7 +52,7 @@ class DeviceLostError(RuntimeError):
 
 
 class Report:
-    """The whole result; `section` is the part that is being filled. worn: this process should measure nothing more."""
+    """Holds the whole result. section: the part being filled. worn: this process should measure nothing more."""
 
     def __init__(self, path: Path, shapes: Shapes, device: str, minutes: float):
         """path: the file, which names the sections."""
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes/s of a copy, read and written, once they are measured."""
+        """Return the bytes/s of a copy, read and written; None before they are measured."""
         rows = self.result["sections"]["environment"].get("rows")
         return 1e9 * rows[0]["copy_GB_per_s"] if rows else None
 
@@ -96,7 +96,7 @@ class Report:
         print_section(name, self.section)
 
     def attempt(self, name: str, call: Callable, *arguments):
-        """call(*arguments); None, with the error in the section, if it raises. Raises DeviceLostError."""
+        """Return call(*arguments); None, with the error in the section, if it raises. Raises DeviceLostError."""
         try:
             return call(*arguments)
         except DeviceLostError:
@@ -165,7 +165,7 @@ def free_memory(device: str) -> None:
 
 
 def elapsed(run: Callable[[], object], device: str) -> float:
-    """Seconds that `run` takes the GPU, by CUDA events; on a CPU, of wall time."""
+    """Measure the seconds that `run` takes on the GPU, by CUDA events; on a CPU, of wall time."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -179,7 +179,7 @@ def elapsed(run: Callable[[], object], device: str) -> float:
 
 
 def median_seconds(run: Callable[[], object], device: str, warm_s: float = WARM_S) -> float:
-    """Median seconds of `run`, after it has kept the GPU busy for warm_s."""
+    """Measure median seconds of `run`, after it has kept the GPU busy for warm_s."""
     end = time.perf_counter() + warm_s
     elapsed(run, device)
     while device == "cuda" and time.perf_counter() < end:
@@ -188,7 +188,7 @@ def median_seconds(run: Callable[[], object], device: str, warm_s: float = WARM_
 
 
 def seconds_per_call(calls: list[Callable[[], object]], launches: int, device: str) -> float:
-    """Median seconds of a call, all of them one after the other in a CUDA graph, at least `launches` in turns."""
+    """Measure median seconds of a call: all calls one after the other in a CUDA graph, at least `launches` in turns."""
     calls = list(itertools.islice(itertools.cycle(calls), max(launches, len(calls))))
 
     def run():
@@ -206,7 +206,7 @@ def seconds_per_call(calls: list[Callable[[], object]], launches: int, device: s
 
 
 def print_section(name: str, section: dict) -> None:
-    """A table of the rows, numbers with as many digits as they deserve, and a line for each check that failed."""
+    """Print a table of the rows, and a line for each check that failed."""
 
     def text(value) -> str:
         if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""What `gpu_check` measures: the shapes of models and kernels, and the sections in the order in which they run.
+"""The work of `gpu_check`: the shapes of models and kernels, and the sections in the order in which they run.
 
-What matters most comes first: an order, because a machine may be taken away. The seconds are what a section is thought
-to need on an H100; one that would end after the time is over is not started.
+The most important come first, because a machine may be taken away. The seconds of a section are an estimate for an
+H100; a section that would end after the time is over is not started.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured. sections: seconds by name. attention: query heads, kv heads, head width. Lengths in tokens."""
+    """All sizes. sections: seconds by name. attention: query heads, kv heads, head width. Lengths: in tokens."""
 
     sections: dict[str, float]
     models: dict[str, Shape]

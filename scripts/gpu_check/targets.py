@@ -1,4 +1,4 @@
-"""The targets of the GPU path: one table, and what a run of `gpu_check` says about each. A missed one is no error."""
+"""The targets of the GPU path, in one table, and the judgement of a run of `gpu_check`. A missed target is no error."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -12,9 +12,10 @@ ONE_PLAN = f"none|{STATIC}"  # policies whose rounds are all alike
 
 @dataclass(frozen=True)
 class Target:
-    """figures: of one section's result, all of which should be at least (or, if not at_least, at most) `bound`.
+    """A bound for numbers of some sections.
 
-    sections: a regular expression for the names of the sections that it is about.
+    sections: a regular expression for their names. figures: takes a section's result and returns numbers, all of which
+    should be at least (or, if not at_least, at most) `bound`.
     """
 
     name: str
@@ -24,15 +25,15 @@ class Target:
     at_least: bool = True
 
     def judge(self, sections: dict[str, dict]) -> dict:
-        """The worst figure of each section, the worst of all, and whether it will do (None: not measured)."""
+        """Return the worst figure of each section, the worst of all, and if that will do (None: not measured)."""
         worst = min if self.at_least else max
-        found = {}
+        by_section = {}
         for name, section in sections.items():
             if re.fullmatch(self.sections, name) and "rows" in section:
                 figures = [figure for figure in self.figures(section) if figure is not None]
-                found |= {name: worst(figures)} if figures else {}
-        where = worst(found, key=found.get) if found else None
-        measured = found.get(where)
+                by_section |= {name: worst(figures)} if figures else {}
+        where = worst(by_section, key=by_section.get) if by_section else None
+        measured = by_section.get(where)
         met = None if measured is None else (measured >= self.bound if self.at_least else measured <= self.bound)
         return {
             "target": self.name,
@@ -40,12 +41,12 @@ class Target:
             "measured": measured,
             "worst_in": where,
             "met": met,
-            "by_section": found,
+            "by_section": by_section,
         }
 
 
 def of_rows(key: str, policies: str) -> Callable[[dict], Iterable[float | None]]:
-    """The values of `key` in the rows of policies that match a regular expression."""
+    """Return a function for the values of `key` in rows of policies that match a regular expression."""
     return lambda section: [row[key] for row in section["rows"] if re.fullmatch(policies, row["policy"])]
 
 
@@ -58,7 +59,7 @@ def head_over_matmul(section: dict) -> Iterable[float]:
 
 
 def other_graphs(section: dict) -> Iterable[float]:
-    """How many graphs more or less than one a round starts; the last ones of a text start no follower."""
+    """Count how many graphs more or less than one a round starts; the last ones of a text start no follower."""
     return [abs(graphs - 1) for graphs in of_rows("graph_launches", ONE_PLAN)(section) if graphs is not None]
 
 
@@ -102,12 +103,12 @@ def print_targets(judged: list[dict]) -> None:
     words = {True: "met", False: "NOT MET", None: "not measured"}
     rows = [
         [
-            each["target"],
-            each["wanted"],
-            cli.shown(each["measured"], ".3f"),
-            each["worst_in"] or "–",
-            words[each["met"]],
+            target["target"],
+            target["wanted"],
+            cli.shown(target["measured"], ".3f"),
+            target["worst_in"] or "–",
+            words[target["met"]],
         ]
-        for each in judged
+        for target in judged
     ]
     cli.print_table("targets", ["target", "wanted", "worst", "in", ""], rows)

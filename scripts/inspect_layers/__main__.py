@@ -1,8 +1,8 @@
-"""Look into the layers: what each would say at every position of a text, and where the text's tokens left the model.
+"""Look into the layers: the token that each would choose at every position, and where the text's tokens left the model.
 
-A prompt is continued by any policy, then prompt and text are read once more with every layer in view (`lens.py`). Out
-come a page for a browser, tables for LaTeX and plain text (`page.py`), and all numbers as JSON. A second
-checkpoint can read the same texts beside the first.
+A policy continues a prompt. Then prompt and text are read once more with every layer in view (`lens.py`). The results
+are a page for a browser, tables for LaTeX and plain text (`page.py`), and all numbers as JSON. A second checkpoint can
+read the same texts beside the first.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 import cli
-from decoding.generation import GenerateConfig, Generation, check_prompt
-from decoding.runner import check_num_draft_tokens
-from drafting.catalogue import make_policy
+from decoding.engine import Engine
+from decoding.generation import GenerateConfig, Generation, check_prompt, totals
+from drafting.policy import DraftPolicy
 from errors import UserError
-from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode, make_runner
+from generate import DEFAULT_PROMPT, check_unverified, check_unverified_flags, decode
 from loading.files import check_writable, make_folder, write_json, write_text
+from loading.tokenizer import Tokenizer
 from scripts.common import samples
 from scripts.inspect_layers import lens, page
 from scripts.inspect_layers.page import Model
@@ -28,28 +29,36 @@ WRITERS = {"html": "layers.html", "latex": "layers.tex", "text": "layers.txt"}
 
 
 def formats_of(text: str) -> list[str]:
+    """Read --format: names of WRITERS, with commas. Raises UserError for another name."""
     formats = [part.strip() for part in text.split(",") if part.strip()]
-    for each in formats:
-        if each not in WRITERS:
-            raise UserError(f"format must be among {', '.join(WRITERS)}, got {each!r}")
+    for format in formats:
+        if format not in WRITERS:
+            raise UserError(f"format must be among {', '.join(WRITERS)}, got {format!r}")
     return formats
 
 
-def open_other(flags: argparse.Namespace, session: cli.Session) -> cli.Session | None:
-    """The checkpoint to compare with, unread. Raises UserError unless its tokens are those of `session`."""
+def open_other(flags: argparse.Namespace, engine: Engine, longest: int) -> Engine | None:
+    """Open the checkpoint to compare with, weights unread; None if none was asked for.
+
+    longest: positions of the longest text. Raises UserError unless it fits, and tokens are those of `engine`.
+    """
     if flags.compare_with is None:
         return None
-    other = cli.open_session(argparse.Namespace(**{**vars(flags), "checkpoint_path": flags.compare_with}))
-    if other.tokenizer.vocabulary.token_bytes != session.tokenizer.vocabulary.token_bytes:
+    other = cli.open_engine(flags, checkpoint=flags.compare_with, draft_vocab=None, draft_quantize=None)
+    if other.tokenizer.vocabulary.token_bytes != engine.tokenizer.vocabulary.token_bytes:
         raise UserError(
             f"compare_with {flags.compare_with}: its vocabulary is not that of {flags.checkpoint_path}, "
             f"and both must read the same tokens"
+        )
+    if longest > other.args.max_seq_len:
+        raise UserError(
+            f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, {longest} are needed"
         )
     return other
 
 
 def model_names(flags: argparse.Namespace) -> list[str]:
-    """What to call the checkpoints: the names of their folders, or the whole paths if these are the same."""
+    """Name the checkpoints: by their folders, or by the whole paths if the folders have the same name."""
     paths = [path for path in (flags.checkpoint_path, flags.compare_with) if path is not None]
     names = [Path(path).name or path for path in paths]
     return paths if len(set(names)) < len(names) else names
@@ -57,33 +66,29 @@ def model_names(flags: argparse.Namespace) -> list[str]:
 
 @torch.inference_mode()
 def look_at(
-    session: cli.Session, flags: argparse.Namespace, prompts: Sequence[list[int]], config: GenerateConfig
-) -> tuple[list[lens.Lens], list[dict]]:
-    """Continue each prompt with the policy of `flags` and look at all layers -> lenses, and the texts' summaries."""
-    args = session.args
-    policy = make_policy(flags.policy, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
-    length = max(map(len, prompts)) + config.max_new_tokens
-    runner = make_runner(session, length, policy, config.sampling, prompts[0])
-    lenses, summaries = [], []
+    engine: Engine, policy: DraftPolicy, prompts: Sequence[list[int]], config: GenerateConfig, verified: bool
+) -> tuple[list[lens.Lens], list[Generation]]:
+    """Continue each prompt with `policy` and look at all layers -> a lens and a generation for each."""
+    engine.prepare([policy], max(map(len, prompts)) + config.max_new_tokens, config.sampling, prompts[0])
+    runner, lenses, generations = engine.runner(policy), [], []
     for prompt in prompts:
-        generation = Generation.collect(decode(runner, prompt, config, policy, verified=not flags.no_verify))
-        left = lens.departures(generation, runner.n_layer)
-        lenses.append(lens.read(runner, [*prompt, *generation.tokens], len(prompt), left))
-        summaries.append(generation.summary(session.model))
-    return lenses, summaries
+        generation = Generation.collect(decode(runner, prompt, config, policy, verified=verified))
+        departures = lens.departures(generation, runner.n_layer)
+        lenses.append(lens.read(runner, [*prompt, *generation.tokens], len(prompt), departures))
+        generations.append(generation)
+    return lenses, generations
 
 
 @torch.inference_mode()
-def read_again(other: cli.Session, config: GenerateConfig, lenses: Sequence[lens.Lens]) -> list[lens.Lens]:
-    """What another checkpoint would say about the same texts. They left no layer of it: it did not write them."""
-    length = max(len(each.tokens) for each in lenses)
-    plain = make_policy("none", other.args.n_layer)
-    runner = make_runner(other, length, plain, config.sampling, lenses[0].tokens)
-    return [lens.read(runner, each.tokens, each.prompt_length, ()) for each in lenses]
+def read_again(other: Engine, lenses: Sequence[lens.Lens]) -> list[lens.Lens]:
+    """Look at all layers of another checkpoint over the same texts. It did not write them: no token left a layer."""
+    plain = other.policy("none")
+    other.prepare([plain], max(len(before.tokens) for before in lenses))
+    return [lens.read(other.runner(plain), before.tokens, before.prompt_length, ()) for before in lenses]
 
 
 def print_layers(models: Sequence[Model]) -> None:
-    """The table at the end: a row a layer, for each model its own columns."""
+    """Print the tables at the end: the layers, each model in columns of its own; then a row for each model."""
     columns, depths = ["layer"], max(len(model.summary["agreement"]) for model in models)
     for model in models:
         mark = f" {model.name}" if len(models) > 1 else ""
@@ -129,25 +134,26 @@ def print_layers(models: Sequence[Model]) -> None:
     )
 
 
-def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.Namespace, result: dict) -> list[Path]:
+def write_files(models: Sequence[Model], tokenizer: Tokenizer, flags: argparse.Namespace, result: dict) -> list[Path]:
     """Write every format asked for and the JSON into the output folder -> the files."""
-    folder, name = Path(flags.output_dir), page.names_of(session.tokenizer)
+    folder, name = Path(flags.output_dir), page.names_of(tokenizer)
     shown = [Model(model.name, model.lenses[: flags.num_tables], model.summary) for model in models]
     summary, files = models[0].summary, []
+    n_layer = len(summary["agreement"])
     facts = {
         "policy": result["policy"],
         "positions": str(summary["positions"]),
-        "mean layer from which the choice is final": f"{summary['stable_from_mean']:.1f} of {session.args.n_layer}",
+        "mean layer from which the choice is final": f"{summary['stable_from_mean']:.1f} of {n_layer}",
         "mean layers run for a token of the text": cli.shown(summary["departure_mean"]),
         "acceptance rate": cli.shown(result["acceptance_rate"], ".0%"),
     }
     title = f"{' and '.join(model.name for model in models)}: what each layer would say"
-    for each in flags.formats:
-        path = folder / WRITERS[each]
-        if each == "html":
+    for format in flags.formats:
+        path = folder / WRITERS[format]
+        if format == "html":
             write_text(path, page.write_html(shown, name, title, facts))
         else:
-            write_text(path, (page.write_latex if each == "latex" else page.write_text)(shown, name))
+            write_text(path, (page.write_latex if format == "latex" else page.write_text)(shown, name))
         files.append(path)
     for path in filter(None, (folder / "layers.json", flags.json)):
         write_json(path, result)
@@ -155,22 +161,22 @@ def write_files(models: Sequence[Model], session: cli.Session, flags: argparse.N
     return files
 
 
-def read_prompts(flags: argparse.Namespace, session: cli.Session, config: GenerateConfig) -> list[list[int]]:
-    """The prompt, or those of the dataset, as token ids. Raises UserError if there is none that fits the model."""
+def read_prompts(flags: argparse.Namespace, engine: Engine, config: GenerateConfig) -> list[list[int]]:
+    """Read the prompt, or those of the dataset, as token ids. Raises UserError if none fits the model."""
     if flags.dataset is None:
-        prompt = cli.read_prompt(flags, session.tokenizer, DEFAULT_PROMPT)
-        check_prompt(prompt, config, session.args.vocab_size, session.args.max_seq_len)
+        prompt = cli.read_prompt(flags, engine.tokenizer, DEFAULT_PROMPT)
+        check_prompt(prompt, config, engine.args.vocab_size, engine.args.max_seq_len)
         return [prompt]
     if given := [key for key in ("prompt", "prompt_file", "prompt_ids") if getattr(flags, key) is not None]:
         raise UserError(f"--dataset and --{given[0]} each choose the prompts: give one")
     dataset = samples.read_dataset(flags)
-    return [ids for _, ids in samples.encoded(dataset, flags, session, config)]
+    return [ids for _, ids in samples.encoded(dataset, flags, engine, config)]
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.inspect_layers",
-        description="What every layer would say at every position: a page, tables, numbers.",
+        description="Show what every layer would say at every position: a page, tables, numbers.",
         epilog="example: python -m scripts.inspect_layers --prompt 'def main():' --policy confidence:0.6 "
         "--output_dir inspect_out",
     )
@@ -208,6 +214,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def text_json(text: lens.Lens) -> dict:
+    """Return all numbers of one text, as they stand in layers.json."""
+    return dataclasses.asdict(text) | {"stable_from": [text.stable_from(t) for t in range(text.positions)]}
+
+
 def main() -> None:
     flags = parse_flags()
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -218,52 +229,37 @@ def main() -> None:
     samples.check_sample_flags(flags, without="prompt")
     config = GenerateConfig(flags.max_new_tokens, cli.sampling_config(flags))
     check_writable(flags.json)
-    session = cli.open_session(flags)
-    other = open_other(flags, session)
-    config = dataclasses.replace(config, eos_ids=session.eos_ids(flags))
-    args = session.args
-    policy = make_policy(flags.policy, args.n_layer, args.dim, num_draft_tokens=flags.num_draft_tokens)
-    check_num_draft_tokens(policy.num_draft_tokens)
+    engine = cli.open_engine(flags)
+    config = dataclasses.replace(config, eos_ids=cli.eos_ids(flags, engine))
+    policy = engine.policy(flags.policy, num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
         check_unverified(policy, config.sampling)
-    prompts = read_prompts(flags, session, config)
-    if other:
-        longest = max(map(len, prompts)) + config.max_new_tokens
-        if longest > other.args.max_seq_len:
-            raise UserError(
-                f"compare_with {flags.compare_with}: it has {other.args.max_seq_len} positions, {longest} are needed"
-            )
+    prompts = read_prompts(flags, engine, config)
+    other = open_other(flags, engine, max(map(len, prompts)) + config.max_new_tokens)
     make_folder(flags.output_dir)
 
-    lenses, summaries = look_at(session, flags, prompts, config)
+    lenses, generations = look_at(engine, policy, prompts, config, not flags.no_verify)
+    summaries, tokenizer = [generation.summary(engine.model) for generation in generations], engine.tokenizer
     names = model_names(flags)
     models = [Model(names[0], lenses, lens.summarise(lenses))]
     if other:
-        session.model = None  # one model in memory at a time
-        again = read_again(other, config, lenses)
-        models.append(Model(names[1], again, lens.summarise(again)))
-    drafted, accepted = (sum(summary[key] for summary in summaries) for key in ("drafted", "accepted"))
+        del engine  # one model in memory at a time
+        lenses = read_again(other, lenses)
+        models.append(Model(names[1], lenses, lens.summarise(lenses)))
     result = {
         "policy": str(policy),
         "verified": not flags.no_verify,
-        "acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_rate": totals(step for text in generations for step in text.rounds).acceptance_rate,
         "models": [
-            {
-                "name": model.name,
-                **model.summary,
-                "texts": [
-                    dataclasses.asdict(each) | {"stable_from": [each.stable_from(t) for t in range(each.positions)]}
-                    for each in model.lenses
-                ],
-            }
+            {"name": model.name, **model.summary, "texts": [text_json(text) for text in model.lenses]}
             for model in models
         ],
         "generations": summaries,
         "config": vars(flags),
         **cli.environment(),
     }
-    files = write_files(models, session, flags, result)
+    files = write_files(models, tokenizer, flags, result)
     print_layers(models)
     print("wrote " + ", ".join(map(str, files)))
 

@@ -1,4 +1,4 @@
-"""The charts of the page of `scripts.inspect_layers`, as SVG written by hand: no library, and they follow the theme."""
+"""Draw the charts of the page of `scripts.inspect_layers`, as SVG: no library, and in the theme's colours."""
 
 import html
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 34  # around the area that is drawn in
 
 
 def charts(summary: dict, lenses: Sequence[Lens]) -> str:
-    """The three charts of one model: cosines, earliest stable layers, and where the tokens left."""
+    """Draw the three charts of one model: cosines, earliest stable layers, and where the tokens left."""
     parts = [
         figure(
             "Median cosine of hidden states, n layers apart",
@@ -40,7 +40,7 @@ def figure(title: str, subtitle: str, svg: str) -> str:
 
 
 class Frame:
-    """An area with axes: x from x_low to x_high, y from y_low to y_high, in the data's own units."""
+    """An SVG drawing with axes: x from x_low to x_high, y from y_low to y_high, in the data's own units."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], label: str, describe: str):
         self.x, self.y = x, y
@@ -78,7 +78,7 @@ class Frame:
         self.add(f'<polyline class="line {kind}" points="{path}"><title>{html.escape(title)}</title></polyline>')
 
     def bar(self, x: float, y: float, width: float, kind: str, title: str) -> None:
-        """A bar from the bottom up to y, `width` units wide around x."""
+        """Add a bar from the bottom up to y, `width` units wide around x."""
         left, right = self.across(x - width / 2), self.across(x + width / 2)
         area = f'x="{left:.1f}" y="{self.down(y):.1f}" width="{max(0.5, right - left):.1f}"'
         height = self.down(self.y[0]) - self.down(y)
@@ -113,10 +113,10 @@ def stable_chart(summary: dict) -> str:
 
 
 def departure_chart(lenses: Sequence[Lens]) -> str:
-    n_layer, left = lenses[0].n_layer, [each for lens in lenses for each in lens.departures]
+    n_layer, left = lenses[0].n_layer, [departure for lens in lenses for departure in lens.departures]
     frame = Frame((0, len(left)), (0, n_layer), "token of the text", "layers run for each token")
-    for index, each in enumerate(left):
-        kind = "draft" if each.drafted else "own"
-        frame.bar(index + 0.5, each.depth, 0.9, kind, f"token {index + 1}: {each.depth} layers")
+    for index, departure in enumerate(left):
+        kind = "draft" if departure.drafted else "own"
+        frame.bar(index + 0.5, departure.depth, 0.9, kind, f"token {index + 1}: {departure.depth} layers")
     frame.ticks(range(0, len(left) + 1, max(1, len(left) // 8)))
     return frame.close()

@@ -1,9 +1,9 @@
-"""What every layer would say: the measurements behind `scripts.inspect_layers`.
+"""Measure what every layer would say: the numbers behind `scripts.inspect_layers`.
 
-A text (prompt and what a policy wrote after it) goes through the model once more, chunk by chunk as in a prefill, and
-the hidden states of all depths are kept: each, through the final norm and the LM head, names the token it would write
-next (the logit lens), and the cosines between them say how far apart they are. Where the tokens of the text left the
-model is read from the Rounds that wrote it.
+A text (a prompt and what a policy wrote after it) goes through the model once more, in chunks as in a prefill. The
+hidden states of all depths are kept. Each of them names, through the final norm and the LM head, the token that it
+would write next (the logit lens). Cosines between them say how far apart they are. The Rounds that wrote the text say
+where its tokens left the model.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from decoding.generation import Generation
+from decoding.generation import Generation, rate
 from decoding.runner import Runner
 
 TOP = 5  # tokens shown of each prediction
@@ -24,9 +24,10 @@ CHUNK = 64  # positions at a time: their logits and the hidden states of every d
 
 @dataclass(frozen=True)
 class Departure:
-    """How a token of the text came to be. depth: layers run for it; 0 if it was proposed without the model.
+    """Where a token of the text left the model.
 
-    drafted: it is a draft, not the full model's own. rejected: the draft (token, depth) that the full model replaced.
+    depth: layers run for it; 0 if it was proposed without the model. drafted: it is a draft, not the full model's own.
+    rejected: the draft (token, depth) that the full model put this token in place of.
     """
 
     depth: int
@@ -35,22 +36,22 @@ class Departure:
 
 
 def departures(generation: Generation, n_layer: int) -> list[Departure]:
-    """One Departure for each token of the text."""
-    found = [Departure(n_layer) for _ in generation.prefill.tokens]
+    """Return a Departure for each token of the text."""
+    left = [Departure(n_layer) for _ in generation.prefill.tokens]
     for step in generation.rounds:
         emitted_unjudged = step.exit_layers and not step.drafted
         drafts = len(step.tokens) if emitted_unjudged else step.accepted
         depths = step.exit_layers or (0,) * len(step.drafted)
-        found += [Departure(depth, True) for depth in depths[:drafts]]
+        left += [Departure(depth, True) for depth in depths[:drafts]]
         if len(step.tokens) > drafts:  # the full model's own token ends the round
             wrong = drafts < len(step.drafted)
-            found.append(Departure(n_layer, False, (step.drafted[drafts], depths[drafts]) if wrong else None))
-    return found
+            left.append(Departure(n_layer, False, (step.drafted[drafts], depths[drafts]) if wrong else None))
+    return left
 
 
 @dataclass
 class Lens:
-    """What the L layers say at the T positions of one text. Position t predicts the token at t + 1.
+    """Hold what the L layers say at the T positions of one text. Position t predicts the token at t + 1.
 
     tokens: T + 1 ids, of which the first `prompt_length` are the prompt. top_ids, top_probs: [L][T][TOP], most probable
     first. next_probs, next_ranks: [L][T], of the token that does come next (rank 0: the most probable). cosines: gap n
@@ -76,21 +77,21 @@ class Lens:
         return len(self.tokens) - 1
 
     def choice(self, depth: int, position: int) -> int:
-        """The most probable token after `position`, to the first `depth` layers."""
+        """Return the token that is most probable after `position` to the first `depth` layers."""
         return self.top_ids[depth - 1][position][0]
 
     def agrees(self, depth: int, position: int) -> bool:
         return self.choice(depth, position) == self.choice(self.n_layer, position)
 
     def stable_from(self, position: int) -> int:
-        """The earliest depth from which on the most probable token stays the final one."""
+        """Return the earliest depth from which on the most probable token stays the final one."""
         depth = self.n_layer
         while depth > 1 and self.agrees(depth - 1, position):
             depth -= 1
         return depth
 
     def departure(self, position: int) -> Departure | None:
-        """How the token after `position` came to be; None within the prompt, and where another model wrote the text."""
+        """Return where the token after `position` left; None within the prompt, and in a text of another model."""
         index = position + 1 - self.prompt_length
         return self.departures[index] if self.departures and index >= 0 else None
 
@@ -102,7 +103,7 @@ def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequen
     left: one Departure for each token after the prompt; none if another model wrote them.
     """
     n_layer, last = runner.n_layer, len(tokens) - 1
-    found = Lens(
+    text = Lens(
         list(tokens),
         prompt_length,
         *([[] for _ in range(n_layer)] for _ in range(4)),
@@ -114,29 +115,29 @@ def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequen
         following = torch.tensor(tokens[first + 1 : first + 1 + len(rows)], device=runner.positions.device)
         states = runner.prefill_states(rows, first, range(1, n_layer + 1)) | {0: runner.embed(rows)}
         for depth in range(1, n_layer + 1):
-            look(found, depth - 1, runner.exit(states[depth]).logits(), following)
+            add_layer(text, depth - 1, runner.exit(states[depth]).logits(), following)
         units = [F.normalize(states[depth].float(), dim=-1) for depth in range(n_layer + 1)]
-        for gap, by_depth in found.cosines.items():
+        for gap, by_depth in text.cosines.items():
             for depth, values in enumerate(by_depth):
                 values += (units[depth] * units[depth + gap]).sum(-1).tolist()
-    return found
+    return text
 
 
-def look(found: Lens, layer: int, logits: torch.Tensor, following: torch.Tensor) -> None:
-    """Add what `logits` [T, V] say to the lists of `layer`; following [T]: the tokens that do come next."""
+def add_layer(text: Lens, layer: int, logits: torch.Tensor, following: torch.Tensor) -> None:
+    """Add what `logits` [T, V] say to the lists of `layer`. following [T]: the tokens that do come next."""
     probs = logits.softmax(-1)
     chosen = logits.gather(-1, following[:, None])
     best = logits.argmax(-1)  # ties go to the lowest id, as in decoding; topk promises no order
     ids = logits.topk(min(TOP, logits.shape[-1])).indices.tolist()
     ids = [[first, *(i for i in row if i != first)][: len(row)] for first, row in zip(best.tolist(), ids, strict=True)]
-    found.top_ids[layer] += ids
-    found.top_probs[layer] += probs.gather(-1, torch.tensor(ids, device=logits.device)).tolist()
-    found.next_probs[layer] += probs.gather(-1, following[:, None])[:, 0].tolist()
-    found.next_ranks[layer] += (logits > chosen).sum(-1).tolist()
+    text.top_ids[layer] += ids
+    text.top_probs[layer] += probs.gather(-1, torch.tensor(ids, device=logits.device)).tolist()
+    text.next_probs[layer] += probs.gather(-1, following[:, None])[:, 0].tolist()
+    text.next_ranks[layer] += (logits > chosen).sum(-1).tolist()
 
 
 def summarise(lenses: Sequence[Lens]) -> dict:
-    """The numbers of some texts of one model, over all their positions.
+    """Return the numbers of some texts of one model, over all their positions.
 
     Per depth 1 .. L: agreement, the share of positions whose most probable token is the final one already; top1, the
     median probability of the most probable token; stable_from, how many positions have their earliest stable layer
@@ -146,8 +147,9 @@ def summarise(lenses: Sequence[Lens]) -> dict:
     n_layer = lenses[0].n_layer
     places = [(lens, t) for lens in lenses for t in range(lens.positions)]
     stable = Counter(lens.stable_from(t) for lens, t in places)
-    left = [each for lens in lenses for each in lens.departures]
-    depths, counts = [each.depth for each in left], Counter(each.depth for each in left)
+    left = [departure for lens in lenses for departure in lens.departures]
+    depths = [departure.depth for departure in left]
+    counts = Counter(depths)
     by_depth = {
         gap: [statistics.median(v for lens in lenses for v in lens.cosines[gap][at]) for at in range(n_layer + 1 - gap)]
         for gap in lenses[0].cosines
@@ -160,8 +162,8 @@ def summarise(lenses: Sequence[Lens]) -> dict:
         "stable_from_mean": sum(depth * n for depth, n in stable.items()) / len(places),
         "departures": [counts[depth] for depth in range(n_layer + 1)],
         "departure_mean": statistics.fmean(depths) if depths else None,
-        "drafted_share": sum(each.drafted for each in left) / len(left) if left else None,
-        "rejected_drafts": sum(each.rejected is not None for each in left),
+        "drafted_share": rate(sum(departure.drafted for departure in left), len(left)),
+        "rejected_drafts": sum(departure.rejected is not None for departure in left),
         "cosine_median": {
             gap: statistics.median(v for lens in lenses for values in lens.cosines[gap] for v in values)
             for gap in lenses[0].cosines

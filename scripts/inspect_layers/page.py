@@ -1,7 +1,7 @@
-"""The pages of `scripts.inspect_layers`: tables of what each layer would say, as HTML, LaTeX and plain text.
+"""Write the tables of `scripts.inspect_layers` as HTML, LaTeX and plain text.
 
-The HTML page is one file that needs nothing else: the template beside this file has style and behaviour, the tables are
-ordinary HTML and stand without the script, and what hovering shows lies in the page as JSON.
+The HTML page is one file that needs nothing else. The template beside this file has style and behaviour. The tables are
+ordinary HTML and can be read without the script. The details that hovering shows are in the page as JSON.
 """
 
 import html
@@ -47,7 +47,7 @@ LATEX_COLUMNS, TEXT_COLUMNS, TEXT_WIDTH = 8, 8, 8
 
 @dataclass
 class Model:
-    """One column of the comparison: a checkpoint, its texts seen through the lens and `lens.summarise` of them."""
+    """A checkpoint of the comparison: its texts seen through the lens, and `lens.summarise` of them."""
 
     name: str
     lenses: Sequence[Lens]
@@ -55,7 +55,7 @@ class Model:
 
 
 def names_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
-    """What to call a token in a table: its text with white space made visible, its bytes if they are no text."""
+    """Return what names a token in a table: its text with visible white space, or its bytes if they are no text."""
     if tokenizer is None:
         return str
     special = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
@@ -75,15 +75,17 @@ def names_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
 
 
 def visible(char: str) -> str:
-    """A character, or something to see instead."""
+    """Return a character, or something to see in its place."""
     if char in SHORT_NAMES:
         return SHORT_NAMES[char]
     return char if char.isprintable() else f"\\u{ord(char):04x}"
 
 
 def cell_marks(lens: Lens, depth: int, position: int) -> list[str]:
-    """What is special about a cell, in the template's class names: f the final choice, s stable from here on, x a draft
-    that left here, o the full model's own token, r a rejected draft."""
+    """Return the template's class names for a cell.
+
+    f: the final choice. s: stable from here on. x: a draft left here. o: the full model's token. r: a rejected draft.
+    """
     left = lens.departure(position)
     marks = ["f"] if lens.agrees(depth, position) else []
     if lens.stable_from(position) == depth:
@@ -96,7 +98,7 @@ def cell_marks(lens: Lens, depth: int, position: int) -> list[str]:
 
 
 def write_html(models: Sequence[Model], name: Callable[[int], str], title: str, facts: dict[str, str]) -> str:
-    """The page. models: one, or two that have read the same texts. facts: numbers for its head, label -> value."""
+    """Write the page. models: one, or two that have read the same texts. facts: its first numbers, label -> value."""
     vocabulary: dict[int, int] = {}  # token id -> index in the page's list of names
     tables, parts = [], [f"<h1>{html.escape(title)}</h1>", introduction(), head_facts(facts), tools()]
     texts = len(models[0].lenses)
@@ -194,7 +196,7 @@ def class_of(classes: str) -> str:
 
 
 def table_data(model: Model, index: int, vocabulary: dict[int, int]) -> dict:
-    """What the page's script knows of a table. Probabilities are in 1/10000; tokens are indices of `vocabulary`."""
+    """Return the data of a table for the page's script. Probabilities: in 1/10000. Tokens: indices of `vocabulary`."""
     lens = model.lenses[index]
 
     def known(token: int) -> int:
@@ -217,11 +219,11 @@ def table_data(model: Model, index: int, vocabulary: dict[int, int]) -> dict:
         "ranks": [rank for layer in lens.next_ranks for rank in layer],
         "left": [
             [
-                each.depth,
-                int(each.drafted),
-                *((known(each.rejected[0]), each.rejected[1]) if each.rejected else (-1, 0)),
+                departure.depth,
+                int(departure.drafted),
+                *((known(departure.rejected[0]), departure.rejected[1]) if departure.rejected else (-1, 0)),
             ]
-            for each in lens.departures
+            for departure in lens.departures
         ],
     }
 
@@ -231,7 +233,7 @@ def latex(text: str) -> str:
 
 
 def write_latex(models: Sequence[Model], name: Callable[[int], str]) -> str:
-    """Tables for a paper: colour is the probability, a frame where a token left the model, bold the final choice."""
+    """Write tables for a paper. Colour: the probability. Frame: a token left the model here. Bold: the final choice."""
     lines = [
         "% Each table: what every layer would say. \\input this file; the preamble needs",
         "%   \\usepackage[T1]{fontenc} \\usepackage{textcomp} \\usepackage[table]{xcolor}",
@@ -272,9 +274,9 @@ def latex_cell(lens: Lens, depth: int, position: int, name: Callable[[int], str]
 
 
 def write_text(models: Sequence[Model], name: Callable[[int], str]) -> str:
-    """Plain tables: the token, its probability in hundredths, and marks around it.
+    """Write plain tables: the token, its probability in hundredths, and marks around it.
 
-    [token] left the model there, ~token~ was a rejected draft, *: the choice is final from there on.
+    [token]: it left the model there. ~token~: a rejected draft. *: the choice is final from there on.
     """
     lines = [
         "[token]: left the model there; ~token~: a draft that was rejected; *: final from there on; "

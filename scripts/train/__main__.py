@@ -1,17 +1,17 @@
 """Train a Llama with the LayerSkip recipe, so that its early layers can draft for the rest.
 
-Three things differ from ordinary training: whole layers are dropped per sample, more often the deeper they lie; the
-loss is also taken after early layers, through the one final norm and head that every exit shares; and a curriculum
-says which exits are on in a step. The result is a Hugging Face folder that `generate.py --draft_exit` reads like any
-other Llama. Every random choice is a function of (seed, step), so the state of a run is weights, optimiser and step,
-and a run that was killed goes on as if nothing had happened.
+Three things differ from ordinary training. Whole layers are dropped per sample, more often the deeper they lie. The
+loss is also taken after early layers, through the one final norm and head that every exit shares. And a curriculum says
+which exits are on in a step. The result is a Hugging Face folder that `generate.py --draft_exit` reads like any other
+Llama. Every random choice is a function of (seed, step), so a run that was killed goes on as if nothing had happened.
 """
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cli
+from decoding.engine import chosen_device
 from errors import UserError
 from loading import checkpoint
 from loading.files import check_writable, write_json
@@ -23,19 +23,20 @@ from scripts.train.config import TrainConfig, parse_args
 from scripts.train.corpus import Data
 from scripts.train.loop import load_state, train
 from scripts.train.optimizers import make_optimizers
-from scripts.train.report import HELDOUT_WINDOWS, export, print_report, report
+from scripts.train.report import HELDOUT_WINDOWS, export, final_results, print_results
 from scripts.train.trainer import Trainer, build_model, heldout_losses, open_checkpoint
 
 
-def run(config: TrainConfig, ranks: Ranks) -> None:
+def train_with(config: TrainConfig, ranks: Ranks) -> None:
     """Train, or go on with the run found in output_dir, then report and export; the same call on every process."""
     config.validate(ranks.size)
+    config = replace(config, device=chosen_device(config.device, cli.notice))
     ranks.take_gpu(config.device)
     if ranks.leads:
         check_writable(config.json)
     source = open_checkpoint(config)
     with claimed(config.output_dir) if ranks.leads else nullcontext():
-        adapters.run(config, source) if config.adapter_exits else train_model(config, source, ranks)
+        adapters.train_adapters(config, source) if config.adapter_exits else train_model(config, source, ranks)
 
 
 def train_model(config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks) -> None:
@@ -59,18 +60,18 @@ def train_model(config: TrainConfig, source: checkpoint.Source | None, ranks: Ra
         if not position["step"]:
             position["heldout_before"] = heldout_losses(trainer, data.heldout, HELDOUT_WINDOWS).mean(-1).tolist()
     train(trainer, optimizers, data.tokens, data.heldout, position)
-    results = report(trainer, data.tokenizer, data.heldout_texts, data.heldout)
+    results = final_results(trainer, data.tokenizer, data.heldout_texts, data.heldout)
     results |= {"parameters": size, "training_tokens": len(data.tokens)} | position
     export(trainer, source, data.tokenizer, data.listing(), results["samples"])
     if ranks.leads:
-        print_report(results, Path(config.output_dir))
+        print_results(results, Path(config.output_dir))
         if config.json is not None:
             write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
 
 
 def main() -> None:
     with ranks.joined() as group:
-        run(parse_args(__doc__), group)
+        train_with(parse_args(__doc__), group)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Exit adapters: for a Llama of any origin, a small map after an early layer that lets it draft as the last one writes.
+"""Train exit adapters: for a Llama of any origin, a small map after an early layer, for better drafts from there.
 
 The adapter of exit E takes the hidden state h after E layers to h + up·(down·h); the model's own final norm and LM head
-follow. The model is frozen: one forward pass without gradients gives both the states that enter the adapters and the
-distribution of the last layer, which theirs are trained to match (KL divergence). `scripts.train --adapter_exits` gets
-here; the file it writes is read by the engine.
+follow. The model is frozen: one forward pass without gradients gives the states that enter the adapters, and the
+distribution of the last layer, which the adapted exits are trained to match (KL divergence). Used by `scripts.train
+--adapter_exits`; the engine reads the file.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ ADAPTER = "adapter.safetensors"
 PLAIN, ADAPTED = "without", "with"
 
 
-class Adapter(nn.Module):
-    """h -> h + up·(down·h); at first the identity, since up is 0."""
+class TrainableAdapter(nn.Module):
+    """Computes h + up·(down·h); at first the identity, since up is 0."""
 
     def __init__(self, dim: int, rank: int, generator: torch.Generator):
         super().__init__()
@@ -46,7 +46,7 @@ class Adapter(nn.Module):
 
 
 class AdapterTrainer:
-    """What scripts.train.loop trains: adapters (`trained`) around a model that stays as it is."""
+    """Trains adapters (`trained`) around a model that stays as it is; takes the place of a `Trainer` in loop.py."""
 
     measure = "kl_by_exit"
 
@@ -54,23 +54,23 @@ class AdapterTrainer:
         self.args, self.config, self.depths, self.ranks = model.args, config, depths, Ranks(None)
         self.exits = Exits(model, config)
         generator = torch.Generator().manual_seed(config.seed)
-        adapters = {str(depth): Adapter(model.args.dim, config.adapter_rank, generator) for depth in depths}
+        adapters = {str(depth): TrainableAdapter(model.args.dim, config.adapter_rank, generator) for depth in depths}
         self.trained = nn.ModuleDict(adapters).to(config.device)
 
     def step(self, step: int, progress: float, inputs: Tensor, targets: Tensor) -> dict[int, float]:
-        """Leave the gradients of a step in the adapters; return each one's KL divergence in nats per token."""
-        found = {}
+        """Leave the gradients of a step in the adapters; return the KL divergence of each exit in nats per token."""
+        by_exit = {}
         with self.autocast():
             states, teacher = self._frozen(inputs)
             for depth in self.depths:
                 loss = divergence(teacher, self._log_probs(states[depth - 1], depth)).mean()
                 loss.backward()
-                found[depth] = loss.item()
-        return found
+                by_exit[depth] = loss.item()
+        return by_exit
 
     @torch.no_grad()
     def _frozen(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Hidden states after each layer, and log-probabilities [B, T, V] of the last one."""
+        """Return hidden states after each layer, and log-probabilities [B, T, V] of the last one."""
         states = self.exits.hidden_states(tokens)
         return states, self.exits.model.head(states[-1]).log_softmax(-1)
 
@@ -81,7 +81,7 @@ class AdapterTrainer:
 
     @torch.no_grad()
     def drafts(self, tokens: list[int], first: int) -> dict[str, list[int]]:
-        """The most likely next token after each position from `first`, at each exit without and with its adapter."""
+        """Choose the next token after each position from `first`, at each exit without and with its adapter."""
         states = self.exits.hidden_states(torch.tensor([tokens], device=self.config.device))
         return {
             f"{depth} {kind}": self._log_probs(states[depth - 1][0, first:], adapter).argmax(-1).tolist()
@@ -91,8 +91,8 @@ class AdapterTrainer:
 
     @torch.no_grad()
     def heldout(self, tokens: Tensor, n_window: int) -> dict[str, dict[str, float]]:
-        """At each exit, without and with its adapter: KL divergence and loss in nats per token, agreement in 0..1."""
-        windows, found = heldout_windows(tokens, self.config.context, n_window), {}
+        """Measure each exit, without and with its adapter: KL and loss in nats per token, agreement in 0..1."""
+        windows, measures = heldout_windows(tokens, self.config.context, n_window), {}
         for window in windows:
             row = window.to(self.config.device)
             with self.autocast():
@@ -100,23 +100,23 @@ class AdapterTrainer:
                 for depth in self.depths:
                     for kind, adapter in ((PLAIN, None), (ADAPTED, depth)):
                         log_probs = self._log_probs(states[depth - 1], adapter)
-                        sums = found.setdefault(f"{depth} {kind}", {"kl": 0.0, "loss": 0.0, "agreement": 0.0})
+                        sums = measures.setdefault(f"{depth} {kind}", {"kl": 0.0, "loss": 0.0, "agreement": 0.0})
                         sums["kl"] += divergence(teacher, log_probs).mean().item()
                         sums["loss"] += F.nll_loss(log_probs[0], row[1:]).item()
                         sums["agreement"] += (log_probs.argmax(-1) == teacher.argmax(-1)).float().mean().item()
-        return {name: {key: value / len(windows) for key, value in sums.items()} for name, sums in found.items()}
+        return {name: {key: value / len(windows) for key, value in sums.items()} for name, sums in measures.items()}
 
     def evaluate(self, heldout: Tensor, n_window: int) -> dict:
-        """Held-out divergences for the log."""
-        found = self.heldout(heldout, n_window)
-        return {"heldout_kl_by_exit": {depth: found[f"{depth} {ADAPTED}"]["kl"] for depth in self.depths}}
+        """Return held-out divergences for the log."""
+        measures = self.heldout(heldout, n_window)
+        return {"heldout_kl_by_exit": {depth: measures[f"{depth} {ADAPTED}"]["kl"] for depth in self.depths}}
 
     def autocast(self):
         return autocast(self.config.device, self.config.precision == "bf16")
 
 
 def divergence(teacher: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(teacher || exit) in nats of log-probabilities [..., V]."""
+    """Compute KL(teacher || exit) in nats from log-probabilities [..., V]."""
     return (teacher.exp() * (teacher - log_probs)).sum(-1)
 
 
@@ -132,7 +132,7 @@ def parse_exits(text: str, n_layer: int) -> list[int]:
 
 
 def make_optimizer(adapters: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW whose step is as large, beside what `down` starts with, in a wide model as in a narrow one."""
+    """Make an AdamW whose steps, beside the first values of `down`, are as large in a wide model as in a narrow one."""
     downs, ups = ([getattr(adapter, name) for adapter in adapters.values()] for name in ("down", "up"))
     groups = [{"params": downs, "lr_scale": downs[0].shape[1] ** -0.5}, {"params": ups}]
     return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
@@ -146,7 +146,7 @@ def save_adapters(adapters: nn.ModuleDict, args, path: Path) -> None:
         file.write(save(tensors, metadata))  # save_file would hide it from other users
 
 
-def run(config: TrainConfig, source: checkpoint.Source) -> None:
+def train_adapters(config: TrainConfig, source: checkpoint.Source) -> None:
     """Train adapters of a checkpoint, or go on with the run found in output_dir; report, and write them."""
     args, out = source.args, make_folder(config.output_dir)
     depths = parse_exits(config.adapter_exits, args.n_layer)
@@ -168,14 +168,14 @@ def run(config: TrainConfig, source: checkpoint.Source) -> None:
     )
     train(trainer, optimizers, data.tokens, data.heldout, position)
     save_adapters(trainer.trained, args, out / ADAPTER)
-    results = report(trainer, data) | {"parameters": size, "training_tokens": len(data.tokens)} | position
-    print_report(results, out / ADAPTER)
+    results = final_results(trainer, data) | {"parameters": size, "training_tokens": len(data.tokens)} | position
+    print_results(results, out / ADAPTER)
     if config.json is not None:
         write_json(config.json, {"config": asdict(config), "results": results, **cli.environment()})
 
 
-def report(trainer: AdapterTrainer, data: Data) -> dict:
-    """For each exit, without and with its adapter: held-out measures, and greedy acceptance along the model's texts."""
+def final_results(trainer: AdapterTrainer, data: Data) -> dict:
+    """Measure each exit without and with its adapter: on held-out text, and by acceptance along the model's texts."""
     heldout = trainer.heldout(data.heldout, HELDOUT_WINDOWS)
     prompts = choose_prompts(data.tokenizer, data.heldout_texts)
     greedy, samples = greedy_acceptance(trainer, data.tokenizer, prompts, trainer.drafts)
@@ -188,7 +188,7 @@ def report(trainer: AdapterTrainer, data: Data) -> dict:
     return {"exits": rows, "num_draft_tokens": NUM_DRAFT_TOKENS, "prompts": len(prompts), "samples": samples}
 
 
-def print_report(results: dict, path: Path) -> None:
+def print_results(results: dict, path: Path) -> None:
     columns = {"kl": "KL", "loss": "loss", "agreement": "agreement", "acceptance_rate": "acceptance"}
     rows = [
         [str(row["exit_layer"]), "yes" if row["adapter"] else "no", *(cli.shown(row[key], ".3f") for key in columns)]

@@ -1,11 +1,10 @@
-"""The settings of a training run, each of them a flag of `scripts.train`, and what no run can have."""
+"""The settings of a training run, each of them a flag of `scripts.train`, and the checks of their values."""
 
 import argparse
 import math
 from dataclasses import dataclass, field, fields
 
-import torch
-
+from decoding.engine import DEVICES, chosen_device
 from errors import UserError
 from scripts.common.texts import SEEDS
 from scripts.train.recipe import parse_focus
@@ -15,13 +14,13 @@ EXAMPLE = """example, a few minutes on a laptop:
   python generate.py --checkpoint_path my_model --prompt "def main():" --draft_exit 2"""
 
 
-# Of the flags whose best value depends on what is trained: from scratch, from a checkpoint, adapters of one.
+# Flags whose best value depends on what is trained: a new model, a checkpoint, adapters of a checkpoint.
 DEFAULTS = {
     "dropout_schedule": ("exp", "constant", "constant"),
     "optimizer": ("muon", "adamw", "adamw"),
     "learning_rate": (3e-3, 3e-5, 1e-2),
 }
-RECIPE = (
+RECIPE = (  # settings that adapters do not have
     "p_max",
     "dropout_schedule",
     "curriculum",
@@ -41,7 +40,7 @@ def setting(default, text: str):
 
 @dataclass
 class TrainConfig:
-    """The settings of a run; each is a flag of the same name."""
+    """The settings of a run. Each is a flag of the same name."""
 
     data: tuple[str, ...] = setting(
         (),
@@ -89,7 +88,7 @@ class TrainConfig:
     eval_every: int = setting(200, "steps between held-out losses")
     output_dir: str = setting("train_out", "Hugging Face folder to write; a run found here is resumed")
     seed: int = setting(0, "of weights, order of data and layer dropout")
-    device: str = setting("cpu", "cpu or cuda")
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where torch sees a GPU")
     compile: bool = setting(False, "torch.compile layers and losses")
     workers: int = setting(1, "threads that each take a part of the batch; set OMP_NUM_THREADS=1 beside it")
     parallel: str = setting(
@@ -119,7 +118,7 @@ class TrainConfig:
             "optimizer": ("muon", "adamw"),
             "schedule": ("linear", "cosine", "wsd"),
             "precision": ("bf16", "fp32"),
-            "device": ("cpu", "cuda"),
+            "device": DEVICES,
             "parallel": ("ddp", "fsdp"),
         }
         for name, allowed in choices.items():
@@ -163,8 +162,7 @@ class TrainConfig:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.checkpoint_path is None:
             parse_focus(self.focus_exits, self.n_layer)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device cuda: torch sees no CUDA device here; use --device cpu")
+        chosen_device(self.device)
         if self.adapter_exits:
             self._validate_adapters(n_process)
         elif self.adapter_rank != 64:

@@ -62,7 +62,7 @@ def open_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file; it appears complete, by rename."""
+    """Copy a file; the copy appears complete, by rename."""
     with source.open("rb") as original, replacing(path) as copy:
         shutil.copyfileobj(original, copy)
 
@@ -166,10 +166,10 @@ def prepare_tokenizer(
 
 
 class Data:
-    """The text of a run: its files, split; the tokenizer, whose files go into output_dir; the tokens of both parts."""
+    """The text of a run: its files, split in two; the tokens of both parts; the tokenizer, copied into output_dir."""
 
     def __init__(self, config: TrainConfig, source: checkpoint.Source | None, ranks: Ranks):
-        """Raises UserError for files that are not there or too little text."""
+        """Read the files and encode them. Raises UserError for files that are not there or too little text."""
         self.train_texts, self.heldout_texts = split_texts(find_files(config.data, config.glob), config.heldout)
         out = Path(config.output_dir)
         if ranks.leads:
@@ -185,7 +185,7 @@ class Data:
         self.hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
     def listing(self) -> list[str]:
-        """Every file with its size, training or held out."""
+        """List every file with its size, training or held out."""
         lines = [f"# Python {platform.python_version()}: split, bytes, name"]
         for split, texts in (("train", dict(self.train_texts)), ("heldout", dict(self.heldout_texts))):
             lines += [f"{split}\t{len(text.encode())}\t{name}" for name, text in texts.items()]
@@ -193,7 +193,7 @@ class Data:
 
 
 def batch_at(tokens: Tensor, step: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] of a step: windows of `context` in an order shuffled anew for each epoch.
+    """Return inputs and targets [B, T] of a step: windows of `context` in an order shuffled anew for each epoch.
 
     With `short_context`, only every `long_every`-th step sees whole windows; the others see them cut into shorter ones.
     """

@@ -151,7 +151,7 @@ def _is_over(config: TrainConfig, position: dict) -> bool:
 
 
 def _progress(config: TrainConfig, position: dict) -> float:
-    """Where the schedules stand, 0..1 from first to last step, by whichever limit is nearer."""
+    """Return how far the schedules are, 0..1 from first to last step, by whichever limit is nearer."""
     by_step = position["step"] / max(config.max_steps - 1, 1) if config.max_steps else 0.0
     by_time = position["minutes"] / config.max_minutes if config.max_minutes else 0.0
     return min(max(by_step, by_time), 1.0)

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside layers, AdamW for everything else."""
+"""The optimisers of training: Muon for the matrices inside layers, AdamW for everything else."""
 
 import math
 from collections.abc import Iterable
@@ -25,8 +25,10 @@ def orthogonalize(update: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised per matrix (Jordan et al. 2024), scaled to the size of an AdamW step
-    (Moonlight, arXiv 2502.16982), so that both optimisers share one learning rate."""
+    """Updates each matrix by its orthogonalised momentum (Jordan et al. 2024).
+
+    An update is scaled to the size of an AdamW step (Moonlight, arXiv 2502.16982): both share one learning rate.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -49,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: Transformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers and AdamW for the rest, or AdamW for all."""
+    """Make Muon for the matrices inside layers and AdamW for the rest, or AdamW for all."""
     hidden = [p for p in model.layers.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]

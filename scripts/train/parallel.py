@@ -1,8 +1,8 @@
-"""Training with several processes: each computes its rows of a batch, and they share gradients (ddp) or weights (fsdp).
+"""Train with several processes: each computes its rows of a batch, and they share gradients (ddp) or weights (fsdp).
 
 ddp: every process has the whole model, and gradients are averaged. fsdp: every process has a part of each weight and of
-its optimiser state; a layer's weights are gathered while it computes. Elsewhere only `whole` and `part_of` tell the two
-apart: a state on disk holds whole tensors under the same names, whatever number of processes wrote it.
+its optimiser state; a layer's weights are gathered while it computes. A state on disk holds whole tensors, whatever
+number of processes wrote it: `whole` and `part_of` lead there and back.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def load_sharded(model: nn.Module, source: checkpoint.Source, device: str) -> No
 
 
 def whole(value, keep: bool = True):
-    """A state with each tensor put together from its parts, on all processes at once; None where not to be kept."""
+    """Put each tensor of a state together from its parts, on all processes at once; None where it is not kept."""
     if isinstance(value, dict):
         return {key: whole(part, keep) for key, part in value.items()}
     if isinstance(value, list):
@@ -64,7 +64,7 @@ def whole(value, keep: bool = True):
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process has of a whole tensor, cut as `like` is."""
+    """Cut a whole tensor as `like` is cut -> the part of this process."""
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh
@@ -72,14 +72,14 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def averaged(ranks: Ranks, values: Sequence[float]) -> list[float]:
-    """The mean over processes of each number, the same on all of them."""
+    """Return the mean of each number over the processes, on all of them."""
     if ranks.size == 1:
         return list(values)
     return ranks.group.gather(torch.tensor(values, dtype=torch.float64)).mean(0).tolist()
 
 
 def shared_out(ranks: Ranks, items: Sequence, work: Callable, what: str) -> list:
-    """work(item) of every item, in order, on every process; each works equally often, as sharded weights demand."""
+    """Return work(item) of every item, in order, on every process. All work equally often: sharded weights need it."""
     padded = [*items, *items[-1:] * (-len(items) % ranks.size)]
-    found = tqdm(ranks.each(padded, work), total=len(padded), desc=what, leave=False, delay=1.0)
-    return list(found)[: len(items)]
+    results = tqdm(ranks.each(padded, work), total=len(padded), desc=what, leave=False, delay=1.0)
+    return list(results)[: len(items)]

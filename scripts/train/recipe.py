@@ -12,14 +12,14 @@ from errors import UserError
 
 
 def dropout_probabilities(n_layer: int, p_max: float, schedule: str, progress: float) -> Tensor:
-    """Chance of dropping each layer at `progress` (0..1) of the run -> fp32 [L]; 0 for the first, at most p_max."""
+    """Return the chance of dropping each layer at `progress` (0..1) of the run, fp32 [L]: from 0 to at most p_max."""
     depth = torch.arange(n_layer) / max(n_layer - 1, 1)
     over_time = 1.0 if schedule == "constant" else math.exp(progress * math.log(2)) - 1
     return over_time * (torch.exp(depth * math.log(2)) - 1) * p_max
 
 
 def active_exits(curriculum: str, n_layer: int, step: int, progress: float) -> list[int]:
-    """Exits (1..L layers run) whose loss counts in this step; the last is always among them."""
+    """List the exits (1..L layers run) whose loss counts in this step; the last is always among them."""
     name, _, period = curriculum.partition(":")
     if name == "none":
         return list(range(1, n_layer + 1))
@@ -30,7 +30,10 @@ def active_exits(curriculum: str, n_layer: int, step: int, progress: float) -> l
 
 
 def exit_weights(exits: list[int], n_layer: int, e_scale: float, kind: str) -> dict[int, float]:
-    """Weight of each active exit's loss, summing to 1: the paper's e(l), growing with depth, or one for all early."""
+    """Weigh the loss of each active exit, in sum 1.
+
+    kind: paper, e(l) that grows with depth; uniform, e_scale for each early exit.
+    """
     if kind == "uniform":
         raw = {depth: 1.0 if depth == n_layer else e_scale for depth in exits}
     else:
@@ -57,7 +60,7 @@ def parse_focus(text: str, n_layer: int) -> dict[int, float]:
 
 
 def learning_rate_factor(schedule: str, warmup: float, progress: float) -> float:
-    """Multiplier of the peak learning rate at `progress` (0..1): linear warm-up, then down to 0."""
+    """Return the multiplier of the peak learning rate at `progress` (0..1): linear warm-up, then down to 0."""
     if progress < warmup:
         return progress / warmup + 1e-3
     rest = min((progress - warmup) / max(1 - warmup, 1e-9), 1.0)

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: losses, the acceptance of drafting with its early layers, a picture, a folder."""
+"""Report on a finished run: losses, the acceptance of drafting with its early layers, a picture, a folder."""
 
 import json
 from collections.abc import Callable
@@ -8,33 +8,35 @@ import torch
 from torch import Tensor
 
 import cli
+from decoding.generation import rate
 from loading import checkpoint, writing
-from loading.files import replacing, write_text
+from loading.files import write_text
 from loading.tokenizer import Tokenizer
+from scripts.common import pictures
 from scripts.common.first_drafts import simulate_rounds
 from scripts.train.parallel import shared_out, whole
 from scripts.train.trainer import Trainer, heldout_losses
 
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 64, 96, 24  # of the acceptance measured at the end
 NUM_DRAFT_TOKENS, HELDOUT_WINDOWS = 3, 64
-Drafts = Callable[[list[int], int], dict[str, list[int]]]  # (tokens, first position) -> each drafter's choices
+Drafts = Callable[[list[int], int], dict[str, list[int]]]  # (tokens, first position) -> tokens, by kind of draft
 
 
 def choose_prompts(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(file, prompt) pairs of about PROMPT_TOKENS tokens: beginnings of held-out texts, classes and functions."""
-    found = []
+    """Choose (file, prompt) pairs of about PROMPT_TOKENS tokens: beginnings of texts, classes and functions."""
+    prompts = []
     for name, text in texts:
         starts = [0] + [text.find(word) + 1 for word in ("\nclass ", "\ndef ", "\n    def ") if word in text]
         for start in sorted(set(starts)):
             ids = tokenizer.encode(text[start : start + 40 * PROMPT_TOKENS])
             if len(ids) > PROMPT_TOKENS:
-                found.append((name, tokenizer.decode(ids[:PROMPT_TOKENS], continues=True)))
-    wanted = min(NUM_PROMPTS, len(found))
-    return [found[index * len(found) // wanted] for index in range(wanted)]
+                prompts.append((name, tokenizer.decode(ids[:PROMPT_TOKENS], continues=True)))
+    wanted = min(NUM_PROMPTS, len(prompts))
+    return [prompts[index * len(prompts) // wanted] for index in range(wanted)]
 
 
 def continue_greedily(trainer: Trainer, prompt: list[int], drafts: Drafts) -> tuple[list[int], dict[str, list[bool]]]:
-    """NEW_TOKENS greedy tokens of the full model, and where each drafter would have said the same."""
+    """Continue a prompt by NEW_TOKENS greedy tokens of the full model; tell where each kind of draft agrees."""
     ids = list(prompt)
     with trainer.autocast():
         for _ in range(NEW_TOKENS):
@@ -50,29 +52,29 @@ def continue_greedily(trainer: Trainer, prompt: list[int], drafts: Drafts) -> tu
 def greedy_acceptance(
     trainer: Trainer, tokenizer: Tokenizer, prompts: list[tuple[str, str]], drafts: Drafts
 ) -> tuple[dict[str, dict], list[dict]]:
-    """Acceptance rate and agreement of each drafter along the full model's greedy texts, and these texts."""
+    """Measure acceptance rate and agreement of each kind of draft along greedy texts; return these texts, too."""
     work = lambda prompt: continue_greedily(trainer, tokenizer.encode(prompt[1]), drafts)
-    found = shared_out(trainer.ranks, prompts, work, "greedy texts")
+    continued = shared_out(trainer.ranks, prompts, work, "greedy texts")
     results = {}
-    for name in found[0][1] if found else ():
-        agree = [where[name] for _, where in found]
-        rounds = [simulate_rounds(each, NUM_DRAFT_TOKENS) for each in agree]
+    for name in continued[0][1] if continued else ():
+        agree = [where[name] for _, where in continued]
+        rounds = [simulate_rounds(text, NUM_DRAFT_TOKENS) for text in agree]
         accepted, drafted = (sum(counts) for counts in zip(*rounds, strict=True))
         agreed, total = sum(map(sum, agree)), sum(map(len, agree))
-        results[name] = {"acceptance_rate": accepted / drafted if drafted else None, "agreement": agreed / total}
+        results[name] = {"acceptance_rate": rate(accepted, drafted), "agreement": rate(agreed, total)}
     samples = [
         {"file": file, "prompt": prompt, "continuation": tokenizer.decode(tokens, continues=True)}
-        for (file, prompt), (tokens, _) in zip(prompts, found, strict=True)
+        for (file, prompt), (tokens, _) in zip(prompts, continued, strict=True)
     ]
     return results, samples
 
 
-def report(trainer: Trainer, tokenizer: Tokenizer, texts: list[tuple[str, str]], heldout: Tensor) -> dict:
-    """Held-out loss of every exit and by position, greedy acceptance of drafting with L/4 layers, and a sample."""
+def final_results(trainer: Trainer, tokenizer: Tokenizer, texts: list[tuple[str, str]], heldout: Tensor) -> dict:
+    """Measure held-out loss by exit and by position, greedy acceptance of drafting with L/4 layers; add samples."""
     by_position = heldout_losses(trainer, heldout, HELDOUT_WINDOWS)
     exit_layer, prompts = max(trainer.args.n_layer // 4, 1), choose_prompts(tokenizer, texts)
     drafts = lambda ids, first: {"early": trainer.exits.choices(ids, first, [exit_layer])[0]}
-    found, samples = greedy_acceptance(trainer, tokenizer, prompts, drafts)
+    greedy, samples = greedy_acceptance(trainer, tokenizer, prompts, drafts)
     parts = by_position[-1].chunk(4)
     return {
         "heldout_tokens": len(heldout),
@@ -81,12 +83,12 @@ def report(trainer: Trainer, tokenizer: Tokenizer, texts: list[tuple[str, str]],
         "exit_layer": exit_layer,
         "num_draft_tokens": NUM_DRAFT_TOKENS,
         "prompts": len(prompts),
-        **found.get("early", {"acceptance_rate": None, "agreement": None}),
+        **greedy.get("early", {"acceptance_rate": None, "agreement": None}),
         "samples": samples,
     }
 
 
-def print_report(results: dict, out: Path) -> None:
+def print_results(results: dict, out: Path) -> None:
     """Print the losses, beside those before the run where it went on from a checkpoint, and the acceptance."""
     losses = [results["heldout_loss_by_exit"]]
     if results["heldout_before"]:
@@ -105,14 +107,8 @@ def print_report(results: dict, out: Path) -> None:
 
 def plot_losses(log: Path, picture: Path) -> None:
     """Draw the training loss of the last exit and the held-out loss of some exits over tokens."""
-    try:
-        import matplotlib
-    except ImportError:
-        cli.notice("no loss_curve.png: drawing it needs `pip install matplotlib`")
+    if (pyplot := pictures.pyplot(picture)) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     last = max((int(depth) for row in rows for depth in row["loss_by_exit"]), default=0)
     smooth, curve = None, []
@@ -130,9 +126,7 @@ def plot_losses(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    with replacing(picture) as file:
-        figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
+    pictures.save(figure, picture)
 
 
 def export(

@@ -1,4 +1,4 @@
-"""A model in training: its forward passes with dropped layers, the loss of every exit, the gradients of a step."""
+"""Compute a training step: forward passes with dropped layers, the loss of every exit, gradients."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def init_weights(model: Transformer, seed: int) -> None:
 
 
 def open_checkpoint(config: TrainConfig) -> checkpoint.Source | None:
-    """The checkpoint to go on from, if there is one. Raises UserError for one that cannot be trained."""
+    """Open the checkpoint to go on from, if there is one. Raises UserError if it cannot be trained."""
     if config.checkpoint_path is None:
         return None
     source = checkpoint.open_source(config.checkpoint_path)
@@ -47,7 +47,7 @@ def open_checkpoint(config: TrainConfig) -> checkpoint.Source | None:
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, source: checkpoint.Source | None) -> Transformer:
-    """A new model in fp32, or the checkpoint's; one that is to be sharded has no weights yet (meta device)."""
+    """Make a new model in fp32, or read the checkpoint's. One to be sharded has no weights yet (meta device)."""
     if source is not None:
         check_vocabulary(tokenizer, source.args.vocab_size)
         if config.parallel == "fsdp":
@@ -74,7 +74,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, source: checkpoint.So
 
 
 class Exits(nn.Module):
-    """The model as training sees it: what each of its exits says. The forward pass is the loss of a step.
+    """A model with the outputs of all its exits. The forward pass is the loss of a step.
 
     Under fsdp weights are whole only inside `forward` and the METHODS.
     """
@@ -92,7 +92,7 @@ class Exits(nn.Module):
             self.exit_loss = torch.compile(_exit_loss, dynamic=False)
 
     def hidden_states(self, tokens: Tensor, dropped: Tensor | None = None, layer_forward=None) -> list[Tensor]:
-        """Token ids [B, T] -> hidden [B, T, D] after each layer; `dropped` [L, B] marks samples that skip a layer.
+        """Map token ids [B, T] to hidden [B, T, D] after each layer. dropped: [L, B], marks samples that skip a layer.
 
         layer_forward: a compiled one; not for evaluation, which has other shapes.
         """
@@ -110,7 +110,7 @@ class Exits(nn.Module):
     def forward(
         self, inputs: Tensor, targets: Tensor, dropped: Tensor | None, weights: dict[int, float]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The loss of a step and the cross-entropy (nats per token) of each exit in `weights`."""
+        """Compute the loss of a step, and the cross-entropy (nats per token) of each exit in `weights`."""
         states = self.hidden_states(inputs, dropped, self.layer)
         total, by_exit, teacher, n_layer = 0.0, {}, None, self.model.args.n_layer
         for depth in sorted(weights, reverse=True):
@@ -124,7 +124,7 @@ class Exits(nn.Module):
 
     @torch.no_grad()
     def position_losses(self, row: Tensor) -> Tensor:
-        """Tokens [T + 1] -> the cross-entropy of each exit at each position [L, T], on the CPU."""
+        """Compute for tokens [T + 1] the cross-entropy of each exit at each position [L, T], on the CPU."""
         losses = [
             F.cross_entropy(self.model.head(hidden)[0], row[1:], reduction="none").cpu()
             for hidden in self.hidden_states(row[None, :-1])
@@ -133,7 +133,7 @@ class Exits(nn.Module):
 
     @torch.no_grad()
     def choices(self, tokens: list[int], first: int, depths: list[int]) -> list[list[int]]:
-        """The most likely next token after each position from `first`, by each exit in `depths`."""
+        """Choose the next token after each position from `first`, by each exit in `depths`."""
         states = self.hidden_states(torch.tensor([tokens], device=self.device))
         return [self.model.head(states[depth - 1][0, first:]).argmax(-1).tolist() for depth in depths]
 
@@ -190,10 +190,10 @@ class Trainer:
             self.shapes.add(inputs.shape)
         else:
             parts = list(self.pool.map(part, range(n_worker)))
-        return {depth: sum(each[depth] for each in parts) / n_worker for depth in parts[0]}
+        return {depth: sum(losses[depth] for losses in parts) / n_worker for depth in parts[0]}
 
     def _dropped(self, step: int, progress: float, n_row: int) -> Tensor | None:
-        """Which rows of the whole batch skip which layers [L, B]: the same whoever computes a row."""
+        """Draw which rows of the whole batch skip which layers, [L, B]: the same whoever computes a row."""
         args, config = self.args, self.config
         if not config.p_max:
             return None
@@ -210,7 +210,7 @@ class Trainer:
         return weights
 
     def evaluate(self, heldout: Tensor, n_window: int) -> dict:
-        """Held-out losses for the log."""
+        """Return held-out losses for the log."""
         return {"heldout_by_exit": heldout_losses(self, heldout, n_window).mean(-1).tolist()}
 
     def autocast(self):
@@ -227,7 +227,7 @@ def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k
 
 
 def _exit_loss(model: Transformer, hidden: Tensor, targets: Tensor, teacher: Tensor | None):
-    """Cross-entropy, KL(teacher || exit) (0 without teacher) and log-probabilities [B·T, V] of one exit."""
+    """Compute cross-entropy, KL(teacher || exit) (0 without teacher) and log-probabilities [B·T, V] of an exit."""
     log_probs = F.log_softmax(model.head(hidden).flatten(0, 1), dim=-1)
     ce = F.nll_loss(log_probs, targets.flatten())
     divergence = 0.0
@@ -237,7 +237,7 @@ def _exit_loss(model: Transformer, hidden: Tensor, targets: Tensor, teacher: Ten
 
 
 def heldout_windows(tokens: Tensor, length: int, n_window: int) -> list[Tensor]:
-    """Up to n_window windows of length + 1 tokens, spread evenly over the held-out text."""
+    """Cut up to n_window windows of length + 1 tokens, spread evenly over the held-out text."""
     length = min(length, len(tokens) - 1)
     n_window = max(1, min(n_window, len(tokens) // length))
     starts = [round(index * (len(tokens) - 1 - length) / max(n_window - 1, 1)) for index in range(n_window)]
@@ -245,7 +245,7 @@ def heldout_windows(tokens: Tensor, length: int, n_window: int) -> list[Tensor]:
 
 
 def heldout_losses(trainer: Trainer, tokens: Tensor, n_window: int) -> Tensor:
-    """Mean cross-entropy in nats of each exit at each position of `n_window` windows -> [L, T]."""
+    """Compute the mean cross-entropy in nats of each exit at each position of `n_window` windows -> [L, T]."""
     windows = heldout_windows(tokens, trainer.config.context, n_window)
     with trainer.autocast():
         losses = lambda row: trainer.exits.position_losses(row.to(trainer.config.device))

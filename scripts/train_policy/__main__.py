@@ -1,43 +1,42 @@
 """Learn which sublayers a draft should leave out: a small network over the frozen model, by policy gradient (skipr).
 
-A window of text passes the full model once. At each of its positions the network, seeing the state that chose the token
-there, draws several sets of sublayers; drafts without them are judged in parallel (`skip_rewards.py`), and the network
-learns from the rewards (`skip_network.py`). Each alpha, what a layer left out is worth, gives a policy of its own:
-`generate.py --policy learned:FILE`. Every random choice is a function of (seed, step), so a run that was killed goes on
-as if nothing had happened.
+A window of text passes the full model once. At each of its positions the network sees the state that chose the token
+there, and draws several sets of sublayers. Drafts without them are judged in parallel (`rewards.py`), and the network
+learns from the rewards (`network.py`, `training.py`). Alpha says what a layer left out is worth: each alpha gives a
+policy of its own, for `generate.py --policy learned:FILE`. Every random choice is a function of (seed, step), so a run
+that was killed goes on as if nothing had happened.
 """
 
 import argparse
 import hashlib
 import math
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 from decoding.calibrate import SAMPLE_TEXT
+from decoding.engine import CALIBRATION_TOKENS, Engine
 from errors import UserError
-from loading.files import check_writable, make_folder, replacing, write_json
+from loading.files import check_writable, make_folder, write_json
 from model import Transformer
-from scripts.common.journal import claimed, digest, read_state, refuse_others
-from scripts.common.round_costs import RoundCosts, measure, restored
+from scripts.common.commands import generate_command
+from scripts.common.journal import claimed, digest
+from scripts.common.round_costs import RoundCosts, measure
 from scripts.common.texts import SEEDS, encode_texts, find_files, split_texts
 from scripts.train_policy import report
-from scripts.train_policy.network import SkipNetwork, draw, policy_loss
-from scripts.train_policy.rewards import Reward, SkipReward, SpeedReward, Window, mean, numbers
+from scripts.train_policy.rewards import Reward, SkipReward, SpeedReward
+from scripts.train_policy.training import PolicyTrainer, TrainingState
 
 ALPHAS = "0.02,0.03,0.1,0.5"  # on the demo model: from a fifth to most of the layers left out
 SPEED_DRAFTS = 4  # drafts of a round that the speed reward imagines
 UNSURE = 0.25  # median error of round costs from which their conclusions are doubtful
-# What the weights of a policy follow from; a folder is continued only with the same.
+# Flags that the weights of a policy follow from; a folder is continued only with the same.
 DECIDING = (
     "checkpoint_path",
-    "device",
     "precision",
     "quantize",
     "threads",
@@ -55,104 +54,19 @@ DECIDING = (
 )
 
 
-class Run:
-    """What a run has learned so far, in state.pt: costs of rounds, and of each policy network, optimiser and steps."""
-
-    def __init__(self, path: Path, settings: dict):
-        """Read what is there. Raises UserError if it is of other settings or no such file."""
-        self.path, self.state = path, {"settings": settings, "costs": None, "policies": {}}
-        if not path.exists():
-            return
-        self.state = read_state(path, {"settings": dict, "costs": None, "policies": dict})
-        refuse_others(path, self.state["settings"], settings)
-        if (known := self.state["costs"]) is not None:
-            restored(path, known)
-
-    def save(self) -> None:
-        """Write all of it; the file appears complete, by rename."""
-        with replacing(self.path) as file:
-            torch.save(self.state, file)
-
-    def costs(self, measured: Callable[[], RoundCosts]) -> RoundCosts:
-        """Of this run: measured once, so that a run that goes on is rewarded by the same numbers."""
-        if self.state["costs"] is None:
-            self.state["costs"] = asdict(measured())
-            self.save()
-        return restored(self.path, self.state["costs"])
-
-
-@dataclass
-class Trainer:
-    """Trains policies of one model on one text; each from the same weights, on the same windows, by the same draws."""
-
-    model: Transformer
-    tokens: Tensor
-    flags: argparse.Namespace
-
-    def network(self) -> SkipNetwork:
-        flags, args = self.flags, self.model.args
-        network = SkipNetwork(args.dim, args.n_layer, flags.hidden, flags.actions == "layer", flags.seed)
-        return network.to(self.model.norm.weight.device)
-
-    def train(self, name: str, reward: Reward, run: Run) -> SkipNetwork:
-        """Go on with the policy `name` of the run to its last step, saving on the way."""
-        flags, network = self.flags, self.network()
-        optimizer = torch.optim.Adam(network.parameters(), lr=flags.learning_rate)
-        saved = run.state["policies"].setdefault(name, {"step": 0, "curve": []})
-        if saved["step"]:
-            network.load_state_dict(saved["network"])
-            optimizer.load_state_dict(saved["optimizer"])
-        seen: list[dict] = []
-        with tqdm(total=flags.steps, initial=saved["step"], desc=name, unit="step", leave=False) as bar:
-            for step in range(saved["step"], flags.steps):
-                optimizer.param_groups[0]["lr"] = flags.learning_rate * (1 - step / flags.steps)
-                seen.append(self.step(step, network, reward))
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.update()
-                bar.set_postfix({key: f"{seen[-1][key]:.2f}" for key in ("reward", "skipped")}, refresh=False)
-                if (step + 1) % flags.save_every == 0 or step + 1 == flags.steps:
-                    saved["curve"].append({"step": step + 1, **mean(seen)})
-                    saved |= {"step": step + 1, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-                    run.save()
-                    seen = []
-        return network
-
-    def step(self, step: int, network: SkipNetwork, reward: Reward) -> dict:
-        """Add the gradient of a step's windows to the network's -> means of what the drawn sets gave."""
-        flags, seen = self.flags, []
-        generator = torch.Generator().manual_seed(flags.seed * 1_000_003 + step)
-        starts = torch.randint(len(self.tokens) - flags.context, (flags.windows,), generator=generator)
-        for start in starts.tolist():
-            window = Window(self.model, self.tokens[start : start + flags.context + 1].tolist())
-            logits = network(window.states)
-            actions, rewards = draw(logits, flags.samples, generator), []
-            for keep in network.sublayers(actions):  # one set a position at a time: memory of one window
-                outcome = window.judge(keep)
-                rewards.append(reward(outcome, keep))
-                seen.append(numbers(outcome, keep, rewards[-1], self.model))
-            loss = policy_loss(logits, actions, torch.stack(rewards)) / flags.windows
-            if not loss.isfinite():
-                raise UserError(
-                    f"the policy diverged in step {step}: lower --learning_rate ({flags.learning_rate}) or --alpha"
-                )
-            loss.backward()
-        return mean(seen)
-
-
 def parse_alphas(text: str) -> list[str]:
-    """ "0.01,0.1" -> the numbers as they stand in file names, ascending. Raises UserError."""
+    """Read "0.01,0.1" -> the numbers as they stand in file names, ascending. Raises UserError."""
     try:
-        found = sorted({float(part) for part in text.split(",")})
+        alphas = sorted({float(part) for part in text.split(",")})
     except ValueError:
         raise UserError(f"alpha must be numbers with commas, such as {ALPHAS}, got {text!r}") from None
-    if not all(0 <= alpha < math.inf for alpha in found):
+    if not all(0 <= alpha < math.inf for alpha in alphas):
         raise UserError(f"alpha must be 0 or more, got {text!r}")
-    return [f"{alpha:g}" for alpha in found]
+    return [f"{alpha:g}" for alpha in alphas]
 
 
 def make_rewards(flags: argparse.Namespace, model: Transformer, costs: RoundCosts) -> dict[str, Reward]:
-    """What each policy of the run is trained for, by the name in its file's name."""
+    """Return the reward of each policy of the run, by the name in its file's name."""
     if flags.reward == "speed":
         return {"speed": SpeedReward(costs, flags.num_draft_tokens or SPEED_DRAFTS)}
     return {name: SkipReward(model, flags.loss, float(name)) for name in parse_alphas(flags.alpha or ALPHAS)}
@@ -236,12 +150,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def prepare(flags: argparse.Namespace) -> tuple[cli.Session, Tensor, Tensor, Run]:
-    """All that can go wrong before the weights are read: texts, checkpoint, folder, the state found there."""
+def prepare(flags: argparse.Namespace) -> tuple[Engine, Tensor, Tensor, TrainingState]:
+    """Check everything before the weights are read -> the engine, training and held-out tokens, the state found."""
     check_writable(flags.json)
     files = find_files(flags.data, flags.glob)
-    session = cli.open_session(flags)
-    most = session.args.max_seq_len
+    engine = cli.open_engine(flags)
+    most = engine.args.max_seq_len
     if flags.context > most:
         raise UserError(f"context must be at most {most}, as this model's, got {flags.context}")
     if report.PROMPT_TOKENS + flags.max_new_tokens > most:
@@ -249,40 +163,35 @@ def prepare(flags: argparse.Namespace) -> tuple[cli.Session, Tensor, Tensor, Run
             f"max_new_tokens must be at most {most - report.PROMPT_TOKENS} for this model, got {flags.max_new_tokens}"
         )
     folder = make_folder(flags.output_dir)
-    tokens, heldout = (encode_texts(session.tokenizer, texts) for texts in split_texts(files, flags.heldout))
+    tokens, heldout = (encode_texts(engine.tokenizer, texts) for texts in split_texts(files, flags.heldout))
     for what, text in (("training", tokens), ("held-out", heldout)):
         if len(text) <= (least := max(flags.context, report.PROMPT_TOKENS)):
             raise UserError(f"data: {len(text)} {what} tokens are too few, more than {least} are needed (--context)")
     settings = {name: getattr(flags, name) for name in DECIDING} | {
+        "device": engine.device,
         "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "weight_files": digest((), (), (), session.source, 1)["weight_files"],
+        "weight_files": digest((), (), (), engine.source, 1)["weight_files"],
     }
     if flags.reward == "skip":
         del settings["num_draft_tokens"]  # it is only written into the file
-    return session, tokens, heldout, Run(folder / "state.pt", settings)
+    return engine, tokens, heldout, TrainingState(folder / "state.pt", settings)
 
 
-def command_line(flags: argparse.Namespace, policy: str) -> str:
-    """The generate.py command that decodes with a policy."""
-    words, defaults = ["python", "generate.py"], {"checkpoint_path": str(cli.DEMO), "device": "cpu"}
-    for name in ("checkpoint_path", "device", "precision", "quantize", "threads"):
-        if (value := getattr(flags, name)) not in (None, defaults.get(name)):
-            words += [f"--{name}", str(value)]
-    return shlex.join([*words, *([] if flags.compile else ["--no-compile"]), "--policy", policy])
-
-
-def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCosts, model: Transformer) -> None:
+def write_results(
+    flags: argparse.Namespace, progress: TrainingState, rows: list[dict], costs: RoundCosts, model: Transformer
+) -> None:
     """Print the tables and the command, write JSON and picture."""
     folder, title = Path(flags.output_dir), f"{Path(flags.checkpoint_path).name}, {str(model.norm.weight.dtype)[6:]}"
     report.print_rows(rows, title, model.args.n_layer)
     fastest = max(rows, key=lambda row: row["speedup"])
-    command = command_line(flags, fastest["policy"]) if fastest["speedup"] > 1 else None
+    names = ("checkpoint_path", "device", "precision", "quantize", "threads")
+    command = generate_command(flags, fastest["policy"], names) if fastest["speedup"] > 1 else None
     print(
         f"fastest: {fastest['policy']}, {fastest['speedup']:.2f}× plain decoding\n{command}"
         if command
         else "no policy is faster than plain decoding"
     )
-    curves = {name: saved["curve"] for name, saved in run.state["policies"].items()}
+    curves = {name: saved["curve"] for name, saved in progress.state["policies"].items()}
     result = {
         "title": title,
         "policies": rows,
@@ -295,7 +204,7 @@ def finish(flags: argparse.Namespace, run: Run, rows: list[dict], costs: RoundCo
     }
     for path in filter(None, (flags.json, folder / "policy.json")):
         write_json(path, result)
-    report.draw(rows, model.args.n_layer, folder / "policy.png", title)
+    report.draw_picture(rows, model.args.n_layer, folder / "policy.png", title)
     print(f"written: {', '.join(row['policy'].partition(':')[2] for row in rows)}, {folder}/policy.json, policy.png")
 
 
@@ -306,22 +215,26 @@ def main() -> None:
         learn(flags, *prepared)
 
 
-def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldout: Tensor, run: Run) -> None:
+def learn(flags: argparse.Namespace, engine: Engine, tokens: Tensor, heldout: Tensor, progress: TrainingState) -> None:
     """Train, or go on to the last step, then compare and report."""
-    model, threads = session.load(), torch.get_num_threads()
-    engine = report.Engine(session, flags)
-    engine.choose_threads()
-    costs = run.costs(
-        lambda: measure(engine.drafting, session.tokenizer.encode(SAMPLE_TEXT), report.DRAFTS[-1], flags.seed)
-    )
+    threads = torch.get_num_threads()
+    widest = engine.policy(f"layer_skip_proportion:0.5,num_draft_tokens={report.DRAFTS[-1]}")  # any learned one fits
+    measured = min(CALIBRATION_TOKENS, engine.args.max_seq_len)
+    engine.prepare([widest], max(report.PROMPT_TOKENS + flags.max_new_tokens, measured))
+    model, runner = engine.model, engine.runner(widest)
+    costs = progress.costs(lambda: measure(runner, engine.tokenizer.encode(SAMPLE_TEXT), report.DRAFTS[-1], flags.seed))
     if costs.error > UNSURE:
         cli.notice(f"rounds timed here fit no curve (median error {costs.error:.0%}): is the machine busy?")
     decoding_threads = torch.get_num_threads()
     torch.set_num_threads(threads)  # of training: the same in a run that goes on
-    rewards, trainer = make_rewards(flags, model, costs), Trainer(model, tokens, flags)
-    networks = {name: trainer.train(name, reward, run) for name, reward in rewards.items()}
-    rows = report.evaluate(model, report.pieces(heldout, flags), networks, rewards, flags.seed)
-    own_texts = engine.continued(engine.prompts(tokens))
+    rewards, trainer = make_rewards(flags, model, costs), PolicyTrainer(model, tokens, flags)
+    networks = {name: trainer.train(name, reward, progress) for name, reward in rewards.items()}
+    rows = report.judge_policies(model, report.pieces(heldout, flags), networks, rewards, flags.seed)
+    prompts = report.prompts_of(tokens, flags.num_prompts)
+    own_texts = [
+        [*prompt, *text]
+        for prompt, text in zip(prompts, report.plain_texts(runner, prompts, flags.max_new_tokens), strict=True)
+    ]
     for row in rows:
         row |= report.choose_drafts(model, own_texts, networks[row["alpha"]], costs, flags.num_draft_tokens)
         path = Path(flags.output_dir) / f"learned_{row['alpha']}.safetensors"
@@ -337,10 +250,12 @@ def learn(flags: argparse.Namespace, session: cli.Session, tokens: Tensor, heldo
         )
         row["policy"] = f"learned:{path}"
     torch.set_num_threads(decoding_threads)
-    compared = engine.compare([row["policy"] for row in rows], engine.prompts(heldout))
-    for row, found in zip(rows, compared, strict=True):
-        row |= found
-    finish(flags, run, rows, costs, model)
+    policies = [engine.policy(row["policy"]) for row in rows]
+    prompts = report.prompts_of(heldout, flags.num_prompts)
+    compared = report.compare(engine, runner, policies, prompts, flags.max_new_tokens, flags.repeats)
+    for row, decoded in zip(rows, compared, strict=True):
+        row |= decoded
+    write_results(flags, progress, rows, costs, model)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What leaving out sublayers is worth at each position of a text: the reward of the policy that chooses them."""
+"""Judge sets of sublayers at each position of a text: the rewards of the policy that chooses them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from scripts.common.round_costs import RoundCosts
 
 
 class Outcome(NamedTuple):
-    """What drafts would say at R positions, each [R]: KL(full model || draft) in nats, cross-entropy of the text's
-    token, whether the draft's best token is the full model's, and the draft's probability of the full model's best."""
+    """Measures of drafts at R positions, each [R].
+
+    kl: KL(full model || draft) in nats. ce: cross-entropy of the text's token in nats. agrees: the draft's best token
+    is the full model's. chance: the draft's probability of the full model's best token.
+    """
 
     kl: Tensor
     ce: Tensor
@@ -30,7 +33,7 @@ class Window:
     """A piece of text, seen by the full model, at whose positions sets of sublayers can be tried.
 
     Position p (from 1 on: a set is chosen by the state at p - 1) drafts the token at p + 1; R = T - 1 positions.
-    Attributes: states, [R, D], what the choice may look at.
+    Attributes: states, [R, D], by which a set is chosen.
     """
 
     @torch.no_grad()
@@ -48,16 +51,16 @@ class Window:
 
     @torch.no_grad()
     def judge(self, keep: Tensor) -> Outcome:
-        """Drafts that run the sublayers of keep, bool [R, 2L], one set for each position."""
-        found = self._log_probs(self.drafts.draft_states(keep, self.rows))
-        kl = F.kl_div(found, self.full, reduction="none", log_target=True).sum(-1)
-        ce = F.nll_loss(found, self.targets, reduction="none")
-        chance = found.gather(-1, self.best[:, None])[:, 0].exp()
-        return Outcome(kl, ce, found.argmax(-1) == self.best, chance)
+        """Judge drafts that run the sublayers of keep, bool [R, 2L], one set for each position."""
+        log_probs = self._log_probs(self.drafts.draft_states(keep, self.rows))
+        kl = F.kl_div(log_probs, self.full, reduction="none", log_target=True).sum(-1)
+        ce = F.nll_loss(log_probs, self.targets, reduction="none")
+        chance = log_probs.gather(-1, self.best[:, None])[:, 0].exp()
+        return Outcome(kl, ce, log_probs.argmax(-1) == self.best, chance)
 
 
 def layers_skipped(keep: Tensor, model: Transformer) -> Tensor:
-    """How many layers each set of keep, bool [..., 2L], leaves out: a sublayer counts its share of a layer's bytes."""
+    """Count the layers that each set of keep, bool [..., 2L], leaves out: a sublayer counts its share of the bytes."""
     attention, mlp = (module_bytes(part) for part in (model.layers[0].attention, model.layers[0].mlp))
     shares = torch.tensor([attention, mlp], device=keep.device) / (attention + mlp)
     return (~keep).float() @ shares.repeat(keep.shape[-1] // 2)
@@ -65,7 +68,7 @@ def layers_skipped(keep: Tensor, model: Transformer) -> Tensor:
 
 @dataclass
 class SkipReward:
-    """-loss + alpha · layers left out. loss: kl or ce of Outcome."""
+    """Rewards with -loss + alpha · layers left out. loss: kl or ce of Outcome."""
 
     model: Transformer
     loss: str
@@ -77,7 +80,7 @@ class SkipReward:
 
 @dataclass
 class SpeedReward:
-    """Expected speedup over plain decoding of rounds of K drafts, each accepted with Outcome's `chance`."""
+    """Rewards with the expected speedup over plain decoding: of K drafts, each accepted with Outcome's `chance`."""
 
     costs: RoundCosts
     num_draft_tokens: int
@@ -88,21 +91,21 @@ class SpeedReward:
         return tokens * self.costs.plain / torch.tensor(seconds, device=tokens.device)
 
 
-Reward = Callable[[Outcome, Tensor], Tensor]  # outcome and keep [R, 2L] -> what each was worth, [R]
+Reward = Callable[[Outcome, Tensor], Tensor]  # outcome and keep [R, 2L] -> the worth of each set, [R]
 
 
 def numbers(outcome: Outcome, keep: Tensor, reward: Tensor, model: Transformer) -> dict[str, float]:
-    """Means over the positions, by their names in tables and files."""
-    found = {
+    """Return means over the positions, by their names in tables and files."""
+    by_position = {
         "reward": reward,
         "kl": outcome.kl,
         "ce": outcome.ce,
         "agreement": outcome.agrees.float(),
         "skipped": layers_skipped(keep, model),
     }
-    return {name: values.mean().item() for name, values in found.items()}
+    return {name: values.mean().item() for name, values in by_position.items()}
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each number's mean over rows."""
+    """Return each number's mean over rows."""
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

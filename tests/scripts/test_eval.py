@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
+from decoding.engine import Engine, EngineConfig
 from decoding.generation import GenerateConfig, Generation
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
@@ -50,15 +50,14 @@ def original(make_hf, tmp_path_factory):
 @pytest.fixture
 def make(lm_eval, original):
     """make(exit_layer=LAYERS, policy="none", length=128, **settings) -> the harness's model."""
-    flags = SimpleNamespace(checkpoint_path=str(original[0]), device="cpu", precision=None, threads=None)
-    session = cli.open_session(flags)
-    weights = session.load()
+    engine = Engine.open(EngineConfig(str(original[0]), device="cpu"))
+    weights = engine.load()
 
     def make(exit_layer=LAYERS, policy="none", length=128, **settings):
         policy = make_policy(policy, LAYERS)
         runner = Runner(weights, length, 1 + policy.num_draft_tokens)
         return harness.make_model(
-            runner, session.tokenizer, policy, SamplingConfig(), Ranks(None), exit_layer=exit_layer, **settings
+            runner, engine.tokenizer, policy, SamplingConfig(), Ranks(None), exit_layer=exit_layer, **settings
         )
 
     return make
@@ -318,7 +317,7 @@ def test_several_processes_give_the_totals_of_one(lm_eval, run, original, tmp_pa
 
 
 def test_mistakes_are_one_line_before_the_weights_are_read(lm_eval, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     own = tmp_path / "own"
     own.mkdir()

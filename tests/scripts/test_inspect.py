@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
+from decoding.engine import Engine, EngineConfig
 from decoding.generation import Generation
 from decoding.runner import Runner
 from drafting.plan import Round
@@ -133,8 +133,7 @@ def close(found, expected):
 
 def test_numbers_are_those_of_hidden_states_computed_by_transformers(make_hf, tmp_path):
     reference = make_hf(tmp_path, num_hidden_layers=9, num_key_value_heads=2, vocab_size=90)
-    flags = type("Flags", (), {"checkpoint_path": str(tmp_path), "device": "cpu", "precision": None, "threads": None})
-    model = cli.open_session(flags, needs_tokenizer=False).load()
+    model = Engine.open(EngineConfig(str(tmp_path), device="cpu"), needs_tokenizer=False).load()
     tokens = torch.randint(90, (80,), generator=torch.Generator().manual_seed(0)).tolist()  # more than one chunk
     found = lens.read(Runner(model, len(tokens)), tokens, 78, [Departure(3, True), Departure(9)])
     with torch.inference_mode():
@@ -283,12 +282,12 @@ def test_two_runs_give_the_same_numbers(look):
 
 
 def test_mistakes_are_one_line_before_the_weights_are_read(look, folder, tmp_path, monkeypatch, make_hf):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     stranger = tmp_path / "stranger"
     shutil.copytree(folder, stranger)
     make_hf(stranger, vocab_size=400, num_hidden_layers=1)
-    train_tokenizer(stranger, 300)
+    train_tokenizer(stranger, 350)
     for flags, message in (
         (["--format", "pdf"], "format must be among html, latex, text"),
         (["--policy", "static:7"], "exit_layer must be in 1..6"),

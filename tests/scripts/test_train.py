@@ -103,7 +103,7 @@ def test_a_tiny_run_lowers_the_loss_and_its_folder_says_the_same_in_transformers
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = Transformer(ModelArgs(**state["args"]))
     ours.load_state_dict(state["model"])
-    settings = config.TrainConfig(precision="fp32", context=32)
+    settings = config.TrainConfig(precision="fp32", context=32, device="cpu")
     tokenizer = load_tokenizer(out)
     stream = torch.tensor(tokenizer.encode("def merge(a, b):\n    return sorted(a + b)\n\n\nclass Heap:\n    pass\n"))
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_a_dropped_layer_leaves_its_samples_untouched():
     model = Transformer(args)
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.1)
-    training = trainer.Trainer(model, config.TrainConfig(context=16, precision="fp32"))
+    training = trainer.Trainer(model, config.TrainConfig(context=16, precision="fp32", device="cpu"))
     dropped = torch.tensor([[False, False], [True, False]])
     first, second = training.exits.hidden_states(torch.randint(50, (2, 16)), dropped)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])

@@ -55,7 +55,7 @@ def base(tmp_path_factory):
         learning_rate=0.02,
         output_dir=str(folder),
     )
-    train.run(config, Ranks(None))
+    train.train_with(config, Ranks(None))
     return folder
 
 
@@ -79,7 +79,7 @@ def adapted(base, tmp_path_factory):
         output_dir=str(out),
         json=str(out / "result.json"),
     )
-    train.run(config, Ranks(None))
+    train.train_with(config, Ranks(None))
     return config, json.loads((out / "result.json").read_text())["results"], before
 
 
@@ -111,7 +111,7 @@ def test_the_model_stays_as_it_is_bit_for_bit(adapted, base, monkeypatch):
     load = checkpoint.load
     keep = lambda *args, **keywords: models.append(load(*args, **keywords)) or models[-1]
     monkeypatch.setattr(checkpoint, "load", keep)
-    train.run(replace(config, max_steps=61), Ranks(None))
+    train.train_with(replace(config, max_steps=61), Ranks(None))
     fresh = load(base, torch.float32, pack=False).model.state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in models[0].model.state_dict().items())
 
@@ -138,9 +138,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(adapted, tmp_
     monkeypatch.setattr(loop, "save_state", stop_in_the_middle)
     whole, parts = (replace(adapted[0], json=None, output_dir=str(tmp_path / name)) for name in ("whole", "parts"))
     with pytest.raises(KeyboardInterrupt):
-        train.run(parts, Ranks(None))
+        train.train_with(parts, Ranks(None))
     for config in (parts, whole):
-        train.run(config, Ranks(None))
+        train.train_with(config, Ranks(None))
     files = [load_file(tmp_path / name / adapters.ADAPTER) for name in ("whole", "parts")]
     assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
@@ -148,14 +148,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(adapted, tmp_
 def test_a_run_of_another_model_or_of_other_adapters_is_refused(adapted, base, tmp_path):
     config = adapted[0]
     with pytest.raises(ValueError, match="another shape"):
-        train.run(replace(config, adapter_exits="1"), Ranks(None))
+        train.train_with(replace(config, adapter_exits="1"), Ranks(None))
     other = tmp_path / "other"
     shutil.copytree(base, other)
     loaded = checkpoint.load(base, torch.float32, pack=False)
     state = loaded.model.state_dict() | {"norm.weight": loaded.model.norm.weight * 2}
     writing.export_hf(state, loaded.args, other, loaded.hf_config, torch.float32)
     with pytest.raises(ValueError, match="another checkpoint"):
-        train.run(replace(config, checkpoint_path=str(other)), Ranks(None))
+        train.train_with(replace(config, checkpoint_path=str(other)), Ranks(None))
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import cli
 import generate
+from decoding.engine import Engine
 from decoding.runner import Runner
 from decoding.sampling import SamplingConfig
 from drafting.catalogue import make_policy
 from scripts.common.round_costs import RoundCosts
 from scripts.train_policy import __main__ as train_policy
-from scripts.train_policy import report
-from scripts.train_policy.__main__ import Run, Trainer
-from scripts.train_policy.network import SkipNetwork, draw, policy_loss
+from scripts.train_policy import report, training
+from scripts.train_policy.network import SkipNetwork, draw_actions, policy_loss
 from scripts.train_policy.rewards import SkipReward, SpeedReward, Window, layers_skipped
+from scripts.train_policy.training import PolicyTrainer, TrainingState
 from tests.helpers.models import N_LAYER, PROMPT, random_model, tokens_of
 
 COSTS = RoundCosts(1.0, [0.5, 0.1, 0.05, 0.05, 0.0, 0.0], 0.0)
@@ -91,7 +91,7 @@ def standard_errors_off(loss, samples: int, batches: int = 600) -> float:
     found, rows = [], torch.arange(2).repeat(16)
     for _ in range(batches):
         logits = network(states[rows])
-        actions = draw(logits, samples, generator)
+        actions = draw_actions(logits, samples, generator)
         rewards = worth[rows, (actions * place).sum(-1)]
         found.append(
             torch.cat([g.flatten() for g in torch.autograd.grad(loss(logits, actions, rewards), network.parameters())])
@@ -114,7 +114,7 @@ def test_biased_estimators_are_caught_by_that_test(loss):
 
 def test_a_reward_that_all_draws_get_teaches_nothing():
     logits, rewards = torch.randn(5, 4, requires_grad=True), torch.randn(3, 5)
-    actions = draw(logits, 3, torch.Generator().manual_seed(0))
+    actions = draw_actions(logits, 3, torch.Generator().manual_seed(0))
     gradients = [torch.autograd.grad(policy_loss(logits, actions, more), logits)[0] for more in (rewards, rewards + 9)]
     torch.testing.assert_close(*gradients)
 
@@ -197,10 +197,10 @@ def learned_policies(model, seed: int, alphas: str, folder: Path) -> tuple[dict,
     )
     text = torch.randint(130, (2000,), generator=torch.Generator().manual_seed(seed))
     rewards = train_policy.make_rewards(flags, model, COSTS)
-    trainer, run = Trainer(model, text[:1400], flags), Run(folder / "state.pt", {})
-    networks = {name: trainer.train(name, reward, run) for name, reward in rewards.items()}
+    trainer, progress = PolicyTrainer(model, text[:1400], flags), TrainingState(folder / "state.pt", {})
+    networks = {name: trainer.train(name, reward, progress) for name, reward in rewards.items()}
     pieces = report.pieces(text[1400:], flags)
-    return networks, report.evaluate(model, pieces, networks, rewards, seed)
+    return networks, report.judge_policies(model, pieces, networks, rewards, seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -226,7 +226,7 @@ def test_the_more_a_layer_left_out_is_worth_the_more_are(tmp_path):
 
 def test_all_policies_see_the_same_windows_and_draws_and_every_step_others():
     model = random_model(torch.float32, pack=False)
-    trainer = Trainer(model, torch.arange(2000) % 130, train_policy.parse_flags(["--context", "16"]))
+    trainer = PolicyTrainer(model, torch.arange(2000) % 130, train_policy.parse_flags(["--context", "16"]))
     seen = [trainer.step(step, trainer.network(), SkipReward(model, "kl", 0.1)) for step in (3, 3, 4)]
     assert seen[0] == seen[1] and seen[0]["skipped"] != seen[2]["skipped"] and seen[0]["ce"] != seen[2]["ce"]
 
@@ -258,10 +258,10 @@ def test_a_policy_that_sees_the_state_beats_one_set_for_all_where_states_differ(
             return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_policy, report):
+        for module in (training, report):
             patch.setattr(module, "Window", Judged)
-        network = Trainer(model, text, flags).train("x", reward, Run(tmp_path / "state.pt", {}))
-        [row] = report.evaluate(
+        network = PolicyTrainer(model, text, flags).train("x", reward, TrainingState(tmp_path / "state.pt", {}))
+        [row] = report.judge_policies(
             model, [text[i : i + 33].tolist() for i in (0, 500, 900)], {"x": network}, {"x": reward}, 0
         )
     assert row["learned"]["reward"] > 0.6 and row["over_one_set"]["reward"][0] > 0.4
@@ -327,12 +327,12 @@ def test_a_run_leaves_files_that_generate_reads_a_table_an_object_and_a_picture(
     assert [point["step"] for point in result["curves"]["3"]] == [2, 4, 6]
     if (folder / "policy.png").exists():
         assert (folder / "policy.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(PolicyTrainer, "step", lambda *_: pytest.fail("trained again"))
     row = result["policies"][0]
     for speed in (1.5, 0.9):  # going on with a finished run
         rows = [row | {"speedup": speed}, row | {"speedup": 0.8}]
         monkeypatch.setattr(
-            report.Engine,
+            report,
             "compare",
             lambda *_, rows=rows: [
                 {
@@ -370,7 +370,7 @@ def test_one_action_a_layer_is_written_for_both_of_its_sublayers(learn, tmp_path
 @pytest.mark.parametrize("flags", [("--alpha", "0.1,2"), ("--reward", "speed")], ids=["skip", "speed"])
 def test_a_killed_run_goes_on_bit_for_bit_and_by_the_costs_it_measured(learn, tmp_path, monkeypatch, flags):
     learn(*flags, "--output_dir", tmp_path / "whole")
-    step, steps = Trainer.step, []
+    step, steps = PolicyTrainer.step, []
 
     def killed(self, number, *rest):
         steps.append(number)
@@ -378,10 +378,12 @@ def test_a_killed_run_goes_on_bit_for_bit_and_by_the_costs_it_measured(learn, tm
             raise KeyboardInterrupt
         return step(self, number, *rest)
 
-    monkeypatch.setattr(Trainer, "step", killed)
+    monkeypatch.setattr(PolicyTrainer, "step", killed)
     learn(*flags, code=130)
     assert steps[-1] == 3 and not list((tmp_path / "out").glob("learned_*"))
-    monkeypatch.setattr(Trainer, "step", lambda self, number, *rest: steps.append(number) or step(self, number, *rest))
+    monkeypatch.setattr(
+        PolicyTrainer, "step", lambda self, number, *rest: steps.append(number) or step(self, number, *rest)
+    )
     monkeypatch.setattr(train_policy, "measure", lambda *_: RoundCosts(1.0, [0.9, 9.0, 0.0, 0.0, 0.0, 0.0], 0.0))
     learn(*flags)
     assert steps[-4:] == [2, 3, 4, 5], "from the last saved state on"
@@ -401,7 +403,7 @@ def test_a_folder_of_another_run_is_refused_and_more_alphas_are_added(learn, tmp
     after = exported(tmp_path / "out")
     assert len(after) == 2 and after["learned_2.safetensors"][0]["num_draft_tokens"] == "2"
     assert all(torch.equal(before[name], tensor) for name, tensor in after["learned_0.1.safetensors"][1].items())
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn("--seed", 1, code=2)
     assert "is of a run with another seed (0, now 1): give another --output_dir" in error
     state = tmp_path / "out" / "state.pt"
@@ -446,7 +448,7 @@ def test_a_policy_that_diverges_is_named_and_not_kept(learn, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(learn, monkeypatch, flags, message):
-    monkeypatch.setattr(cli.Session, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "load", lambda *_: pytest.fail("loaded"))
     _, error = learn(*flags, code=2)
     [line] = [line for line in error.splitlines() if line.startswith("error: ")]
     assert message in line

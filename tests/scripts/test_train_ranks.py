@@ -44,7 +44,7 @@ from scripts.train.config import TrainConfig
 report.NUM_PROMPTS, report.NEW_TOKENS = 2, 6
 with ranks.joined() as group:
     for job in json.loads(sys.argv[1]):
-        train.run(TrainConfig(**job), group)
+        train.train_with(TrainConfig(**job), group)
 """
 
 
@@ -61,7 +61,7 @@ def short_report():
 def continual(tmp_path_factory, short_report):
     """The settings of a run that goes on from a checkpoint, in bf16 as most are, and drops many layers."""
     base = tmp_path_factory.mktemp("base")
-    train.run(replace(TINY, max_steps=5, precision="bf16", output_dir=str(base)), Ranks(None))
+    train.train_with(replace(TINY, max_steps=5, precision="bf16", output_dir=str(base)), Ranks(None))
     return replace(
         TINY,
         checkpoint_path=str(base),
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one_does_and_fsdp_goes_on_from_the_state_of_one(
 
     save = loop.save_state
     monkeypatch.setattr(loop, "save_state", keep_the_middle)
-    train.run(replace(continual, output_dir=str(tmp_path / "one"), json=str(tmp_path / "one.json")), Ranks(None))
+    train.train_with(replace(continual, output_dir=str(tmp_path / "one"), json=str(tmp_path / "one.json")), Ranks(None))
     jobs = [
         vars(continual) | {"output_dir": str(tmp_path / name), "json": str(tmp_path / f"{name}.json"), "parallel": mode}
         for name, mode in (("ddp", "ddp"), ("fsdp", "fsdp"), ("resumed", "fsdp"))
@@ -144,8 +144,8 @@ def test_one_process_goes_on_where_two_with_sharded_weights_were_killed(continua
     for rank in ranks:
         rank.communicate()
     assert 5 <= torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 60
-    train.run(config, Ranks(None))
-    train.run(replace(config, output_dir=str(tmp_path / "whole")), Ranks(None))
+    train.train_with(config, Ranks(None))
+    train.train_with(replace(config, output_dir=str(tmp_path / "whole")), Ranks(None))
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 60, within=1e-3)
 
 
