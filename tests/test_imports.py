@@ -36,7 +36,7 @@ ALLOWED = {
     "scripts.inspect_layers": "cli decoding drafting errors generate loading scripts.common",
     "scripts.search_skips": "cli decoding drafting errors generate loading scripts.common",
     "scripts.sweep": "cli decoding drafting errors loading scripts.common",
-    "scripts.train": "cli errors loading model scripts.common",
+    "scripts.train": "cli decoding errors loading model scripts.common",
     "scripts.train_policy": "cli decoding drafting errors generate kernels loading model scripts.common",
 }
 ALLOWED = {unit: set(others.split()) for unit, others in ALLOWED.items()}
