@@ -25,7 +25,8 @@ from decoding.generation import until_end
 from decoding.graphs import GraphSteps, WholeSteps
 from decoding.runner import Runner
 from decoding.sampling import Sampler, accept
-from drafting.plan import DraftPlan, ExitJudge, Round
+from drafting.exits import ExitJudge
+from drafting.plan import DraftPlan, Round
 from drafting.policy import DraftPolicy
 from kernels.exit_head import Exit
 

@@ -11,7 +11,7 @@ tell which token it would choose there, and how surely. The draft exits at the f
     consistent_tokens   the last `checks` candidates chose one token
 
 If it holds nowhere, the draft exits at the last candidate. The rules are data, `exit_if` of a DraftPlan, so that C++
-and CUDA graphs apply them inside a round. `plan.ExitJudge` applies them in Python.
+and CUDA graphs apply them inside a round. `ExitJudge` applies them in Python: that is the exit decision itself.
 """
 
 import dataclasses
@@ -19,9 +19,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from drafting.plan import DraftPlan, Measure, RoundContext, Rule
 from drafting.policy import Depths, SelfDrafting, candidates_or_default, check_exit_layer, check_range
 from errors import UserError
+from kernels.exit_head import Exit
+
+
+class ExitJudge:
+    """Decides by a rule where one drafted token exits: ask it at each candidate on the way up."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.state: Tensor | None = None  # of the candidate before
+        self.token: int | None = None
+        self.repeats = 0  # candidates in a row that chose `token`
+
+    def exits_at(self, exit: Exit) -> bool:
+        """Decide at the next candidate; computes no more of its exit than the rule needs."""
+        threshold = self.rule.threshold
+        if self.rule.measure is Measure.COSINE:
+            before, self.state = self.state, exit.hidden[0].double()
+            reach = None if before is None else threshold * self.state.norm() * before.norm()
+            return reach is not None and bool(self.state @ before >= reach)
+        if self.rule.measure is Measure.REPEATS:
+            before, self.token = self.token, exit.tokens()[0]
+            self.repeats = self.repeats + 1 if before == self.token else 1
+            return self.repeats >= threshold
+        return self.rule.holds(exit.stats())
 
 
 @dataclass

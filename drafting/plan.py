@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drafting.adapters import Adapters
-from kernels.exit_head import Exit, ExitStats
+from kernels.exit_head import ExitStats
 
 
 class Measure(enum.IntEnum):
@@ -57,29 +57,6 @@ class Rule(NamedTuple):
         """Decide for one row by its statistics."""
         value = float(self.measure.of(stats))
         return value <= self.threshold if self.measure is Measure.ENTROPY else value >= self.threshold
-
-
-class ExitJudge:
-    """Decides by a rule where one drafted token exits: ask it at each candidate on the way up."""
-
-    def __init__(self, rule: Rule):
-        self.rule = rule
-        self.state: Tensor | None = None  # of the candidate before
-        self.token: int | None = None
-        self.repeats = 0  # candidates in a row that chose `token`
-
-    def exits_at(self, exit: Exit) -> bool:
-        """Decide at the next candidate; computes no more of its exit than the rule needs."""
-        threshold = self.rule.threshold
-        if self.rule.measure is Measure.COSINE:
-            before, self.state = self.state, exit.hidden[0].double()
-            reach = None if before is None else threshold * self.state.norm() * before.norm()
-            return reach is not None and bool(self.state @ before >= reach)
-        if self.rule.measure is Measure.REPEATS:
-            before, self.token = self.token, exit.tokens()[0]
-            self.repeats = self.repeats + 1 if before == self.token else 1
-            return self.repeats >= threshold
-        return self.rule.holds(exit.stats())
 
 
 @dataclass(frozen=True)
