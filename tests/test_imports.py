@@ -31,12 +31,12 @@ ALLOWED = {
     "scripts.common": "cli decoding drafting errors generate kernels loading model tp",
     "scripts.benchmark": "cli decoding drafting errors kernels loading model scripts.common tp",
     "scripts.correctness": "cli decoding drafting errors scripts.common",
-    "scripts.eval": "cli decoding drafting errors generate loading model scripts.common",
+    "scripts.eval": "cli decoding drafting errors generate loading scripts.common",
     "scripts.gpu_check": "cli decoding drafting errors generate kernels loading model quantize",
     "scripts.inspect_layers": "cli decoding drafting errors generate loading scripts.common",
     "scripts.search_skips": "cli decoding drafting errors generate loading scripts.common",
     "scripts.sweep": "cli decoding drafting errors loading scripts.common",
-    "scripts.train": "cli errors loading model scripts.common",
+    "scripts.train": "cli decoding errors loading model scripts.common",
     "scripts.train_policy": "cli decoding drafting errors generate kernels loading model scripts.common",
 }
 ALLOWED = {unit: set(others.split()) for unit, others in ALLOWED.items()}
