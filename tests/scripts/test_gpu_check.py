@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from decoding import rounds
 from scripts.gpu_check import __main__ as gpu_check
 from scripts.gpu_check import engine, kernels, profile
 from scripts.gpu_check.report import DeviceLostError, Report
@@ -205,10 +206,11 @@ def test_where_the_compiled_block_fails_the_engine_is_measured_without_it(check,
 
 
 def test_where_no_round_can_be_played_in_one_the_engine_is_measured_call_by_call(check, monkeypatch):
-    def fail(self, *arguments, **keys):
+    def fail(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(engine.Runner, "play", fail)
+    for steps in ("GraphSteps", "WholeSteps"):
+        monkeypatch.setattr(rounds, steps, fail)
     code, result, _, _ = check("--sections", "engine tiny int8")
     section = result["sections"]["engine tiny int8"]
     assert code == 1 and list(section["failures"]) == ["plain decoding, greedy"]
