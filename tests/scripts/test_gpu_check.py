@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from decoding.graphs import Graphs
 from scripts.gpu_check import __main__ as gpu_check
 from scripts.gpu_check import engine, kernels, profile
 from scripts.gpu_check.report import DeviceLostError, Report
@@ -208,7 +209,7 @@ def test_where_no_round_can_be_played_in_one_the_engine_is_measured_call_by_call
     def fail(self, *arguments, **keys):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(engine.Runner, "play", fail)
+    monkeypatch.setattr(Graphs, "run", fail)
     code, result, _, _ = check("--sections", "engine tiny int8")
     section = result["sections"]["engine tiny int8"]
     assert code == 1 and list(section["failures"]) == ["plain decoding, greedy"]
