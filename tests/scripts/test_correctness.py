@@ -82,7 +82,7 @@ def test_a_perturbed_runner_is_found(play, tmp_path, monkeypatch):
             out = out + torch.randn(out.shape, generator=torch.Generator().manual_seed(len(wide)))
         return out
 
-    monkeypatch.setattr(Runner, "call_by_call", True)
+    monkeypatch.setattr(Runner, "call_by_call", True)  # so that a call of the runner verifies
     monkeypatch.setattr(Runner, "run_layers", perturbed)
     play(correctness, *FLAGS[:-2], code=1)
     [row] = result_in(tmp_path / "out")["rows"]
