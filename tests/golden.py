@@ -174,31 +174,44 @@ NEEDS = {"scripts.eval": "lm_eval", "scripts.search_skips": "optuna", "--chat": 
 SECOND_END = 1972  # of the checkpoint {variant}: the id of a full stop, which its texts reach
 SKIPS = {"skip_attention": [3, 5, 8], "skip_mlp": [4, 9, 10]}
 TENSORS = {  # kind and, by name, shapes, spreads and means of random numbers
-    "learned": ("learned policy", {"w1": ((16, 256), 0.25, 0.0), "b1": ((16,), 1.0, 0.0), "w2": ((24, 16), 1.0, 0.0),
-                                   "b2": ((24,), 1.0, 0.9)}),
-    "adapter": ("exit adapter", {f"exit.{depth}.{name}": (shape, 0.3, 0.0) for depth in (3, 6)
-                                 for name, shape in (("down", (6, 256)), ("up", (256, 6)))}),
-}  # fmt: skip
+    "learned": (
+        "learned policy",
+        {"w1": ((16, 256), 0.25, 0.0), "b1": ((16,), 1.0, 0.0), "w2": ((24, 16), 1.0, 0.0), "b2": ((24,), 1.0, 0.9)},
+    ),
+    "adapter": (
+        "exit adapter",
+        {
+            f"exit.{depth}.{name}": (shape, 0.3, 0.0)
+            for depth in (3, 6)
+            for name, shape in (("down", (6, 256)), ("up", (256, 6)))
+        },
+    ),
+}
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 ASSIGNMENT = re.compile("([A-Z_]+)=")  # of the environment, before a command
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 TIMEOUT_S = 600
 
 # Names of numbers that no clock decides, wherever they stand in a program's JSON.
-EXACT = {"tokens", "text", "prompt_ids", "identical", "errors", "samples_that_differ", "backend", "weight_bytes",
-         "draft_weight_bytes"}  # fmt: skip
+EXACT = set(
+    "tokens text prompt_ids identical errors samples_that_differ backend weight_bytes draft_weight_bytes".split()
+)
 VISITS = {"layer_visits_per_token", "head_visits_per_token", "ideal_speedup"}
-COUNTED = EXACT | VISITS | {
-    "drafted", "accepted", "rounds", "exit_layers", "mean_exit_layer", "acceptance_rate", "tokens_per_round",
-    "equal_to_full_model", "draft_vocab_coverage", "quality", "new_tokens", "scored_tokens",  # decoding
-    "positions", "agreement", "top1_median", "stable_from", "departures", "rejected_drafts", "cosine_median",
-    "top_ids", "next_ranks",  # inspect_layers
-    "skipped", "reward", "kl", "ce", "distinct_sets",  # train_policy
-    "parameters", "training_tokens", "heldout_tokens", "heldout_loss_by_exit", "greedy_agreement",  # train
-    "loss", "quantised_loss", "equal_greedy_tokens", "tensors", "bytes", "copied", "dtype",  # quantize, convert
-}  # fmt: skip
+COUNTED = EXACT | VISITS
+COUNTED |= set("drafted accepted rounds exit_layers mean_exit_layer acceptance_rate tokens_per_round".split())
+COUNTED |= set("equal_to_full_model draft_vocab_coverage quality new_tokens scored_tokens".split())
+COUNTED |= set("positions agreement top1_median stable_from departures rejected_drafts cosine_median".split())
+COUNTED |= set("top_ids next_ranks skipped reward kl ce distinct_sets".split())  # inspect_layers, train_policy
+COUNTED |= set("parameters training_tokens heldout_tokens heldout_loss_by_exit greedy_agreement".split())  # train
+COUNTED |= set("loss quantised_loss equal_greedy_tokens tensors bytes copied dtype".split())  # quantize, convert
 SEARCHED = {"keep", "exit_layer", "agreement", "identical"}  # the number of drafts follows from measured times
+DRAFTS = {"drafted", "accepted", "acceptance_rate", "mean_exit_layer", "exit_layers"}  # of plain decoding: now nothing
+ADDED = {"backend", "weight_bytes", "draft_weight_bytes"}  # to the JSON of a conversation, which once lacked them
 FOLLOWING = {"acceptance_rate", "tokens_per_round"}  # from the numbers beside them, where these are told
 METRIC = re.compile(r"\w+,\w+")  # of the evaluation harness, as in acc,none
 LONG = 60  # characters of JSON above which a value is kept as a hash
@@ -221,8 +234,11 @@ def write_tensors(path: Path, kind: str, shapes: dict[str, tuple[tuple[int, ...]
 def write_variant(folder: Path, demo: Path) -> None:
     """Write the demo checkpoint with a second end of text and a chat template; its weights are linked to."""
     ends, template = [2, SECOND_END], "{% for message in messages %}# {{ message['content'] }}\n{% endfor %}def close"
-    changed = {"config.json": {"eos_token_id": ends}, "generation_config.json": {"eos_token_id": ends},
-               "tokenizer_config.json": {"chat_template": template}}  # fmt: skip
+    changed = {
+        "config.json": {"eos_token_id": ends},
+        "generation_config.json": {"eos_token_id": ends},
+        "tokenizer_config.json": {"chat_template": template},
+    }
     folder.mkdir()
     for file in demo.iterdir():
         if file.name in changed:
@@ -302,8 +318,9 @@ def start(words: list[str], repo: Path, environment: dict[str, str]) -> str | No
         del words[at : at + 2]
     words[:1] = PYTHON[words[0]]
     try:
-        done = subprocess.run(words, cwd=repo, env=environment, input=stdin, capture_output=True, text=True,
-                              timeout=TIMEOUT_S)  # fmt: skip
+        done = subprocess.run(
+            words, cwd=repo, env=environment, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return f"no end after {TIMEOUT_S} s"
     last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
@@ -351,11 +368,13 @@ def run_all(commands: list[Command], flags: argparse.Namespace) -> dict[str, dic
 
 def kept(value: object, names: set[str], whole: bool = False) -> dict:
     """Reduce a program's JSON to the values of `names`, flat; of what `auto` wrote to those that it cannot change."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else numbered(value) if isinstance(value, list) else ()
     if isinstance(value, dict):
-        policy = value.get("policy") or value.get("config", {}).get("policy")
-        names = names & EXACT if str(policy).startswith("auto") else names
+        policy = str(value.get("policy") or value.get("config", {}).get("policy"))
+        names = names & EXACT if policy.startswith("auto") else names
+        names = names - DRAFTS if policy.startswith("none") else names
         names = names - FOLLOWING if "rounds" in value else names
+        names = names - ADDED if "turns" in value else names
     found = {}
     for key, inner in items:
         if (key in names or METRIC.fullmatch(str(key)) and "stderr" not in key) and inner is not None:
@@ -364,6 +383,17 @@ def kept(value: object, names: set[str], whole: bool = False) -> dict:
             below = names & {"backend"} if key == "config" else names
             found |= {f"{key}.{name}": number for name, number in kept(inner, below, whole).items()}
     return found
+
+
+def numbered(values: list) -> list[tuple[str, object]]:
+    """Name the items of a list by their place, rows of a table by their policy: tables may be in another order."""
+    named: dict[str, object] = {}
+    for place, item in enumerate(values):
+        name = str(place)
+        if isinstance(item, dict) and "policy" in item and "rows" not in item:
+            name = "/".join(str(item[key]) for key in ("policy", "backend", "exact", "sample") if key in item)
+        named[name if name not in named else f"{name}#{place}"] = item
+    return list(named.items())
 
 
 def shortened(value: object) -> object:
@@ -396,8 +426,12 @@ def machine() -> dict[str, str]:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         words = set()
-    known = {"amx": {"amx_bf16", "amx_tile", "avx512_bf16"}, "avx512_bf16": {"avx512_bf16"},
-             "avx512": {"avx512f", "avx512bw"}, "avx2": {"avx2", "fma"}}  # fmt: skip
+    known = {
+        "amx": {"amx_bf16", "amx_tile", "avx512_bf16"},
+        "avx512_bf16": {"avx512_bf16"},
+        "avx512": {"avx512f", "avx512bw"},
+        "avx2": {"avx2", "fma"},
+    }
     instructions = next((name for name, needed in known.items() if needed <= words), platform.machine())
     return {"instructions": instructions, "torch": importlib.metadata.version("torch")}
 
@@ -407,8 +441,11 @@ def differences(recorded: dict, found: dict) -> list[str]:
     if "failed" in found:
         return [f"failed: {found['failed']}"]
     shown = lambda values, key: json.dumps(values[key]) if key in values else "nothing"
-    return [f"{key}: recorded {shown(recorded, key)}, found {shown(found, key)}"
-            for key in sorted(recorded.keys() | found.keys()) if recorded.get(key) != found.get(key)]  # fmt: skip
+    return [
+        f"{key}: recorded {shown(recorded, key)}, found {shown(found, key)}"
+        for key in sorted(recorded.keys() | found.keys())
+        if recorded.get(key) != found.get(key)
+    ]
 
 
 def chosen(flags: argparse.Namespace) -> list[Command]:
@@ -439,8 +476,10 @@ def check(flags: argparse.Namespace) -> int:
     """Run the commands again and print what differs from the record -> the exit code."""
     recorded = json.loads(flags.record.read_text(encoding="utf-8"))
     if recorded["machine"] != machine():
-        print(f"{flags.record} is of a machine with {recorded['machine']}, this one has {machine()}: "
-              f"record anew from the old commit")  # fmt: skip
+        print(
+            f"{flags.record} is of a machine with {recorded['machine']}, this one has {machine()}: "
+            f"record anew from the old commit"
+        )
         return 2
     found = run_all(chosen(flags), flags)
     differing = 0
