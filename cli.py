@@ -1,7 +1,7 @@
-"""What every program shares at the terminal: flags, loading with progress, one-line errors, streamed text, JSON files.
+"""Serve programs at the terminal: flags, loading with progress, one-line errors, streamed text, tables.
 
-Nothing here decides anything about decoding. Programs call `run(main)`, which turns a user's mistake (UserError) into
-one line on stderr and exit code 2.
+Nothing here decides anything about decoding. Every program calls `run(main)`, which turns a user's
+mistake (UserError) into one line on stderr and exit code 2.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def notice(line: str) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quantize: bool = True) -> None:
-    """--checkpoint_path --precision --threads --json, and --device and --quantize unless the program has its own."""
+    """Add --checkpoint_path --precision --threads --json; --device and --quantize unless the program has its own."""
     parser.add_argument(
         "--checkpoint_path",
         default=str(DEMO),
@@ -79,7 +79,7 @@ def add_model_flags(parser: argparse.ArgumentParser, device: bool = True, quanti
 
 
 def add_decode_flags(parser: argparse.ArgumentParser) -> None:
-    """Lengths, sampling, verification and compilation: the flags of every program that decodes."""
+    """Add the flags of every program that decodes: length, sampling, verification, drafts, end of text."""
     sampling = SamplingConfig()
     parser.add_argument("--max_new_tokens", "--max_steps", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=sampling.temperature, metavar="T", help="0: greedy")
@@ -111,11 +111,12 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_config(flags: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(flags.temperature, flags.top_k, flags.top_p, flags.seed, flags.verification)
+    """Return how tokens are chosen: each field of SamplingConfig has a flag of its name in `add_decode_flags`."""
+    return SamplingConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(SamplingConfig)})
 
 
 def engine_config(flags: argparse.Namespace, **changes) -> EngineConfig:
-    """The engine that a program's flags ask for; flags that the program does not have keep their defaults."""
+    """Return the settings that the flags ask for; flags that a program does not have keep their defaults."""
     names = {"checkpoint": "checkpoint_path", "dtype": "precision"}
     fields = [field.name for field in dataclasses.fields(EngineConfig)]
     given = {
@@ -132,12 +133,12 @@ def open_engine(
 
 
 def eos_ids(flags: argparse.Namespace, engine: Engine) -> tuple[int, ...]:
-    """The tokens that end a text, unless --ignore_eos."""
+    """Return the tokens that end a text; none with --ignore_eos."""
     return () if flags.ignore_eos else engine.eos_ids
 
 
 def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default: str) -> list[int]:
-    """Token ids of --prompt, --prompt_file or --prompt_ids, or of `default` if none was given."""
+    """Return the token ids of --prompt, --prompt_file or --prompt_ids, or of `default` if none was given."""
     if flags.prompt_ids is not None:
         try:
             return [int(part) for part in flags.prompt_ids.split(",")] if flags.prompt_ids.strip() else []
@@ -149,10 +150,10 @@ def read_prompt(flags: argparse.Namespace, tokenizer: Tokenizer | None, default:
     return tokenizer.apply_chat([{"role": "user", "content": text}]) if flags.chat else tokenizer.encode(text)
 
 
-class StreamedText:
-    """Prints text while it is decoded; a stop string is never shown.
+class TerminalText:
+    """Print text while it is decoded; a stop string is never shown.
 
-    Pass `ends_at` to decode() as `finished` and every Round through `show`.
+    Pass `take` to decode() as `finished` and every Round through `show`.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = (), show_drafts: bool = False):
@@ -163,10 +164,10 @@ class StreamedText:
         self.queue: list[tuple[str, str | None]] = []  # (text, style) not printed yet
         self.printed = 0
 
-    def ends_at(self, token: int) -> bool:
-        """Take the next token of the text; True if a stop string is complete."""
+    def take(self, token: int) -> bool:
+        """Take the next token of the text; return True if a stop string is complete."""
         before = len(self.stream.text)
-        ends = self.stream.ends_at(token)
+        ends = self.stream.take(token)
         self.pieces.append(self.stream.text[before:])
         return ends
 
@@ -204,7 +205,7 @@ class StreamedText:
         sys.stdout.flush()
 
     def close(self) -> str:
-        """Print what is left and return the whole text."""
+        """Print the rest and return the whole text."""
         before = len(self.stream.text)
         text = self.stream.close()
         self.queue.append((self.stream.text[before:], None))
@@ -227,12 +228,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def shown(value, form: str = ".1f", none: str = "–") -> str:
-    """A number for a table."""
+    """Format a number for a table."""
     return none if value is None else format(value, form)
 
 
 def environment() -> dict:
-    """Versions and hardware, as they stand in every JSON file."""
+    """Return versions and hardware, as they stand in every JSON file."""
     packages = ("torch", "triton", "transformers", "sentencepiece", "tokenizers")
     versions = {"python": platform.python_version()}
     for name in packages:

@@ -1,8 +1,8 @@
-"""Decode: prefill, then rounds of draft, verify and accept. The loop, its statistics and the command line.
+"""Decode: prefill, then rounds of draft, verify and accept. The loop over rounds, and the command line.
 
-`decode` is the whole algorithm (LayerSkip, arXiv 2404.16710, section 4.3, for any policy). It yields Rounds, and
-everything downstream (the printing below, the programs under scripts/) reads that stream. Plain autoregressive
-decoding is the policy that drafts nothing.
+`decode` is self-speculative decoding (LayerSkip, arXiv 2404.16710, section 4.3) for any policy. It yields a Round for
+the prefill and for each round after it; `decoding/rounds.py` plays one. The command line below and the programs under
+scripts/ read those Rounds. Plain autoregressive decoding is the policy that drafts nothing.
 """
 
 import argparse
@@ -85,9 +85,9 @@ def prefill(player: RoundPlayer, tokens: list[int], config: GenerateConfig, cach
         player.remember(last)
     first = sampler.first(runner.exit(last, sampler.draw(len(tokens))), len(tokens))
     if policy.watched_depths:
-        ends = {depth: hidden[-WATCHED_TOKENS:] for depth, hidden in states.items()}
-        position = len(tokens) + 1 - len(ends[runner.n_layer])
-        policy.see_prompt(agreement(runner, sampler, ends, position, policy.adapters))
+        tail = {depth: hidden[-WATCHED_TOKENS:] for depth, hidden in states.items()}
+        position = len(tokens) + 1 - len(tail[runner.n_layer])
+        policy.see_prompt(agreement(runner, sampler, tail, position, policy.adapters))
     return Round((first,), seconds=time.perf_counter() - start)
 
 
@@ -115,7 +115,7 @@ def check_unverified_flags(flags: argparse.Namespace) -> None:
 
 
 def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
-    """The policy string that --policy or a shorter flag names; auto without any, static at L/4 if nothing is verified.
+    """Return the policy string of --policy or a shorter flag; without any, auto, or static at L/4 with --no_verify.
 
     Raises UserError if several name one.
     """
@@ -142,7 +142,7 @@ def policy_text(flags: argparse.Namespace, n_layer: int) -> str:
 
 
 def policy_from_flags(flags: argparse.Namespace, engine: Engine) -> DraftPolicy:
-    """The policy that the flags ask for. Raises UserError if they cannot be obeyed together."""
+    """Make the policy that the flags ask for. Raises UserError if they cannot be obeyed together."""
     policy = engine.policy(policy_text(flags, engine.n_layer), num_draft_tokens=flags.num_draft_tokens)
     if flags.no_verify:
         check_unverified_flags(flags)
@@ -159,10 +159,10 @@ def run_once(engine: Engine, flags: argparse.Namespace, config: GenerateConfig, 
     check_prompt(prompt, config, engine.args.vocab_size, engine.args.max_seq_len)
     engine.prepare([policy], len(prompt) + config.max_new_tokens, config.sampling, prompt)
     runner = engine.runner(policy)
-    output = cli.StreamedText(engine.tokenizer, flags.stop, flags.show_drafts)
+    output = cli.TerminalText(engine.tokenizer, flags.stop, flags.show_drafts)
     if engine.tokenizer and not flags.chat:
         output.write(engine.tokenizer.decode(prompt), "dim")
-    stream = decode(runner, prompt, config, policy, finished=output.ends_at, verified=not flags.no_verify)
+    stream = decode(runner, prompt, config, policy, finished=output.take, verified=not flags.no_verify)
     generation = Generation.collect(output.show(round) for round in stream)
     text = output.close()
     explained = policy.explain() if flags.verbose else []
@@ -180,7 +180,7 @@ def run_once(engine: Engine, flags: argparse.Namespace, config: GenerateConfig, 
 
 
 def run_facts(engine: Engine, flags: argparse.Namespace, policy: DraftPolicy) -> dict:
-    """What a run was made with and what that took, as it stands in JSON files."""
+    """Return what a run was made with and what that took, as it stands in JSON files."""
     return {
         "compile_s": engine.compile_s + engine.runner(policy).compile_s,
         "weight_bytes": engine.weight_bytes,
@@ -221,7 +221,7 @@ def compare(
 
 
 def print_result(result: dict, n_layer: int) -> None:
-    """The table at the end of a run."""
+    """Print the table at the end of a run."""
     title = result["config"]["policy"] + ("" if result["verified"] else " (unverified: not the full model's text)")
     comparison = result.get("comparison")
     shown = cli.shown
@@ -276,14 +276,14 @@ def run_interactive(engine: Engine, flags: argparse.Namespace, config: GenerateC
         messages = said
         known = tokens[:-1]  # the last token was emitted but never fed in: it has no K/V yet
         cached = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
-        output = cli.StreamedText(engine.tokenizer, flags.stop, flags.show_drafts)
+        output = cli.TerminalText(engine.tokenizer, flags.stop, flags.show_drafts)
         try:
             check_prompt(prompt, config, engine.args.vocab_size, runner.cache_length)
         except UserError as error:
             cli.notice(f"{error}; starting a new conversation")
             tokens, messages = [], []
             continue
-        stream = decode(runner, prompt, config, policy, min(cached, len(prompt) - 1), output.ends_at)
+        stream = decode(runner, prompt, config, policy, min(cached, len(prompt) - 1), output.take)
         generation = Generation.collect(output.show(round) for round in stream)
         text = output.close()
         messages.append({"role": "assistant", "content": text})
@@ -316,9 +316,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_decode_flags(parser)
     parser.add_argument("--draft_exit", "--exit_layer", type=int, metavar="E", help="short for --policy static:E")
     parser.add_argument(
-        "--policy",
-        metavar="NAME:key=value,…",
-        help="where drafts leave the model (default: auto): " + ", ".join(policy_names()),
+        "--policy", metavar="NAME:key=value,…", help="where drafts exit (default: auto): " + ", ".join(policy_names())
     )
     parser.add_argument(
         "--no_verify",

@@ -29,10 +29,10 @@ Prompt = str | Sequence[int] | Sequence[dict]  # text, token ids, or the message
 
 @dataclass(frozen=True)
 class Result:
-    """What was generated.
+    """Hold what was generated.
 
     text: up to the first stop string. tokens: the ids. rounds: the record of every round, the prefill first.
-    numbers: acceptance rate, tokens per second and all else that a run of generate.py writes as JSON.
+    numbers: acceptance rate, tokens per second and all else that `Generation.summary` makes of the rounds.
     """
 
     text: str
@@ -52,12 +52,17 @@ def load(checkpoint: str = str(DEMO), policy: str = "auto", notice: Notice = sil
 
 
 class Model:
-    """A loaded checkpoint. One text at a time: a new text ends one that is still being streamed."""
+    """Generate with a loaded checkpoint, one text at a time.
+
+    Its texts share one cache. So once a new text is started, an older one that is still being streamed cannot go on:
+    its next piece raises UserError.
+    """
 
     def __init__(self, engine: Engine, policy: str = "auto"):
         """engine: opened. policy: of calls that name no other."""
         self.engine, self.default_policy = engine, policy
         self._policies: dict[tuple[str, bool], DraftPolicy] = {}
+        self._newest: TextStream | None = None  # the text that has the cache
         self._policy(policy, SamplingConfig())
 
     def generate(self, prompt: Prompt, **settings) -> Result:
@@ -74,43 +79,50 @@ class Model:
     def stream(self, prompt: Prompt, **settings) -> Iterator[str]:
         """Continue a prompt and yield the text piece by piece.
 
-        max_new_tokens (128); temperature (0: greedy), top_k, top_p, seed; stop: strings before which the text ends;
-        ignore_eos: go on after an end-of-text token; policy: other than the model's. Raises UserError before the first
-        piece for a prompt that does not fit.
+        settings: max_new_tokens (128); stop: strings before which the text ends; ignore_eos: go on after an end-of-text
+        token; policy: other than the model's; and those of SamplingConfig: temperature (0: greedy), top_k, top_p, seed,
+        verification. Raises UserError for a mistake before the first piece, and instead of the next piece if another
+        text was started.
         """
         text, stream = self._decode(prompt, **settings)
         return self._pieces(text, stream)
 
-    @staticmethod
-    def _pieces(text: TextStream, stream: Iterator[Round]) -> Iterator[str]:
+    def _pieces(self, text: TextStream, stream: Iterator[Round]) -> Iterator[str]:
         shown = 0
+        self._check_newest(text)
         for _ in stream:
             if text.safe_end > shown:
                 yield text.text[shown : text.safe_end]
                 shown = text.safe_end
+                self._check_newest(text)
         if rest := text.close()[shown:]:
             yield rest
+
+    def _check_newest(self, text: TextStream) -> None:
+        """Raise UserError if another text has overwritten the cache."""
+        if self._newest is not text:
+            raise UserError(
+                "another text was started, which overwrote the cache of this one: read a stream to its end first, "
+                "or load a second model"
+            )
 
     def _decode(
         self,
         prompt: Prompt,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         policy: str | None = None,
+        **sampling_settings,
     ) -> tuple[TextStream, Iterator[Round]]:
         """Check everything -> the text to come, and the stream that decodes it."""
-        engine, sampling = self.engine, SamplingConfig(temperature, top_k, top_p, seed)
+        engine, sampling = self.engine, SamplingConfig(**sampling_settings)
         config = GenerateConfig(max_new_tokens, sampling, () if ignore_eos else engine.eos_ids)
         ids = self._encode(prompt)
         check_prompt(ids, config, engine.args.vocab_size, engine.length)
-        chosen = self._policy(policy or self.default_policy, sampling)
-        text = TextStream(engine.tokenizer, [stop] if isinstance(stop, str) else stop)
-        return text, decode(engine.runner(chosen), ids, config, chosen, finished=text.ends_at)
+        text = self._newest = TextStream(engine.tokenizer, [stop] if isinstance(stop, str) else stop)
+        chosen = self._policy(policy or self.default_policy, sampling)  # may measure, which overwrites the cache
+        return text, decode(engine.runner(chosen), ids, config, chosen, finished=text.take)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""Time decoding against plain decoding in turns, and compare the tokens. Knows no program: contenders are callables."""
+"""Time decoding against plain decoding in turns, and compare the tokens. What is timed comes in as callables."""
 
 import operator
 import statistics

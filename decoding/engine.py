@@ -1,8 +1,8 @@
-"""An engine: a checkpoint and its tokenizer, opened, then loaded and made ready to decode. Every program starts here.
+"""Open a checkpoint and its tokenizer, load it, and make it ready to decode. So begins every program that decodes one.
 
 `Engine.open` reads headers and the tokenizer only, so that every setting is checked before the weights are read.
-`prepare` reads the weights, makes what runs the layers, and lets policies measure what they want to know. It prints
-nothing: notices and progress go to callbacks.
+`prepare` reads the weights, makes what runs the layers, and lets policies measure what they want to know. The engine
+prints nothing: notices and progress go to callbacks.
 """
 
 import os
@@ -39,7 +39,7 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine is made of.
+    """Say what an engine is made of.
 
     checkpoint: a converted file or folder, a Hugging Face folder, or a hub id (default: the bundled demo).
     device: cpu, cuda, or auto: cuda where torch sees a GPU.
@@ -86,7 +86,7 @@ def chosen_device(device: str, notice: Notice = silent) -> str:
 
 
 class Engine:
-    """An opened checkpoint; after `load` or `prepare` one that decodes.
+    """Hold an opened checkpoint; after `load` or `prepare` one that decodes.
 
     Attributes: config; device, "cpu" or "cuda"; source, the checkpoint's files; args, the model's shape; tokenizer,
     None where the checkpoint has none; group, the ranks that share the model, if there are several; model and
@@ -122,7 +122,7 @@ class Engine:
         self.compile_s = 0.0
         self._chose_threads = False
         self._runners: dict[tuple, Runner] = {}
-        self._skipping: set[tuple] = set()  # keys of runners that must be ready to leave sublayers out
+        self._skipping: set[tuple] = set()  # keys of runners that must be ready to skip sublayers
 
     @classmethod
     def open(
@@ -174,13 +174,13 @@ class Engine:
         return self.args.n_layer
 
     @property
-    def quantize(self) -> str:
-        """The format of the weights, in words: the file's or the one asked for."""
+    def format_name(self) -> str:
+        """Name the format of the weights: the file's or the one asked for."""
         return str(self.source.format or self.format)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
+        """Return the tokens that end a text."""
         return () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
 
     def policy(self, text: str, **defaults) -> DraftPolicy:
@@ -325,13 +325,13 @@ class Engine:
         calibrate(self.runner(policy, copies=copies), policy, sample, sampling)
 
     def facts(self, policy: DraftPolicy) -> dict:
-        """What a run of `policy` was made with, as it stands in JSON files."""
+        """Return what a run of `policy` was made with, as it stands in JSON files."""
         return {
             "policy": str(policy),
             "device": self.device,
             "backend": self.runner(policy).backend,
             "precision": str(self.dtype).removeprefix("torch."),
-            "quantize": self.quantize,
+            "quantize": self.format_name,
             "draft_quantize": str(self.draft_format),
             "ranks": self.group.size if self.group else 1,
         }

@@ -1,4 +1,4 @@
-"""The settings of a text, the rounds it took, and every number defined on them, once."""
+"""Define the settings of a text, the rounds it took, and the numbers computed from them, each once."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from model import Transformer
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What decoding should produce: at most max_new_tokens ids, ending early after any of eos_ids."""
+    """Say what decoding should produce: at most max_new_tokens ids, ending early after any of eos_ids."""
 
     max_new_tokens: int = 128
     sampling: SamplingConfig = SamplingConfig()
@@ -50,10 +50,10 @@ def until_end(
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over some rounds of decoding, and the rates defined on them.
+    """Hold the sums over some rounds of decoding; return the rates defined on them.
 
-    tokens: emitted. exit_layers: how many drafted tokens left the model at each depth. layer_visits, head_visits: how
-    often the weights of a layer, and of the LM head, were read.
+    tokens: emitted. exit_layers: how many drafted tokens exited at each depth. layer_visits, head_visits: how often
+    the weights of a layer, and of the LM head, were read.
     """
 
     rounds: int = 0
@@ -67,7 +67,7 @@ class Totals:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted ÷ drafted tokens, 0..1; None if nothing was drafted."""
+        """Return accepted ÷ drafted tokens, 0..1; None if nothing was drafted."""
         return rate(self.accepted, self.drafted)
 
     @property
@@ -92,7 +92,7 @@ class Totals:
 
 
 def rate(count: float, base: float) -> float | None:
-    """count ÷ base; None where there is nothing to divide by."""
+    """Return count ÷ base; None where there is nothing to divide by."""
     return count / base if base else None
 
 
@@ -137,7 +137,7 @@ def summed(summaries: Iterable[dict]) -> Totals:
 
 @dataclass
 class Generation:
-    """The rounds of one text. The prefill, which makes the first token, counts as no round and as no decoding."""
+    """Hold the rounds of one text. The prefill, which makes the first token, counts as no round and as no decoding."""
 
     prefill: Round
     rounds: list[Round]
@@ -158,7 +158,7 @@ class Generation:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decoded tokens per second: those after the first, which the prefill makes."""
+        """Return decoded tokens per second: those after the first, which the prefill makes."""
         return (len(self.tokens) - 1) / self.decode_s if self.rounds else None
 
     def summary(self, model: Transformer) -> dict:
@@ -183,12 +183,14 @@ class Generation:
 
 
 def head_cost_layers(model: Transformer) -> float:
-    """Bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
+    """Return bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
     return head_bytes(model.ends()) / module_bytes(model.layers[0])
 
 
 def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: Transformer) -> float:
-    """Speedup over autoregressive decoding if time were weight bytes alone: `emitted` tokens for these visits.
+    """Return the speedup over autoregressive decoding if time were weight bytes alone.
+
+    emitted: the tokens that these visits produced.
 
     For a round of K drafts at exit layer E that emits n tokens: n·(L + h) ÷ (K·(E + h) + L + h), h = head_cost_layers.
     """

@@ -1,4 +1,4 @@
-"""Text as it is decoded: tokens become characters, and the text ends before a stop string."""
+"""Make text of tokens while they are decoded, and end it before a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from loading.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text one by one, and cuts the text before the first stop string.
+    """Turn tokens into text one by one, and cuts the text before the first stop string.
 
-    Pass `ends_at` to decode() as `finished`. Stop strings may span tokens, so the end of the text is held back while it
+    Pass `take` to decode() as `finished`. Stop strings may span tokens, so the end of the text is held back while it
     could be the beginning of one. Without a tokenizer the text is the token ids, with spaces.
 
     Attributes: text, all of it so far; cut, the length of the text before the stop string, None until there is one.
@@ -20,7 +20,7 @@ class TextStream:
         self.text = ""
         self.cut: int | None = None
 
-    def ends_at(self, token: int) -> bool:
+    def take(self, token: int) -> bool:
         """Take the next token; return True if a stop string is complete."""
         before = len(self.text)
         self.text += self.decoder.push([token]) if self.decoder else f"{token} "
@@ -30,7 +30,7 @@ class TextStream:
 
     @property
     def safe_end(self) -> int:
-        """How much of the text cannot be part of a stop string any more."""
+        """Return how much of the text cannot be part of a stop string any more."""
         if self.cut is not None:
             return self.cut
         held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)

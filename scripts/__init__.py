@@ -1,1 +1,1 @@
-"""Programs run as `python -m scripts.NAME`: training, benchmarks, sweeps and inspection. Nothing imports them."""
+"""Hold the programs that run as `python -m scripts.NAME`, each a file or a folder. No other code imports them."""

@@ -436,13 +436,13 @@ HARD = "naïve 🙂👩‍👩‍👧 [bold]x[/bold] :smile: \\[ " + "long " * 4
 
 
 def stream(tokenizer, ids, stops=(), size=3, **options):
-    """Push ids in rounds of `size` through a StreamedText; returns it, not closed yet."""
-    output = cli.StreamedText(tokenizer, stops, **options)
+    """Push ids in rounds of `size` through a TerminalText; returns it, not closed yet."""
+    output = cli.TerminalText(tokenizer, stops, **options)
     for first in range(0, len(ids), size):
         new = []
         for token in ids[first : first + size]:
             new.append(token)
-            if output.ends_at(token):
+            if output.take(token):
                 break
         output.show(Round(tuple(new)))
         if output.stream.cut is not None:
@@ -505,7 +505,7 @@ def plain_of(terminal: str) -> str:
 
 def on_terminal(tokenizer, steps, stops=()):
     """Show drafted Rounds on a terminal -> (what it got, the text)."""
-    output = cli.StreamedText(tokenizer, stops, show_drafts=True)
+    output = cli.TerminalText(tokenizer, stops, show_drafts=True)
     output.console = Console(
         file=io.StringIO(),
         force_terminal=True,
@@ -517,7 +517,7 @@ def on_terminal(tokenizer, steps, stops=()):
     )
     for step in steps:
         for token in step.tokens:
-            if output.ends_at(token):
+            if output.take(token):
                 break
         output.show(step)
     text = output.close()

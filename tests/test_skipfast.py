@@ -58,6 +58,30 @@ def test_another_policy_writes_the_same_text_greedy_and_sampled(model, policy):
         assert model.generate("import sys", policy=policy, **SETTINGS, **sampling).tokens == expected.tokens
 
 
+def test_a_stream_cannot_go_on_once_another_text_has_the_cache(model):
+    expected = model.generate("import sys", **SETTINGS).text
+    begun, waiting = model.stream("def main", **SETTINGS), model.stream("class", **SETTINGS)
+    with pytest.raises(UserError, match="another text was started"):
+        next(begun)
+    next(waiting)
+    assert model.generate("import sys", **SETTINGS).text == expected
+    with pytest.raises(UserError, match="another text was started"):
+        next(waiting)
+    pieces = model.stream("import sys", **SETTINGS)
+    first = next(pieces)
+    with pytest.raises(UserError, match="does not fit"):  # a prompt that was refused has touched nothing
+        model.stream("def main", max_new_tokens=500)
+    assert first + "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("setting", ["top_k", "top_p", "verification"])
+def test_each_setting_of_the_sampler_is_one_of_the_library(model, setting):
+    value = {"top_k": 3, "top_p": 0.2, "verification": "rejection"}[setting]
+    settings = {"temperature": 1.5, "seed": 3} | SETTINGS
+    found = model.generate("import sys", **settings, **{setting: value}).tokens
+    assert found != model.generate("import sys", **settings).tokens
+
+
 def test_token_ids_are_a_prompt_and_messages_take_the_chat_template(model, monkeypatch):
     ids = model.engine.tokenizer.encode("def main")
     assert model.generate(ids, **SETTINGS).tokens == model.generate("def main", **SETTINGS).tokens

@@ -1,6 +1,6 @@
 """Build `ops.cpp` for this machine on first use, and load it.
 
-`load()` compiles with -march=native into ~/.cache/skipfast, once per machine and torch version, in a few seconds. It
+`load()` compiles with -march=native into ~/.cache/skipfast, once per machine and torch version, in 8 to 20 s. It
 registers the namespace `torch.ops.skipfast_cpu`. Without a compiler it returns the reason in one line, and every public
 function of kernels/ keeps to its pure-torch reference.
 

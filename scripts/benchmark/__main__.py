@@ -55,7 +55,7 @@ def open_engines(flags: argparse.Namespace, ranks: Ranks) -> dict[Place, Engine]
             f"against {', '.join(flags.against)}: {flags.checkpoint_path} is quantised; name the plain "
             f"checkpoint, and --quantize {source.format}"
         )
-    return {(engine.device, engine.quantize): engine for engine in engines}
+    return {(engine.device, engine.format_name): engine for engine in engines}
 
 
 def make_policies(flags: argparse.Namespace, engine: Engine) -> dict[str, DraftPolicy]:
@@ -77,7 +77,7 @@ def our_contenders(
     draft_depth = engine.draft_depth(list(policies.values()))
     engine.load(length)
     engine.load_draft_model(draft_depth)
-    contender = functools.partial(skipfast_contender, config=config, quantize=engine.quantize, device=engine.device)
+    contender = functools.partial(skipfast_contender, config=config, quantize=engine.format_name, device=engine.device)
     contenders = []
     for compile in (True, False) if flags.compile else (False,):
         contenders += plain_contenders(engine, compile, contender)
@@ -121,9 +121,9 @@ def load_all(
         for engine in here:
             first = device == "cpu" and not loaded  # one number of threads for the whole process
             contenders += our_contenders(engine, flags, config, length, first)
-            loaded[engine.quantize] = engine.weight_bytes
+            loaded[engine.format_name] = engine.weight_bytes
             if engine.draft_bytes:
-                loaded[f"{engine.quantize} (drafts {engine.draft_format})"] = engine.draft_bytes
+                loaded[f"{engine.format_name} (drafts {engine.draft_format})"] = engine.draft_bytes
         memories[device] = hardware.memory(here[0].model, device, loaded, before)
     for contender in contenders:
         contender.threads = torch.get_num_threads()  # chosen after some of them were made

@@ -5,6 +5,7 @@ tasks of `scripts/eval/tasks` run, which need no network. Under torchrun the ran
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -116,16 +117,12 @@ def cache_path(flags: argparse.Namespace, policy: DraftPolicy, device: str) -> s
         "no_verify",
         "max_length",
         "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "seed",
         "apply_chat_template",
-        "verification",
         "draft_vocab",
         "draft_quantize",
     )
-    decisive = [str(policy) if flags.no_verify else "", device, *(str(getattr(flags, key)) for key in keys)]
+    sampling = dataclasses.asdict(cli.sampling_config(flags))
+    decisive = [str(policy) if flags.no_verify else "", device, *(str(getattr(flags, key)) for key in keys), sampling]
     return f"{flags.use_cache}_{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]}"
 
 

@@ -154,13 +154,8 @@ def number_of(kwargs: dict, key: str, kind: type, default=None):
 def task_sampling(kwargs: dict, own: SamplingConfig) -> SamplingConfig:
     """Return how to sample a request with these generation arguments: as they say if they sample, else by `own`."""
     temperature = number_of(kwargs, "temperature", float, 0.0)
-    asked = SamplingConfig(
-        temperature,
-        number_of(kwargs, "top_k", int) or None,
-        number_of(kwargs, "top_p", float),
-        own.seed,
-        own.verification,
-    )
+    top_k, top_p = number_of(kwargs, "top_k", int) or None, number_of(kwargs, "top_p", float)
+    asked = replace(own, temperature=temperature, top_k=top_k, top_p=top_p)
     return asked if kwargs.get("do_sample") and temperature else own
 
 
@@ -353,7 +348,7 @@ class HarnessModel:
         config = GenerateConfig(count, sampling, (*self.own_tokenizer.eos_ids, *special))
         check_prompt(prompt, config, self.runner.model.args.vocab_size, self.max_length)
         output = TextStream(self.own_tokenizer, stops)
-        rounds = decode(self.runner, prompt, config, self.policy, finished=output.ends_at, verified=self.verified)
+        rounds = decode(self.runner, prompt, config, self.policy, finished=output.take, verified=self.verified)
         generation = Generation.collect(rounds)
         text = self.own_tokenizer.decode(generation.tokens, continues=True)
         return text[: output.cut], generation.summary(self.runner.model)

@@ -1,7 +1,7 @@
 """The models of `gpu_check`: random weights of published shapes, made on the device, with an acceptance dial.
 
 The dial weakens what the layers behind the exit write until the exit mostly agrees with the full model, as on a
-checkpoint that was trained to leave early.
+checkpoint that was trained to exit early.
 """
 
 import math

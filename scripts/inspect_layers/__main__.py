@@ -1,4 +1,4 @@
-"""Look into the layers: the token that each would choose at every position, and where the text's tokens left the model.
+"""Look into the layers: the token that each would choose at every position, and where the text's tokens exited.
 
 A policy continues a prompt. Then prompt and text are read once more with every layer in view (`lens.py`). The results
 are a page for a browser, tables for LaTeX and plain text (`page.py`), and all numbers as JSON. A second checkpoint can
@@ -73,15 +73,15 @@ def look_at(
     runner, lenses, generations = engine.runner(policy), [], []
     for prompt in prompts:
         generation = Generation.collect(decode(runner, prompt, config, policy, verified=verified))
-        departures = lens.departures(generation, runner.n_layer)
-        lenses.append(lens.read(runner, [*prompt, *generation.tokens], len(prompt), departures))
+        exits = lens.token_exits(generation, runner.n_layer)
+        lenses.append(lens.read(runner, [*prompt, *generation.tokens], len(prompt), exits))
         generations.append(generation)
     return lenses, generations
 
 
 @torch.inference_mode()
 def read_again(other: Engine, lenses: Sequence[lens.Lens]) -> list[lens.Lens]:
-    """Look at all layers of another checkpoint over the same texts. It did not write them: no token left a layer."""
+    """Look at all layers of another checkpoint over the same texts. It did not write them, so no token has an exit."""
     plain = other.policy("none")
     other.prepare([plain], max(len(before.tokens) for before in lenses))
     return [lens.read(other.runner(plain), before.tokens, before.prompt_length, ()) for before in lenses]
@@ -92,7 +92,7 @@ def print_layers(models: Sequence[Model]) -> None:
     columns, depths = ["layer"], max(len(model.summary["agreement"]) for model in models)
     for model in models:
         mark = f" {model.name}" if len(models) > 1 else ""
-        columns += [f"final choice{mark}", "top-1", "final from here", "left here", "cosine to before"]
+        columns += [f"final choice{mark}", "top-1", "final from here", "exited here", "cosine to before"]
     rows = []
     for depth in range(1, depths + 1):
         row = [str(depth)]
@@ -191,7 +191,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--policy",
         default="confidence",
         metavar="NAME:key=value,…",
-        help="writes the text and says where its tokens leave the model (default: confidence)",
+        help="writes the text and says where its tokens exit (default: confidence)",
     )
     parser.add_argument("--no_verify", action="store_true", help="early exit: the drafts are the text")
     samples.add_sample_flags(parser, dataset=None, num_samples=4)

@@ -10,7 +10,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 34  # around the area that is drawn in
 
 
 def charts(summary: dict, lenses: Sequence[Lens]) -> str:
-    """Draw the three charts of one model: cosines, earliest stable layers, and where the tokens left."""
+    """Draw the three charts of one model: cosines, earliest stable layers, and where the tokens exited."""
     parts = [
         figure(
             "Median cosine of hidden states, n layers apart",
@@ -28,7 +28,7 @@ def charts(summary: dict, lenses: Sequence[Lens]) -> str:
             figure(
                 "Layers run for each token of the text",
                 "green: drafts that were accepted; grey: the full model's own tokens",
-                departure_chart(lenses),
+                exit_chart(lenses),
             )
         )
     return f'<div class="charts">{"".join(parts)}</div>'
@@ -112,11 +112,11 @@ def stable_chart(summary: dict) -> str:
     return frame.close()
 
 
-def departure_chart(lenses: Sequence[Lens]) -> str:
-    n_layer, left = lenses[0].n_layer, [departure for lens in lenses for departure in lens.departures]
-    frame = Frame((0, len(left)), (0, n_layer), "token of the text", "layers run for each token")
-    for index, departure in enumerate(left):
-        kind = "draft" if departure.drafted else "own"
-        frame.bar(index + 0.5, departure.depth, 0.9, kind, f"token {index + 1}: {departure.depth} layers")
-    frame.ticks(range(0, len(left) + 1, max(1, len(left) // 8)))
+def exit_chart(lenses: Sequence[Lens]) -> str:
+    n_layer, exits = lenses[0].n_layer, [exit for lens in lenses for exit in lens.departures]
+    frame = Frame((0, len(exits)), (0, n_layer), "token of the text", "layers run for each token")
+    for index, exit in enumerate(exits):
+        kind = "draft" if exit.drafted else "own"
+        frame.bar(index + 0.5, exit.depth, 0.9, kind, f"token {index + 1}: {exit.depth} layers")
+    frame.ticks(range(0, len(exits) + 1, max(1, len(exits) // 8)))
     return frame.close()

@@ -3,7 +3,7 @@
 A text (a prompt and what a policy wrote after it) goes through the model once more, in chunks as in a prefill. The
 hidden states of all depths are kept. Each of them names, through the final norm and the LM head, the token that it
 would write next (the logit lens). Cosines between them say how far apart they are. The Rounds that wrote the text say
-where its tokens left the model.
+where its tokens exited.
 """
 
 import statistics
@@ -23,8 +23,8 @@ CHUNK = 64  # positions at a time: their logits and the hidden states of every d
 
 
 @dataclass(frozen=True)
-class Departure:
-    """Where a token of the text left the model.
+class TokenExit:
+    """Say where a token of the text exited.
 
     depth: layers run for it; 0 if it was proposed without the model. drafted: it is a draft, not the full model's own.
     rejected: the draft (token, depth) that the full model put this token in place of.
@@ -35,18 +35,18 @@ class Departure:
     rejected: tuple[int, int] | None = None
 
 
-def departures(generation: Generation, n_layer: int) -> list[Departure]:
-    """Return a Departure for each token of the text."""
-    left = [Departure(n_layer) for _ in generation.prefill.tokens]
+def token_exits(generation: Generation, n_layer: int) -> list[TokenExit]:
+    """Return a TokenExit for each token of the text."""
+    exits = [TokenExit(n_layer) for _ in generation.prefill.tokens]
     for step in generation.rounds:
         emitted_unjudged = step.exit_layers and not step.drafted
         drafts = len(step.tokens) if emitted_unjudged else step.accepted
         depths = step.exit_layers or (0,) * len(step.drafted)
-        left += [Departure(depth, True) for depth in depths[:drafts]]
+        exits += [TokenExit(depth, True) for depth in depths[:drafts]]
         if len(step.tokens) > drafts:  # the full model's own token ends the round
             wrong = drafts < len(step.drafted)
-            left.append(Departure(n_layer, False, (step.drafted[drafts], depths[drafts]) if wrong else None))
-    return left
+            exits.append(TokenExit(n_layer, False, (step.drafted[drafts], depths[drafts]) if wrong else None))
+    return exits
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Lens:
 
     tokens: T + 1 ids, of which the first `prompt_length` are the prompt. top_ids, top_probs: [L][T][TOP], most probable
     first. next_probs, next_ranks: [L][T], of the token that does come next (rank 0: the most probable). cosines: gap n
-    -> [L + 1 - n][T], of the states at depths l and l + n, l = 0 being the embedding. departures: one for each token
-    after the prompt; none if another model wrote them.
+    -> [L + 1 - n][T], of the states at depths l and l + n, l = 0 being the embedding. departures: the exit of each
+    token after the prompt; none if another model wrote them.
     """
 
     tokens: list[int]
@@ -66,7 +66,7 @@ class Lens:
     next_probs: list[list[float]]
     next_ranks: list[list[int]]
     cosines: dict[int, list[list[float]]]
-    departures: list[Departure]
+    departures: list[TokenExit]  # as layers.json calls them
 
     @property
     def n_layer(self) -> int:
@@ -90,17 +90,17 @@ class Lens:
             depth -= 1
         return depth
 
-    def departure(self, position: int) -> Departure | None:
-        """Return where the token after `position` left; None within the prompt, and in a text of another model."""
+    def exit_of(self, position: int) -> TokenExit | None:
+        """Return where the token after `position` exited; None within the prompt, and in a text of another model."""
         index = position + 1 - self.prompt_length
         return self.departures[index] if self.departures and index >= 0 else None
 
 
 @torch.inference_mode()
-def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequence[Departure]) -> Lens:
+def read(runner: Runner, tokens: Sequence[int], prompt_length: int, exits: Sequence[TokenExit]) -> Lens:
     """Run `tokens` through the model and look at every layer. Overwrites the cache.
 
-    left: one Departure for each token after the prompt; none if another model wrote them.
+    exits: one TokenExit for each token after the prompt; none if another model wrote them.
     """
     n_layer, last = runner.n_layer, len(tokens) - 1
     text = Lens(
@@ -108,7 +108,7 @@ def read(runner: Runner, tokens: Sequence[int], prompt_length: int, left: Sequen
         prompt_length,
         *([[] for _ in range(n_layer)] for _ in range(4)),
         {n: [[] for _ in range(n_layer + 1 - n)] for n in GAPS if n <= n_layer},
-        list(left),
+        list(exits),
     )
     for first in range(0, last, CHUNK):
         rows = tokens[first : min(first + CHUNK, last)]
@@ -141,14 +141,14 @@ def summarise(lenses: Sequence[Lens]) -> dict:
 
     Per depth 1 .. L: agreement, the share of positions whose most probable token is the final one already; top1, the
     median probability of the most probable token; stable_from, how many positions have their earliest stable layer
-    there; departures, how many tokens of the texts left the model there (depth 0: proposed without it).
+    there; departures, how many tokens of the texts exited there (depth 0: proposed without it).
     cosine_median: over positions and depths, for each gap; cosine_by_depth: the median over positions.
     """
     n_layer = lenses[0].n_layer
     places = [(lens, t) for lens in lenses for t in range(lens.positions)]
     stable = Counter(lens.stable_from(t) for lens, t in places)
-    left = [departure for lens in lenses for departure in lens.departures]
-    depths = [departure.depth for departure in left]
+    exits = [exit for lens in lenses for exit in lens.departures]
+    depths = [exit.depth for exit in exits]
     counts = Counter(depths)
     by_depth = {
         gap: [statistics.median(v for lens in lenses for v in lens.cosines[gap][at]) for at in range(n_layer + 1 - gap)]
@@ -162,8 +162,8 @@ def summarise(lenses: Sequence[Lens]) -> dict:
         "stable_from_mean": sum(depth * n for depth, n in stable.items()) / len(places),
         "departures": [counts[depth] for depth in range(n_layer + 1)],
         "departure_mean": statistics.fmean(depths) if depths else None,
-        "drafted_share": rate(sum(departure.drafted for departure in left), len(left)),
-        "rejected_drafts": sum(departure.rejected is not None for departure in left),
+        "drafted_share": rate(sum(exit.drafted for exit in exits), len(exits)),
+        "rejected_drafts": sum(exit.rejected is not None for exit in exits),
         "cosine_median": {
             gap: statistics.median(v for lens in lenses for values in lens.cosines[gap] for v in values)
             for gap in lenses[0].cosines

@@ -84,15 +84,15 @@ def visible(char: str) -> str:
 def cell_marks(lens: Lens, depth: int, position: int) -> list[str]:
     """Return the template's class names for a cell.
 
-    f: the final choice. s: stable from here on. x: a draft left here. o: the full model's token. r: a rejected draft.
+    f: the final choice. s: stable from here on. x: a draft exited here. o: the full model's token. r: a rejected draft.
     """
-    left = lens.departure(position)
+    exit = lens.exit_of(position)
     marks = ["f"] if lens.agrees(depth, position) else []
     if lens.stable_from(position) == depth:
         marks.append("s")
-    if left and left.depth == depth:
-        marks.append("x" if left.drafted else "o")
-    if left and left.rejected and left.rejected[1] == depth:
+    if exit and exit.depth == depth:
+        marks.append("x" if exit.drafted else "o")
+    if exit and exit.rejected and exit.rejected[1] == depth:
         marks.append("r")
     return marks
 
@@ -144,8 +144,8 @@ def head_facts(facts: dict[str, str]) -> str:
 def tools() -> str:
     ramp = "".join(f'<i class="p{level}"></i>' for level in range(11))
     keys = {
-        "x": "draft left the model here",
-        "r": "draft left here and was rejected",
+        "x": "draft exited here",
+        "r": "draft exited here and was rejected",
         "o": "full model's own token",
         "q": "proposed without the model",
         "s": "choice is final from here on",
@@ -172,8 +172,8 @@ def html_table(lens: Lens, index: int, name: Callable[[int], str], label: str) -
 
     heads = []
     for t in columns:
-        left = lens.departure(t)
-        proposed = left is not None and left.drafted and not left.depth
+        exit = lens.exit_of(t)
+        proposed = exit is not None and exit.drafted and not exit.depth
         heads.append(cuts[t] + (" g" if t + 1 >= lens.prompt_length else "") + (" q" if proposed else ""))
     yield f'<div class="scroll"><table class="lens" data-index="{index}" aria-label="{html.escape(label)}">'
     yield ends("thead", "comes next", lens.tokens[1:], heads)
@@ -217,13 +217,13 @@ def table_data(model: Model, index: int, vocabulary: dict[int, int]) -> dict:
         "probs": [part for layer in lens.top_probs for probs in layer for part in parts(probs)],
         "next": [part for layer in lens.next_probs for part in parts(layer)],
         "ranks": [rank for layer in lens.next_ranks for rank in layer],
-        "left": [
+        "exits": [
             [
-                departure.depth,
-                int(departure.drafted),
-                *((known(departure.rejected[0]), departure.rejected[1]) if departure.rejected else (-1, 0)),
+                exit.depth,
+                int(exit.drafted),
+                *((known(exit.rejected[0]), exit.rejected[1]) if exit.rejected else (-1, 0)),
             ]
-            for departure in lens.departures
+            for exit in lens.departures
         ],
     }
 
@@ -233,7 +233,7 @@ def latex(text: str) -> str:
 
 
 def write_latex(models: Sequence[Model], name: Callable[[int], str]) -> str:
-    """Write tables for a paper. Colour: the probability. Frame: a token left the model here. Bold: the final choice."""
+    """Write tables for a paper. Colour: the probability. Frame: a token exited here. Bold: the final choice."""
     lines = [
         "% Each table: what every layer would say. \\input this file; the preamble needs",
         "%   \\usepackage[T1]{fontenc} \\usepackage{textcomp} \\usepackage[table]{xcolor}",
@@ -276,10 +276,10 @@ def latex_cell(lens: Lens, depth: int, position: int, name: Callable[[int], str]
 def write_text(models: Sequence[Model], name: Callable[[int], str]) -> str:
     """Write plain tables: the token, its probability in hundredths, and marks around it.
 
-    [token]: it left the model there. ~token~: a rejected draft. *: the choice is final from there on.
+    [token]: it exited there. ~token~: a rejected draft. *: the choice is final from there on.
     """
     lines = [
-        "[token]: left the model there; ~token~: a draft that was rejected; *: final from there on; "
+        "[token]: exited there; ~token~: a draft that was rejected; *: final from there on; "
         "number: probability in hundredths"
     ]
     for place, lens, columns in blocks(models, TEXT_COLUMNS):

@@ -16,7 +16,7 @@ from decoding.runner import Runner
 from drafting.plan import Round
 from scripts.inspect_layers import __main__ as inspect_layers
 from scripts.inspect_layers import lens, page
-from scripts.inspect_layers.lens import Departure, Lens
+from scripts.inspect_layers.lens import Lens, TokenExit
 from tests.helpers.models import train_tokenizer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -106,23 +106,23 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("policy", ["static:2,num_draft_tokens=4", "confidence:0.05,candidates=1-3-5", "none"])
-def test_the_lens_shows_at_each_depth_the_token_that_left_there(look, policy):
+def test_the_lens_shows_at_each_depth_the_token_that_exited_there(look, policy):
     result, _, _ = look("--policy", policy)
     [model], [generation] = result["models"], result["generations"]
     [text] = model["texts"]
     tokens, prompt, tops = text["tokens"], text["prompt_length"], text["top_ids"]
     assert tokens[prompt:] == generation["tokens"] and len(text["departures"]) == 12
-    for index, left in enumerate(text["departures"]):
+    for index, exit in enumerate(text["departures"]):
         position = prompt + index - 1
         assert tops[LAYERS - 1][position][0] == tokens[prompt + index], "greedy: the text is the top layer's choice"
-        if left["drafted"]:
-            assert tops[left["depth"] - 1][position][0] == tokens[prompt + index]
+        if exit["drafted"]:
+            assert tops[exit["depth"] - 1][position][0] == tokens[prompt + index]
         else:
-            assert left["depth"] == LAYERS
-        if left["rejected"]:
-            token, depth = left["rejected"]
+            assert exit["depth"] == LAYERS
+        if exit["rejected"]:
+            token, depth = exit["rejected"]
             assert tops[depth - 1][position][0] == token != tokens[prompt + index]
-    accepted = sum(left["drafted"] for left in text["departures"])
+    accepted = sum(exit["drafted"] for exit in text["departures"])
     assert accepted == generation["accepted"] and (accepted > 0 or policy == "none")
     assert sum(model["departures"]) == 12 and sum(model["stable_from"]) == model["positions"] == len(tokens) - 1
 
@@ -135,7 +135,7 @@ def test_numbers_are_those_of_hidden_states_computed_by_transformers(make_hf, tm
     reference = make_hf(tmp_path, num_hidden_layers=9, num_key_value_heads=2, vocab_size=90)
     model = Engine.open(EngineConfig(str(tmp_path), device="cpu"), needs_tokenizer=False).load()
     tokens = torch.randint(90, (80,), generator=torch.Generator().manual_seed(0)).tolist()  # more than one chunk
-    found = lens.read(Runner(model, len(tokens)), tokens, 78, [Departure(3, True), Departure(9)])
+    found = lens.read(Runner(model, len(tokens)), tokens, 78, [TokenExit(3, True), TokenExit(9)])
     with torch.inference_mode():
         states = reference(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
         hooked = []
@@ -159,7 +159,7 @@ def test_numbers_are_those_of_hidden_states_computed_by_transformers(make_hf, tm
             assert summary["cosine_median"][gap] == pytest.approx(expected.quantile(0.5).item(), abs=1e-3)
 
 
-def small_lens(choices, departures=(), prompt_length=1):
+def small_lens(choices, exits=(), prompt_length=1):
     """A lens whose choice at depth d and position t is choices[d - 1][t]."""
     tops = [[[token, 0] for token in row] for row in choices]
     probs = [[[0.75, 0.25] for _ in row] for row in choices]
@@ -173,7 +173,7 @@ def small_lens(choices, departures=(), prompt_length=1):
         [[0.5] * len(choices[0])] * len(choices),
         ranks,
         {1: [[1.0] * len(choices[0])] * len(choices)},
-        list(departures),
+        list(exits),
     )
 
 
@@ -185,7 +185,7 @@ def test_a_choice_is_stable_from_the_layer_after_the_last_other_one():
     assert summary["departure_mean"] is None
 
 
-def test_each_token_of_a_round_departs_where_it_left_and_a_rejected_draft_is_remembered():
+def test_each_token_of_a_round_has_its_exit_and_a_rejected_draft_is_remembered():
     rounds = [
         Round((5, 6, 7), drafted=(5, 6, 9), accepted=2, exit_layers=(2, 3, 2)),
         Round((1, 2), drafted=(1,), accepted=1, exit_layers=(4,)),
@@ -194,20 +194,20 @@ def test_each_token_of_a_round_departs_where_it_left_and_a_rejected_draft_is_rem
         Round((8, 8), exit_layers=(2, 6)),  # early exit: nothing is verified
         Round((9,)),
     ]
-    found = lens.departures(Generation(Round((4,)), rounds), 6)
+    found = lens.token_exits(Generation(Round((4,)), rounds), 6)
     assert found == [
-        Departure(6),
-        Departure(2, True),
-        Departure(3, True),
-        Departure(6, False, (9, 2)),
-        Departure(4, True),
-        Departure(6),
-        Departure(0, True),
-        Departure(6, False, (8, 0)),
-        Departure(1, True),
-        Departure(2, True),
-        Departure(6, True),
-        Departure(6),
+        TokenExit(6),
+        TokenExit(2, True),
+        TokenExit(3, True),
+        TokenExit(6, False, (9, 2)),
+        TokenExit(4, True),
+        TokenExit(6),
+        TokenExit(0, True),
+        TokenExit(6, False, (8, 0)),
+        TokenExit(1, True),
+        TokenExit(2, True),
+        TokenExit(6, True),
+        TokenExit(6),
     ]
 
 
@@ -222,8 +222,8 @@ def test_the_page_is_well_formed_needs_nothing_else_and_shows_every_layer_and_po
     assert all(len(row) == positions + 1 for row in (head, *layers, foot))
     for depth, row in zip(range(LAYERS, 0, -1), layers, strict=True):
         outlined = {at for at, (_, attributes) in enumerate(row[1:]) if {"x", "o"} & set(attributes["class"].split())}
-        left = [text["prompt_length"] - 1 + i for i, each in enumerate(text["departures"]) if each["depth"] == depth]
-        assert outlined == set(left), f"outlined at layer {depth}"
+        exited = [text["prompt_length"] - 1 + i for i, each in enumerate(text["departures"]) if each["depth"] == depth]
+        assert outlined == set(exited), f"outlined at layer {depth}"
         for at, (_, attributes) in enumerate(row[1:]):
             assert f"p{round(10 * text['top_probs'][depth - 1][at][0])}" in attributes["class"].split()
     shown = "".join(cell for cell, _ in foot[1:])
@@ -237,7 +237,7 @@ def test_the_page_is_well_formed_needs_nothing_else_and_shows_every_layer_and_po
 
 def test_a_token_cannot_end_the_script_or_the_table_and_white_space_is_seen():
     names = {1: "</script><!--", 2: "<td>", 3: "&lt;", 4: "\"'", 5: "{{body}}", 6: "a\\_^~%$#{}"}
-    found = small_lens([[2, 3, 4, 5, 6]] * 2, [Departure(1, True), Departure(2)], 4)
+    found = small_lens([[2, 3, 4, 5, 6]] * 2, [TokenExit(1, True), TokenExit(2)], 4)
     model = page.Model("<model>", [found], lens.summarise([found]))
     source = page.write_html([model], names.get, "<title>", {"<label>": "<value>"})
     shown = Page(source)
@@ -362,6 +362,6 @@ def test_a_real_browser_draws_the_table_shows_top_5_on_hover_and_has_no_errors(l
     positions = result["models"][0]["positions"]
     assert found["cells"] == str(LAYERS * positions) and found["drawn"] == "true" and int(found["colours"]) > 2
     assert found["shown"] == "true" and found["bars"] == "5"
-    wanted = r"layer 2 of 6.*position \d+.*%.*comes next.*left the model after layer 2"
+    wanted = r"layer 2 of 6.*position \d+.*%.*comes next.*exited after layer 2"
     assert re.search(wanted, found["tip"]), found["tip"]
     assert found["key"] == f"{LAYERS - 1}/1" and found["recoloured"] == "true" and found["sticky"] == "true"
