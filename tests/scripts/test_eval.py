@@ -1,5 +1,6 @@
 """scripts.eval: the harness gets transformers' likelihoods, those of any exit layer, and decoding's own texts."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -267,6 +268,14 @@ def test_a_half_filled_cache_gives_the_sampled_texts_of_an_empty_one(lm_eval, ru
     run(*flags, "--limit", 3, "--use_cache", tmp_path / "answers")
     results, out, *_ = run(*flags, "--use_cache", tmp_path / "answers")
     assert texts(out) == expected and results["skipfast"]["decoding"]["texts"] == 5, "three came from the cache"
+
+
+def test_answers_of_another_sampler_setting_are_kept_in_another_file():
+    values = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 4, "verification": "rejection"}
+    assert set(values) == {field.name for field in dataclasses.fields(SamplingConfig)}
+    given = [[], *([f"--{name}", str(value)] for name, value in values.items())]
+    flags = [eval.parse_flags(["--use_cache", "answers", *words]) for words in given]
+    assert len({eval.cache_path(each, make_policy("none", LAYERS), "cpu") for each in flags}) == len(given)
 
 
 def test_the_bundled_tasks_run_from_any_folder(lm_eval, run, tmp_path, monkeypatch):
