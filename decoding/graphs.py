@@ -11,7 +11,7 @@ A round is split wherever Python must read a result:
   * with several candidate exits, each climb to the next candidate is a graph, and the statistics seen there choose.
   * proposed tokens are verified like drafts; rows behind the last one are masked.
 Policies that decide in Python and samplers that need all logits play call by call; runs of layers are their graphs.
-A round started ahead, which nobody wants after the end of a text, costs its time and nothing else. Without a GPU the
+A round started ahead of the end of a text costs its time and nothing else. Without a GPU the
 same programs run as they stand.
 """
 

@@ -193,9 +193,9 @@ class RoundPlayer:
         )
 
     def _play_unverified(self, plan: DraftPlan, token: int, position: int, remaining: int, since: float) -> Round:
-        """Draft only: where no candidate is exited at, a token runs through all layers.
+        """Draft only. A token that exits at no candidate runs through all layers.
 
-        Keys and values that an early exit left out are made when a later token goes deeper, as in any round.
+        Keys and values that an early exit saved are made when a later token goes deeper, as in any round.
         """
         runner = self.runner
         runner.current_graphs()

@@ -127,10 +127,10 @@ struct Round {
   const ModelTable& model;
   const LayerTable &table, &draft_table;  // the model's
   Head<T> draft_head, head;
-  Draw sampling;        // its position is not looked at
-  Rule exit_rule, stop_rule;  // at a candidate; after a token
-  int64_t position;     // of the first row
-  Rows rows, copies;    // the rows; copies of them on their way above plan.own
+  Draw sampling;              // its position is not looked at
+  Rule exit_rule, stop_rule;  // exit at a candidate if the first holds; draft on after a token if the second does
+  int64_t position;           // of the first row
+  Rows rows, copies;          // copies: of the rows, on their way above plan.own
 
   struct Counts {
     // draft_layers: read for copies, from which the skipped sublayers are missing
