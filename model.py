@@ -344,9 +344,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the final norm and the LM head: hidden [..., T, D] -> fp32 logits [..., T, V]. Pass few rows."""
-        return self.ends().logits(hidden)
+        return self.exit_head().logits(hidden)
 
-    def ends(self) -> Head:
+    def exit_head(self) -> Head:
         """Return the final norm and the LM head, as the exit kernels take them."""
         norm, head = self.norm, self.lm_head
         return Head(norm.weight, norm.eps, head.weight, head.scale, head.out_features, self.shard)

@@ -184,9 +184,9 @@ def losses_and_choices(model: Transformer, windows: Tensor) -> tuple[Tensor, Ten
 def weight_sizes(args: ModelArgs, format: Format, dtype: torch.dtype) -> dict[str, int]:
     """Count the bytes of the quantised weights, of the same in bf16, and of all weights before and after."""
     size = lambda tensors: sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-    before, after = (dict(checkpoint.stored_tensors(args, kind, dtype, fused=True)) for kind in (PLAIN, format))
+    before, after = (dict(checkpoint.stored_tensors(args, kind, dtype, is_ours=True)) for kind in (PLAIN, format))
     low = {name: tensor for name, tensor in after.items() if format.covers(name.replace(".scale", ".weight"))}
-    elements = sum(math.prod(checkpoint.pieces(name, args, fused=True)[name][0]) for name in low if "weight" in name)
+    elements = sum(math.prod(checkpoint.pieces(name, args, is_ours=True)[name][0]) for name in low if "weight" in name)
     return {"quantised": size(low), "the_same_in_bf16": 2 * elements, "before": size(before), "after": size(after)}
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from decoding.sampling import SamplingConfig
 from decoding.visits import head_bytes, module_bytes
@@ -85,10 +85,6 @@ class Totals:
     @property
     def head_visits_per_token(self) -> float | None:
         return rate(self.head_visits, self.tokens)
-
-    def without_drafts(self) -> "Totals":
-        """Count no token as drafted: for plain decoding of several tokens a call, which runs every layer for each."""
-        return replace(self, drafted=0, accepted=0, exit_layers=Counter())
 
 
 def rate(count: float, base: float) -> float | None:
@@ -184,7 +180,7 @@ class Generation:
 
 def head_cost_layers(model: Transformer) -> float:
     """Return bytes of the LM head ÷ bytes of one layer: what a head costs where streaming weights is what costs."""
-    return head_bytes(model.ends()) / module_bytes(model.layers[0])
+    return head_bytes(model.exit_head()) / module_bytes(model.layers[0])
 
 
 def ideal_speedup(emitted: int, layer_visits: float, head_visits: float, model: Transformer) -> float:

@@ -8,11 +8,13 @@ A round is split wherever Python must read a result:
   * otherwise each draft is a graph, and verification is another one, which plans of any K share. Plans may change every
     round.
   * with a rule to stop, the next draft is started before the statistics of this one are read.
-  * with several candidate exits, each climb to the next candidate is a graph, and the statistics seen there choose.
+  * with several candidate exits, each climb to the next candidate is a graph, and the host judges the statistics
+    copied from there.
   * proposed tokens are verified like drafts; rows behind the last one are masked.
-Policies that decide in Python and samplers that need all logits play call by call; runs of layers are their graphs.
-A round started ahead of the end of a text costs its time and nothing else. Without a GPU the
-same programs run as they stand.
+Some rounds are played call by call, and runs of layers are their graphs: where a policy decides in Python, a sampler
+needs all logits, a rule compares candidates (saturation, consistent_tokens), or nothing is verified (--no_verify).
+A round started ahead of the end of a text costs its time and nothing else. Without a GPU the same programs run as they
+stand.
 """
 
 from collections.abc import Callable, Collection

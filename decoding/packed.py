@@ -33,6 +33,12 @@ class PackedLayers:
     def __init__(self, layers: Sequence[tuple[Tensor, ...]], cos: Tensor, sin: Tensor, n_head: int, eps: float):
         """layers: for each layer its TENSORS, linears packed, caches from `attention.new_cache`. cos, sin: fp32
         [S, 1, E] for every cache slot. Raises RuntimeError for tensors that do not fit each other."""
+        for layer in layers:
+            assert len(layer) == len(TENSORS), (
+                f"a layer has {len(layer)} tensors, C++ takes {len(TENSORS)} ({', '.join(TENSORS)}): on a CPU it runs "
+                "in place of Block.forward, so change TENSORS, kernels/cpu/layers.h and layer_table in "
+                "kernels/cpu/ops.cpp, too"
+            )
         self.n_layer = len(layers)
         self.tensors = [*(tensor for layer in layers for tensor in layer), cos, sin]
         self.table = torch.ops.skipfast_cpu.layer_table.default(self.tensors[:-2], cos, sin, n_head, eps)

@@ -1,4 +1,4 @@
-"""One round of decoding: draft, verify, accept. The loop is written here, once.
+"""One round of decoding: draft, verify, accept.
 
   draft    a token enters the model and climbs from candidate exit to candidate exit until it exits as a drafted token;
            and so on with that one, up to K times
@@ -6,11 +6,13 @@
   accept   the drafts up to the first that the full model would not choose, and one token of the full model
 
 A drafted token is a row that waits at the depth where it exited. When a row climbs past a depth where others wait, they
-join the same call: the weights are read once for all of them, and keys and values are never missing. So each row goes
-on at the depth up to which it is the full model's, bit for bit, and no deeper.
+join the same call: the weights are read once for all of them, and keys and values are never missing. Verification
+continues each row from the depth where it waits: up to there it is bit for bit the full model's.
 
-What a round runs is behind `Steps`: calls of a Runner (CallSteps) or CUDA graphs (graphs.py). Where nothing is asked of
-Python, C++ plays the whole round in one call (packed.py): it is the only twin of this loop.
+What a round runs is behind `Steps`: calls of a Runner (CallSteps), or programs of graphs.py, on a GPU as CUDA graphs.
+The loop has two twins, which give the same rounds:
+  * in C++, for a round in which nothing is asked of Python: it is one call (packed.py)
+  * `Graphs.whole_round`, for a plan in which nothing is decided: it is one program
 """
 
 import dataclasses
@@ -28,7 +30,17 @@ from decoding.sampling import Sampler, accept
 from drafting.exits import ExitJudge
 from drafting.plan import DraftPlan, Round
 from drafting.policy import DraftPolicy
-from kernels.exit_head import Exit
+from kernels.exit_head import Exit, ExitStats
+
+
+class Judged(Protocol):
+    """Name what the loop reads of an exit: an `Exit`, or a `GraphExit` whose numbers come from the device.
+
+    Rules that compare candidates, and policies that decide in Python, are given an `Exit`.
+    """
+
+    def stats(self) -> ExitStats:
+        """Return the statistics of the exit's one row."""
 
 
 class Steps(Protocol):
@@ -45,10 +57,10 @@ class Steps(Protocol):
     def enter(self, token: int | None) -> None:
         """Let the row of `token`, the next one, wait at depth 0."""
 
-    def climb(self, depth: int) -> Exit:
-        """Run the last row up to `depth` -> its exit there, with stats(), and if a policy looks tokens() and hidden."""
+    def climb(self, depth: int) -> Judged | None:
+        """Run the last row up to `depth` -> its exit there; None where nothing is decided."""
 
-    def choose(self, exit: Exit) -> int | None:
+    def choose(self, exit: Judged | None) -> int | None:
         """Choose the drafted token at the exit of the last row."""
 
     def verify(self, drafted: list[int | None]) -> tuple[list[int], int, int, Tensor]:
@@ -80,8 +92,17 @@ class RoundPlayer:
         if not self.verified:
             return self._play_unverified(plan, token, position, remaining, since)
         limit = remaining - 1  # the last token of a round is the full model's own
-        if self.runner.packed and not self._needs_python(plan):
-            return self._play_in_one_call(plan, token, position, limit, since)
+        in_one_call = self.runner.packed and not self._needs_python(plan)
+        play = self._play_in_one_call if in_one_call else self._play_by_steps
+        round = play(plan, token, position, limit, since)
+        if plan.plain and round.drafted and self.runner.own_drafts:
+            round = dataclasses.replace(round, drafted=(), accepted=0, exit_layers=())
+        return round
+
+    # ---- the loop ----
+
+    def _play_by_steps(self, plan: DraftPlan, token: int, position: int, limit: int, since: float) -> Round:
+        """Play a round of at most `limit` drafts step by step."""
         steps = self._steps(plan, token, position, limit)
         drafted, exit_layers = self.draft(steps, plan, token, limit)
         drafted, accepted, target, states = steps.verify(drafted)
@@ -90,17 +111,15 @@ class RoundPlayer:
         tokens = *drafted[:accepted], target
         drafted, _ = until_end(drafted, self.eos_ids)  # tokens that stayed on the device may go on behind an end
         return Round(
-            tokens,
-            tuple(drafted),
-            min(accepted, len(drafted)),
-            tuple(exit_layers[: len(drafted)]),
-            steps.resume_layer,
-            time.perf_counter() - since,
-            steps.layer_visits,
-            steps.head_visits,
+            tokens=tokens,
+            drafted=tuple(drafted),
+            accepted=min(accepted, len(drafted)),
+            exit_layers=tuple(exit_layers[: len(drafted)]),
+            resume_layer=steps.resume_layer,
+            seconds=time.perf_counter() - since,
+            layer_visits=steps.layer_visits,
+            head_visits=steps.head_visits,
         )
-
-    # ---- the loop ----
 
     def draft(self, steps: Steps, plan: DraftPlan, token: int, limit: int) -> tuple[list[int | None], list[int]]:
         """Draft at most `limit` tokens after `token` -> the tokens, and where each of them exited."""
@@ -116,7 +135,7 @@ class RoundPlayer:
                 break  # nothing can be emitted after an end of text
         return drafted, exit_layers
 
-    def _climb_to_exit(self, steps: Steps, plan: DraftPlan, candidates: Sequence[int]) -> tuple[Exit, int]:
+    def _climb_to_exit(self, steps: Steps, plan: DraftPlan, candidates: Sequence[int]) -> tuple[Judged | None, int]:
         """Let the last row climb from candidate to candidate -> where it exits, and the depth there."""
         judge = ExitJudge(plan.exit_if) if plan.exit_if else None
         for depth in candidates:
@@ -128,7 +147,7 @@ class RoundPlayer:
                 break
         return exit, depth
 
-    def _stops(self, plan: DraftPlan, exit: Exit, more: bool) -> bool:
+    def _stops(self, plan: DraftPlan, exit: Judged | None, more: bool) -> bool:
         """Say whether the draft ends after a token. more: it might go on otherwise; only then is the rule judged."""
         stops = plan.ask_to_stop and self.policy.should_stop(exit)  # the policy hears of the last token, too
         if more and plan.stop_unless and not plan.stop_unless.holds(exit.stats()):
@@ -182,14 +201,14 @@ class RoundPlayer:
         if reads_hidden:
             self.remember(played.states[accepted : accepted + 1])
         return Round(
-            (*played.drafted[:accepted], target),
-            tuple(played.drafted),
-            accepted,
-            tuple(played.exit_layers),
-            played.resume_layer,
-            time.perf_counter() - since,
-            visits.layers(played.layers) + visits.layers(played.draft_layers, played.skipped, draft=True),
-            played.heads * visits.draft_head + 1,
+            tokens=(*played.drafted[:accepted], target),
+            drafted=tuple(played.drafted),
+            accepted=accepted,
+            exit_layers=tuple(played.exit_layers),
+            resume_layer=played.resume_layer,
+            seconds=time.perf_counter() - since,
+            layer_visits=visits.layers(played.layers) + visits.layers(played.draft_layers, played.skipped, draft=True),
+            head_visits=played.heads * visits.draft_head + 1,
         )
 
     def _play_unverified(self, plan: DraftPlan, token: int, position: int, remaining: int, since: float) -> Round:
@@ -207,13 +226,13 @@ class RoundPlayer:
             num_draft_tokens=max(1, plan.num_draft_tokens),
             skip_attention=self.skip_attention,  # no keys and values there: a text keeps its set
         )
-        steps = CallSteps(runner, self.sampler, plan, self.rows, token, own=runner.n_layer)
+        steps = CallSteps(runner, self.sampler, plan, self.rows, token, exact_depth=runner.n_layer)
         drafted, exit_layers = self.draft(steps, plan, token, remaining)
         top = self.rows.at.pop(runner.n_layer, None)
         if top and self.policy.reads_hidden:
             self.remember(top[-1][-1:])
         return Round(
-            tuple(drafted),
+            tokens=tuple(drafted),
             exit_layers=tuple(exit_layers),
             seconds=time.perf_counter() - since,
             layer_visits=steps.layer_visits,
@@ -228,7 +247,7 @@ class WaitingRows:
     """
 
     def __init__(self, runner: Runner, position: int, draft: bool = False):
-        """position: of the first row. draft: these are copies that only draft, so low-bit layers will do."""
+        """position: of the first row. draft: the rows are draft rows, so low-bit layers will do."""
         self.runner, self.end, self.draft = runner, position, draft
         self.at: dict[int, list[Tensor]] = {}
 
@@ -248,19 +267,27 @@ class WaitingRows:
 class CallSteps:
     """Plays the steps of a round by calls of a Runner.
 
-    Above `own` a drafted row is not the full model's any more: it skips sublayers or runs low-bit layers. There the row
-    waits, and a copy climbs on in its place.
+    Above `exact_depth` a drafted row is not the full model's any more: it skips sublayers or runs low-bit layers. There
+    the row waits, and a copy climbs on in its place, a draft row.
     """
 
     def __init__(
-        self, runner: Runner, sampler: Sampler, plan: DraftPlan, rows: WaitingRows, token: int, own: int | None = None
+        self,
+        runner: Runner,
+        sampler: Sampler,
+        plan: DraftPlan,
+        rows: WaitingRows,
+        token: int,
+        exact_depth: int | None = None,
     ):
-        """rows: some may wait from earlier rounds. token: of the next row. own: by default, what the plan says."""
+        """rows: some may wait from earlier rounds. token: of the next row. exact_depth: by default that of the plan."""
         self.runner, self.sampler, self.plan, self.rows, self.token = runner, sampler, plan, rows, token
         self.skips = plan.skip_attention, plan.skip_mlp
         self.first = rows.end  # the position of the round's first row
-        self.own = shared_depth(plan, runner) if own is None else own
-        self.copies: WaitingRows | None = None
+        if exact_depth is None:  # low-bit layers are the full model's nowhere
+            exact_depth = 0 if runner.draft_model else plan.exact_depth(runner.n_layer)
+        self.exact_depth = exact_depth
+        self.draft_rows: WaitingRows | None = None
         self.exits: list[Exit] = []  # of all candidates climbed to
         self.layer_visits, self.resume_layer, self.full_heads = 0.0, 0, 0
 
@@ -272,7 +299,7 @@ class CallSteps:
     def climb(self, depth: int) -> Exit:
         """Run the last row up to `depth`; the rows that wait on its way join it."""
         runner, rows = self.runner, self.rows
-        between = {stop for stop in (self.own, *rows.at) if self.depth < stop < depth}
+        between = {stop for stop in (self.exact_depth, *rows.at) if self.depth < stop < depth}
         for stop in (*sorted(between), depth):
             hidden = self._run(self.depth, stop)
             self.depth = stop
@@ -282,14 +309,14 @@ class CallSteps:
         return exit
 
     def _run(self, start: int, stop: int) -> Tensor:
-        """Run the last row, or its copy above `own`, through layers start..stop-1 -> its hidden [1, D]."""
-        rows, own = self.rows, self.own
-        if stop > own:
-            if self.copies is None:
-                self.copies = WaitingRows(self.runner, self.first, draft=True)
-            if start == own:  # copy the rows that have come here since the last copy was made
-                self.copies.add(own, joined(rows.at[own])[self.copies.end - self.first :])
-            rows = self.copies
+        """Run the last row, or above `exact_depth` its draft row, through layers start..stop-1 -> its hidden [1, D]."""
+        rows, exact = self.rows, self.exact_depth
+        if stop > exact:
+            if self.draft_rows is None:
+                self.draft_rows = WaitingRows(self.runner, self.first, draft=True)
+            if start == exact:  # copy the rows that have come here since the last copy was made
+                self.draft_rows.add(exact, joined(rows.at[exact])[self.draft_rows.end - self.first :])
+            rows = self.draft_rows
         self.layer_visits += self.runner.visits.run(start, stop, *self.skips, draft=rows.draft)
         return rows.climb(start, stop, *self.skips)
 
@@ -314,13 +341,6 @@ class CallSteps:
     def head_visits(self) -> float:
         """Count the LM heads that were asked: some rules look at hidden states only."""
         return sum(exit.asked for exit in self.exits) * self.runner.visits.draft_head + self.full_heads
-
-
-def shared_depth(plan: DraftPlan, runner: Runner) -> int:
-    """Return the depth up to which a drafted row is the full model's own, so that verification can go on from there."""
-    if runner.draft_model:
-        return 0
-    return runner.n_layer if plan.first_skip is None else plan.first_skip
 
 
 def joined(parts: list[Tensor]) -> Tensor:

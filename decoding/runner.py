@@ -1,7 +1,7 @@
 """What runs the layers and the LM head, compiled or not, and with how many rows a call.
 
-Decoding speaks to the model only through a Runner. No other file of the engine mentions torch.compile. One of these
-backends runs a layer:
+Decoding runs layers only through a Runner. No other file of the engine compiles anything with torch.compile. One of
+these backends runs a layer:
   * "c++"      compiled, on a CPU whose weights are packed: a run of layers is one call into `kernels/cpu/layers.h`
   * "inductor" compiled, anywhere else: one torch.compile graph of the block, shared by all layers
   * "eager"    operation by operation; named "c++ ops" where several ranks, which talk in between, use compiled ones
@@ -79,8 +79,9 @@ class Runner:
     compile: use a compiled backend. exact=False gives up bit-equal rows for speed where padding costs time (a baseline
     to be measured against, named as such). notice: called with one line about anything slower than asked for.
 
-    Attributes: backend; width, the rows of a padded call; visits, what reading weights counts; packed, the model for
-    rounds in C++, where that is the backend; call_by_call, set it to play every round by single calls, for comparisons.
+    Attributes: backend; width, the rows of a padded call; own_drafts, whether drafts use the model's layers and all of
+    its LM head; visits, what reading weights counts; packed, the model for rounds in C++, where that is the backend;
+    call_by_call, set it to play every round by single calls, for comparisons.
     """
 
     call_by_call = False
@@ -106,10 +107,11 @@ class Runner:
         self.n_layer, self.cache_length, self.group = model.args.n_layer, cache_length, model.group
         linears = [m for each in (model, draft_model) if each for m in each.modules() if isinstance(m, Linear)]
         self.rows_independent = all(is_packed(linear.weight) for linear in linears)
-        self._ends = model.ends()  # module attributes cost microseconds
-        self._draft_ends = draft_model.ends() if draft_model else self._ends
+        self._head = model.exit_head()  # module attributes cost microseconds
+        self._draft_head = draft_model.exit_head() if draft_model else self._head
         if draft_vocab is not None:
-            self._draft_ends = self._draft_ends.trimmed(draft_vocab)
+            self._draft_head = self._draft_head.trimmed(draft_vocab)
+        self.own_drafts = self._draft_head is self._head
         self.visits = Visits(model, draft_model, draft_vocab)
         self.backend = self._choose_backend(notice) if compile else "eager"
         # Padded rows cost time, so only calls that need them are padded; but then always to the same width, whatever
@@ -167,8 +169,8 @@ class Runner:
 
     @cached_property
     def can_sample(self) -> bool:
-        """Say whether both heads draw a coupled sample without all logits, see Exit.can_sample."""
-        return all(self.exit(self._ends.norm[None], draft=draft).can_sample() for draft in (False, True))
+        """Say whether both heads draw a coupled sample without all logits, see Exit.has_fused_head."""
+        return all(self.exit(self._head.norm[None], draft=draft).has_fused_head() for draft in (False, True))
 
     def warm_up(self, skips_sublayers: bool = False) -> None:
         """Compile every graph that decoding will use, then make any further compilation an error.
@@ -256,7 +258,7 @@ class Runner:
         draft_layers = packed_layers(copies) if copies else None
         embedding = model.embedding
         return PackedModel(
-            packed_layers(model), embedding.weight, self._ends, embedding.scale, draft_layers, self._draft_ends
+            packed_layers(model), embedding.weight, self._head, embedding.scale, draft_layers, self._draft_head
         )
 
     def current_graphs(self) -> Graphs:
@@ -335,7 +337,7 @@ class Runner:
 
         draw: how `Exit.samples` will choose. draft: with the draft's LM head, which may know fewer tokens.
         """
-        return Exit(self._pad(hidden), self._draft_ends if draft else self._ends, len(hidden), draw)
+        return Exit(self._pad(hidden), self._draft_head if draft else self._head, len(hidden), draw)
 
     def _pad(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]

@@ -52,7 +52,7 @@ class SamplingConfig:
         return self.top_k is None and self.top_p is None and self.verification == "coupled"
 
 
-def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+def kept_tokens(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Keep the tokens that temperature, top-k and top-p leave in: one row of logits [V] -> (ids, scores), fp32.
 
     Scores are logits ÷ temperature, unnormalised. Top-k comes before top-p, as in transformers; the token that
@@ -77,7 +77,7 @@ def choose(logits: Tensor, position: int, config: SamplingConfig) -> int:
     """
     if config.temperature == 0:
         return int(logits.argmax())
-    ids, scores = candidates(logits, config)
+    ids, scores = kept_tokens(logits, config)
     return int(ids[(scores + gumbel_noise(config.seed, position, ids)).argmax()])
 
 
@@ -85,7 +85,7 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Turn one row of logits [V] into fp32 probabilities [V] by temperature, top-k and top-p; one-hot if greedy."""
     if config.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), logits.shape[-1]).float()
-    ids, scores = candidates(logits, config)
+    ids, scores = kept_tokens(logits, config)
     return torch.zeros_like(logits, dtype=torch.float32).index_copy_(0, ids, scores.softmax(-1))
 
 
@@ -115,7 +115,7 @@ class CoupledSampler:
         """Choose the token of each row, the first being for `position`."""
         if self.config.temperature == 0:
             return exit.tokens()
-        if self.config.is_plain and exit.can_sample():
+        if self.config.is_plain and exit.has_fused_head():
             if exit.draw is None:  # costs a pass of its own if the head was asked already; the choice is the same
                 exit.draw = self.draw(position)
             return exit.samples().tolist()

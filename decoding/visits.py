@@ -21,9 +21,9 @@ def head_bytes(head: Head) -> int:
 class Visits:
     """Counts reads of weights in layers and in LM heads of the full model, by their bytes.
 
-    A skipped sublayer counts its share of a layer less. A low-bit layer or head of the draft model counts what its
-    bytes are of the model's, a head trimmed to some tokens its share of the whole one. Attributes: draft_head, what one
-    read of the drafts' LM head counts.
+    A layer of the model counts 1, and so does its LM head. What has fewer bytes counts their share: a layer with
+    skipped sublayers, a low-bit layer or head of the draft model, a head trimmed to some tokens.
+    Attributes: draft_head, what one read of the drafts' LM head counts.
     """
 
     def __init__(self, model: Transformer, draft_model: Transformer | None = None, draft_vocab: int | None = None):
@@ -33,7 +33,7 @@ class Visits:
         self.draft_layer = self.draft_head = 1.0
         if draft_model:
             self.draft_layer = module_bytes(draft_model.layers[0]) / module_bytes(layer)
-            self.draft_head = head_bytes(draft_model.ends()) / head_bytes(model.ends())
+            self.draft_head = head_bytes(draft_model.exit_head()) / head_bytes(model.exit_head())
         if draft_vocab is not None:
             self.draft_head *= draft_vocab / model.args.vocab_size
 

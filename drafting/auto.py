@@ -1,4 +1,6 @@
-"""The policy that needs no tuning: each round it drafts in the way that promises most tokens per second, or not at all.
+"""The policy that needs no tuning: it drafts in the way that promises most tokens per second, or not at all.
+
+Every few rounds it chooses exit and K anew; in each round it compares that with a proposal of prompt lookup.
 
 It knows three things about a round:
 
@@ -24,7 +26,8 @@ PLAIN = DraftPlan()
 NGRAMS = (4, 2)
 KEEP = 0.99  # weight of the past after one more draft was verified
 SAMPLE_WEIGHT = 20.0  # the sample text counts as much as this many tokens of the prompt
-TEXT_PRIOR, EXIT_PRIOR = 16.0, 64.0  # verified drafts after which half of the pooled, of an exit's correction counts
+TEXT_PRIOR = 16.0  # after so many verified drafts of a text, its pooled correction has half of the weight
+EXIT_PRIOR = 64.0  # after so many verified drafts from one exit, that exit's own correction has half of the weight
 MOST_AGREEMENT = 0.98  # believed of an exit, even where a few hundred tokens were all right
 LOOKUP_PRIOR = 1.5, 2.0  # right and verified tokens that every n-gram size starts with
 REFRESH = 4  # rounds between choices of exit and K: a choice costs as much as a layer of a small model
@@ -62,7 +65,7 @@ class DecayedRatio:
 
 @dataclass
 class Auto(DraftPolicy):
-    """Choose the exit layer, K, n-gram proposals or plain decoding for each round, by expected tokens per second.
+    """Choose exit layer and K, n-gram proposals or plain decoding, by expected tokens per second.
 
     The objective is that of DEL (arXiv 2504.05598), in measured time instead of layers.
 
@@ -97,7 +100,7 @@ class Auto(DraftPolicy):
         )
         self.exits = self.watched_depths = candidates_or_default(self.candidates or spread, n_layer)
         # Assumed until measured: costs in layers, the LM head as one, and early exits as good as a LayerSkip model's.
-        self.verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
+        self.timed_verify_s = {rows: n_layer + 1.0 for rows in self._timed_rows()}
         self.draft_s = {depth: depth + 1.0 for depth in self.exits}
         self.sampled_agreement = {depth: min(0.9, 0.4 + 1.2 * depth / n_layer) for depth in self.exits}
         self.best_by_percent: dict[tuple[int, int | None], tuple[float, int]] = {}
@@ -115,24 +118,24 @@ class Auto(DraftPolicy):
         return verifying + [DraftPlan((depth,), drafts, adapters=self.adapters) for depth in self.exits]
 
     def calibrate(self, seconds: dict[DraftPlan, float], agreement: dict[int, list[bool]]) -> None:
-        self.verify_s = {1 + len(plan.proposed): s for plan, s in seconds.items() if not plan.exits}
+        self.timed_verify_s = {1 + len(plan.proposed): s for plan, s in seconds.items() if not plan.exits}
         for plan, s in seconds.items():
             if plan.exits:
                 k = plan.num_draft_tokens
-                self.draft_s[plan.exits[0]] = max(0.0, s - self._verify_s(k + 1)) / k
+                self.draft_s[plan.exits[0]] = max(0.0, s - self.verify_seconds(k + 1)) / k
         for depth in self.exits:
             self.sampled_agreement[depth] = min(sum(agreement[depth]) / len(agreement[depth]), MOST_AGREEMENT)
         self.best_by_percent.clear()
         self.start_prompt(())
 
-    def _verify_s(self, rows: int) -> float:
+    def verify_seconds(self, rows: int) -> float:
         """Return the seconds of verifying so many rows, by linear interpolation between those that were timed."""
-        if rows in self.verify_s:
-            return self.verify_s[rows]
-        low = max(timed for timed in self.verify_s if timed < rows)
-        high = min(timed for timed in self.verify_s if timed > rows)
+        if rows in self.timed_verify_s:
+            return self.timed_verify_s[rows]
+        low = max(timed for timed in self.timed_verify_s if timed < rows)
+        high = min(timed for timed in self.timed_verify_s if timed > rows)
         share = (rows - low) / (high - low)
-        return (1 - share) * self.verify_s[low] + share * self.verify_s[high]
+        return (1 - share) * self.timed_verify_s[low] + share * self.timed_verify_s[high]
 
     def start_prompt(self, prompt: Sequence[int]) -> None:
         self.index = NgramIndex(NGRAMS)
@@ -162,7 +165,7 @@ class Auto(DraftPolicy):
         if (percent, depth) not in self.best_by_percent:  # thousands of rounds ask for the same few
             draft_s = self.draft_s[depth] if depth else 0.0
             self.best_by_percent[percent, depth] = max(
-                (expected_tokens(percent / 100, k) / (k * draft_s + self._verify_s(k + 1)), k)
+                (expected_tokens(percent / 100, k) / (k * draft_s + self.verify_seconds(k + 1)), k)
                 for k in range(1, self.num_draft_tokens + 1)
             )
         return self.best_by_percent[percent, depth]
@@ -177,7 +180,7 @@ class Auto(DraftPolicy):
             self.drafting = self.best_drafting()
         self.rounds += 1
         rate, plan = self.drafting
-        plain_rate = 1 / self.verify_s[1]
+        plain_rate = 1 / self.timed_verify_s[1]
         if rate < plain_rate:
             rate = plain_rate
             plan = PLAIN if self.since_draft < RETRY else plan
@@ -186,7 +189,7 @@ class Auto(DraftPolicy):
             lookup_rate, k = self.best(self.lookups[self.ngram].value(), None)
             plan = DraftPlan(proposed=self.guess[:k]) if lookup_rate > rate else plan
         self.since_draft = self.since_draft + 1 if plan is PLAIN else 0
-        self.chosen[plan.exits, len(plan.proposed) or plan.num_draft_tokens] += 1
+        self.chosen[plan.exits, plan.most_drafts] += 1
         return plan
 
     def end_round(self, round: Round) -> None:
@@ -202,12 +205,12 @@ class Auto(DraftPolicy):
             self.exit_failures[depth].add(failed, predicted, verified)
 
     def explain(self) -> list[str]:
-        plain_s = self._verify_s(1)
+        plain_s = self.verify_seconds(1)
         exits = (
             f"{depth}: agrees {self.agreement[depth]:.2f}, a draft costs {self.draft_s[depth] / plain_s:.2f}"
             for depth in self.agreement
         )
-        rows = (f"{rows}: {seconds / plain_s:.2f}" for rows, seconds in self.verify_s.items())
+        rows = (f"{rows}: {seconds / plain_s:.2f}" for rows, seconds in self.timed_verify_s.items())
         lines = [
             "auto: exit layers, agreement with the model before decoding, cost in plain steps: " + "; ".join(exits),
             "auto: rows of a verification, cost in plain steps: " + "; ".join(rows),

@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from types import NoneType
 
 from drafting.auto import Auto
-from drafting.controls import LogitsFuture, Random
 from drafting.exits import Confidence, ConsistentTokens, Entropy, Margin, Saturation, Static
 from drafting.lookup import PromptLookup
 from drafting.plan import DraftPlan, Round, RoundContext
 from drafting.policy import Autoregressive, Depths, DraftPolicy
+from drafting.python_exits import LogitsFuture, Random
 from drafting.skips import LayerSkipProportion, Learned, SkipSet
 from errors import UserError
 from kernels.exit_head import Exit
 
 
 class Combined(DraftPolicy):
-    """Combine policies, written first+second: a proposal comes first; without one, all draft together.
+    """Combine policies, written first+second.
 
-    Then skip sets add up. Exits, K and the exit decision are those of the last policy that has exits, the stop rule is
-    that of the last policy that has one.
+    A round takes the first policy's plan that proposes tokens. If none does, all policies draft together:
+      * a sublayer is skipped if any of them skips it
+      * exits, K and the exit decision are those of the last policy that has exits; if none has, K is the largest
+      * the stop rule is that of the last policy that has one
     """
 
     def __init__(self, parts: Sequence[DraftPolicy]):
@@ -80,6 +82,7 @@ class Combined(DraftPolicy):
             stop_unless=stop_rules[-1] if stop_rules else None,
             ask_to_stop=bool(self.stopping),
             repeats=all(plan.repeats for plan in plans),
+            plain=all(plan.plain for plan in plans),
         )
 
     def should_exit(self, depth: int, exit: Exit) -> bool:

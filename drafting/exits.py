@@ -10,8 +10,14 @@ tell which token it would choose there, and how surely. The draft exits at the f
     saturation          cosine of the hidden state with that at the candidate before >= threshold
     consistent_tokens   the last `checks` candidates chose one token
 
-If it holds nowhere, the draft exits at the last candidate. The rules are data, `exit_if` of a DraftPlan, so that C++
-and CUDA graphs apply them inside a round. `ExitJudge` applies them in Python: that is the exit decision itself.
+If it holds nowhere, the draft exits at the last candidate. A rule is data, `exit_if` of a DraftPlan. It is judged
+
+    in Python   by `ExitJudge`, which the loop asks at each candidate (`_climb_to_exit` in decoding/rounds.py). With a
+                GPU it reads numbers that were copied from the device.
+    in C++      by `Round::draft` in kernels/cpu/round.h
+
+No rule is in auto.py, which chooses one exit for a whole round, nor in python_exits.py, whose policies are asked
+themselves.
 """
 
 import dataclasses
@@ -74,7 +80,8 @@ class ThresholdExit(SelfDrafting):
     threshold: float
     candidates: Depths = field(default=Depths(), kw_only=True)
     decay: float = field(default=0.0, kw_only=True)
-    measure, low, high = Measure.TOP1, 0.0, 1.0  # low, high: range of the threshold. No keys: not annotated
+    # Not keys of the policy string, because a dataclass takes only annotated names as fields.
+    measure, low, high = Measure.TOP1, 0.0, 1.0  # low, high: the range of the threshold
 
     def __post_init__(self):
         super().__post_init__()

@@ -46,8 +46,9 @@ STATISTICS = tuple(measure for measure in Measure if not measure.compares)  # in
 class Rule(NamedTuple):
     """Call an exit sure of its token if `measure` is at least `threshold` (ENTROPY: at most).
 
-    Rules are data instead of code, so that C++ and CUDA graphs can decide without asking Python. Measures that compare
-    candidates can only decide where to exit, not when to stop.
+    Rules are data instead of code. So C++ judges them inside a round, and with a GPU the host judges them by a few
+    numbers that it copies from the device. Measures that compare candidates can only decide where to exit, not when to
+    stop.
     """
 
     measure: Measure
@@ -68,12 +69,14 @@ class DraftPlan:
     num_draft_tokens: how many tokens to draft at most (K). 0 is plain autoregressive decoding.
     skip_attention, skip_mlp: layers (0-based) whose sublayer the draft skips.
     proposed: drafted tokens that need no model pass (n-gram continuations).
-    exit_if: a draft exits at a candidate before the last one if this rule holds. None: the policy is asked
+    exit_if: at every candidate but the last, the draft exits if this rule holds. None: the policy is asked
         (should_exit).
     stop_unless: the draft ends after a token unless this rule holds. None: it goes on to num_draft_tokens.
     ask_to_stop: whether the policy is asked, too (should_stop).
     adapters: correct the hidden states of some of the exits.
     repeats: the policy's next plan will be this one, too, so a GPU may start the next round before this one is read.
+    plain: this is plain decoding of several tokens a call. Its "drafts" run all layers and skip nothing, so with the
+        model's own layers and LM head they are the full model's tokens, and the record counts nothing as drafted.
     """
 
     exits: tuple[int, ...] = ()
@@ -86,6 +89,7 @@ class DraftPlan:
     ask_to_stop: bool = False
     adapters: Adapters | None = None
     repeats: bool = field(default=False, compare=False)
+    plain: bool = field(default=False, compare=False)
 
     def candidates(self, n_layer: int) -> tuple[int, ...]:
         """List where a drafted token may exit, ascending; nothing where no layer is run to draft."""
@@ -111,10 +115,9 @@ class DraftPlan:
         decides = self.stop_unless or self.ask_to_stop or len(self.exits) > 1
         return not self.proposed and not (decides and self.num_draft_tokens)
 
-    @property
-    def first_skip(self) -> int | None:
-        """Return the first layer with a skipped sublayer, above which no state is the full model's. None: no skip."""
-        return min(self.skip_attention | self.skip_mlp, default=None)
+    def exact_depth(self, n_layer: int) -> int:
+        """Return the depth up to which a drafted row is the full model's: where the first sublayer is skipped."""
+        return min(self.skip_attention | self.skip_mlp, default=n_layer)
 
 
 class RoundContext(NamedTuple):
@@ -137,6 +140,7 @@ class Round:
 
     tokens: ids emitted. The first `accepted` were drafted; the last one is the full model's own, unless the text ended.
     drafted: every id drafted or proposed, accepted or not. exit_layers: where each drafted token exited.
+    A round that is not verified has no `drafted` and `accepted`: its tokens are the drafts, with their exit layers.
     resume_layer: the shallowest depth from which verification went on. seconds: wall time, the policy's choice of a
     plan included. layer_visits: how often a layer's weights were read; a skipped sublayer counts its bytes less, a
     low-bit layer its bytes' share. head_visits: the same of the LM head, of which a trimmed one counts its share.

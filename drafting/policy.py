@@ -136,7 +136,7 @@ class Autoregressive(DraftPolicy):
 
     def fit(self, n_layer: int) -> None:
         if self.steps > 1:  # "drafts" of the whole depth are the full model's tokens: no layer is left to verify them
-            self.only_plan = DraftPlan((n_layer,), self.num_draft_tokens, repeats=True)
+            self.only_plan = DraftPlan((n_layer,), self.num_draft_tokens, repeats=True, plain=True)
 
     def draft_depth(self, n_layer: int) -> int:
         return 0
@@ -148,9 +148,11 @@ class Autoregressive(DraftPolicy):
 class StopRule:
     """End drafts early, at the first token that is not sure enough.
 
-    never: do not. A number: its top-1 probability is below that. adaptive: the same with a threshold that follows the
-    acceptance rate (Draft & Verify, arXiv 2309.08168). svip: the square root of its entropy in nats is above 0.3 (arXiv
-    2411.18462).
+    text: one of
+      never     drafts do not end early
+      a number  a token is not sure if its top-1 probability is below that
+      adaptive  the same, with a threshold that follows the acceptance rate (Draft & Verify, arXiv 2309.08168)
+      svip      a token is not sure if the square root of its entropy, in nats, is above 0.3 (arXiv 2411.18462)
     """
 
     def __init__(self, text: str):

@@ -82,7 +82,7 @@ class SkipSet(SelfDrafting):
 
 @dataclass
 class Learned(SelfDrafting):
-    """Leave out the sublayers that a small network chooses for each round (trained by `scripts.train_policy`).
+    """Leave out the sublayers that a small network chooses every few rounds (trained by `scripts.train_policy`).
 
     The network reads the hidden state that chose the last token, which verification leaves behind anyway. skipr decides
     layer by layer instead, and pays for it in every layer. If the network keeps every sublayer, nothing is drafted.

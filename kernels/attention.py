@@ -3,7 +3,7 @@
 Row t attends to slots 0..positions[t]. Rolling back a rejected draft is only a smaller position.
 
 The C++ op reads used slots only. A row's bits depend neither on the number of rows, nor on the cache length, nor on the
-threads. Its key cache is laid out like a packed linear weight with one column per slot: scores are then rows times a
+threads. Its key cache is laid out like a packed linear weight with one output per slot: scores are then rows times a
 weight.
 """
 

@@ -98,8 +98,9 @@ def partials_of(logits: Tensor, v_offset: int, draw: Draw | None, want_stats: bo
 def merge(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the `Partials` of runs that together are the vocabulary.
 
-    Returns tokens int64 [m]; fp32 [m, 4], the fields of ExitStats in order; samples int64 [m], or [0] if none were
-    drawn. Tokens and samples come from comparisons alone: whoever merges the same partials gets the same ones.
+    Returns tokens int64 [m]; statistics fp32 [m, 4], the fields of ExitStats but `tokens`, in order; samples int64 [m],
+    or [0] if none were drawn. Tokens and samples come from comparisons alone: whoever merges the same partials gets the
+    same ones.
     """
     top, second, total, weighted = values[:4]
     best = top.amax(-1, keepdim=True)
@@ -197,11 +198,12 @@ def exit_stats_reference(logits: Tensor) -> ExitStats:
 def exit_head(
     hidden: Tensor, head: Head, want_stats: bool = True, draw: Draw | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass hidden [T, D] once through a packed LM head -> tokens int64 [T], ExitStats fp32 [T, 4], samples int64 [T].
+    """Pass hidden [T, D] once through a packed LM head -> tokens int64 [T], statistics fp32 [T, 4], samples int64 [T].
 
-    The token is exactly the argmax of `Exit.logits`: sums round to the head's dtype before they are compared. The
-    sample is that of `draw` (at consecutive positions); it is what `sampling.choose` draws but for the last bits of
-    logarithms. Statistics and samples that were not asked for are empty.
+    Statistics are the fields of ExitStats but `tokens`, in order. The token is exactly the argmax of `Exit.logits`:
+    sums round to the head's dtype before they are compared. The sample is that of `draw` (at consecutive positions); it
+    is what `sampling.choose` draws but for the last bits of logarithms. Statistics and samples that were not asked for
+    are empty.
     """
     position, seed, temperature = (
         (0, 0, 0.0)
@@ -259,7 +261,7 @@ class Exit:
 
     def token_ids(self) -> Tensor:
         """Return the argmax of each row, int64 [T], on the device; ties go to the lowest id."""
-        if self._tokens is None and (self._logits is not None or not self.can_sample()):
+        if self._tokens is None and (self._logits is not None or not self.has_fused_head()):
             self._tokens = self.logits().argmax(-1)
         elif self._tokens is None:
             self._pass_through_head(self.wants_stats)
@@ -271,24 +273,27 @@ class Exit:
 
     def stats(self) -> ExitStats:
         """Return the statistics of each row."""
-        if self._stats is None and (self._logits is not None or not self.can_sample()):
+        if self._stats is None and (self._logits is not None or not self.has_fused_head()):
             self._stats = exit_stats_reference(self.logits())
             self._tokens = self._stats.tokens
         elif self._stats is None:
             self._pass_through_head(want_stats=True)
         return self._stats
 
-    def can_sample(self) -> bool:
-        """Tell whether `samples` works: with a fused kernel, or a shard. It is `sampling.choose` without all logits."""
+    def has_fused_head(self) -> bool:
+        """Tell whether one pass answers without all logits: with a fused kernel, or where ranks share the vocabulary.
+
+        Then `samples` works: it chooses as `sampling.choose` does.
+        """
         return self._fused_on("cpu") or self._fused_on("cuda") or bool(self.head and self.head.shard)
 
     def samples(self) -> Tensor:
         """Return the token that `draw` chooses in each row, int64 [T].
 
         It always comes from the fused kernel, so that one arithmetic makes every choice. Raises ValueError without a
-        draw, or if `can_sample()` is false.
+        draw, or if `has_fused_head()` is false.
         """
-        if self.draw is None or not self.can_sample():
+        if self.draw is None or not self.has_fused_head():
             raise ValueError(f"an exit samples with a draw and a fused kernel, got draw {self.draw}")
         if self._samples is None:
             self._pass_through_head(self.wants_stats)

@@ -1,4 +1,4 @@
-"""Formats of weights: plain, int8 with a scale per row, int4 with a scale per group of features.
+"""Formats of weights: plain, int8 with a scale per output feature, int4 with a scale per group of features.
 
 One string is a whole Format, as with policies: `int8`, `int4:group=64,lm_head=no`. It is the value of a flag, an entry
 in a checkpoint, and a label in tables. This file holds the arithmetic; `loading/` reads and writes such weights.
@@ -37,7 +37,7 @@ def levels_int8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantise_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return weight * scale, fp32 [N, K], of an int8 weight [N, K] and the fp32 scale [N] of its rows."""
+    """Return weight * scale, fp32 [N, K], of an int8 weight [N, K] and the fp32 scale [N] of its output features."""
     return weight.float() * scale[:, None]
 
 

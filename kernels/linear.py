@@ -1,9 +1,9 @@
 """Linear layers for a few rows: every weight byte is read once, whatever the number of rows.
 
-A weight is plain, [N, K] as in `torch.nn.Linear`, or packed for the C++ op (`cpu/linear.h`). `pack()` makes strips of
-16 columns: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16]. `pack_quantised()` makes blocks of 32 columns. The C++ op gives
-a row the same bits at every number of rows and threads. So a verified draft sees the same logits as a token that is
-decoded alone.
+A weight has N output features ("outputs") of K input features each. It is plain, [N, K] as in `torch.nn.Linear`, or
+packed for the C++ op (`cpu/linear.h`). `pack()` makes strips of 16 outputs: bf16 [N/16, K/2, 16, 2], fp32
+[N/16, K, 16]. `pack_quantised()` makes blocks of 32 outputs. The C++ op gives a row of x the same bits at every number
+of rows and threads. So a verified draft sees the same logits as a token that is decoded alone.
 """
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from kernels import cpu, gpu
 from kernels.formats import dequantised
 
-STRIP = 16  # columns (output features) that lie together; cpu/weight.h has the same constants
-BLOCK = 32  # packed weights hold a multiple of so many columns
-DEQUANTISED = 4096  # rows of a quantised weight at a time, if no kernel takes it: bounds the memory of a prefill
+STRIP = 16  # outputs that lie together; cpu/weight.h has the same constants
+BLOCK = 32  # packed weights hold a multiple of so many outputs
+DEQUANTISED = 4096  # outputs of a quantised weight at a time, if no kernel takes it: bounds the memory of a prefill
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def is_packed(weight: torch.Tensor) -> bool:
 
 
 def rows_of(weight: torch.Tensor, out_features: int) -> int:
-    """Return the length of the weight's first dimension that holds its first `out_features` columns."""
+    """Return the length of the weight's first dimension that holds its first `out_features` outputs."""
     if not is_packed(weight):
         return out_features
     blocks = -(-out_features // BLOCK)
@@ -79,7 +79,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def pack_quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
     """Pack a quantised CPU weight and its scales into one tensor for the C++ op.
 
-    N is padded with zeros to a multiple of 32. int8 [N, K] with scale fp32 [N] -> int8 [N/32, K + 4, 32], 32 columns
+    N is padded with zeros to a multiple of 32. int8 [N, K] with scale fp32 [N] -> int8 [N/32, K + 4, 32], 32 outputs
     side by side, then their scales. int4 as in dequantise_int4 -> uint8 [N/32, K/group, 64 + 16 group], the scales of a
     group, then its values in the order of `cpu/weight.h`. Returns None if the op cannot take it: the ops are not
     loaded, it is not on the CPU, or K is odd.
@@ -95,7 +95,7 @@ def pack_quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | 
     groups = scale.shape[1]
     heads = scale.view(blocks, BLOCK, groups).transpose(1, 2).contiguous().view(torch.uint8)
     nibbles = weight.view(blocks, 2, STRIP, groups, -1)
-    nibbles = torch.cat((nibbles & 15, nibbles >> 4), -1)  # block, strip, column, group, features in order
+    nibbles = torch.cat((nibbles & 15, nibbles >> 4), -1)  # block, strip, output, group, features in order
     nibbles = nibbles.view(*nibbles.shape[:4], -1, 2, 2, 2)  # 8 features: j / 2, j % 2, h
     low, high = nibbles.permute(0, 3, 4, 1, 2, 7, 5, 6).unbind(-1)
     return torch.cat((heads, (low | high << 4).flatten(2)), -1)

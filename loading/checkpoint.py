@@ -77,7 +77,7 @@ class Source:
     args: ModelArgs
     hf_config: dict
     generation_config: dict
-    fused: bool  # in our own format, whose tensors have our names
+    is_ours: bool  # in our own format, whose tensors have our names
     format: Format = PLAIN
 
     def weights(
@@ -135,12 +135,12 @@ class Source:
         if name == "lm_head.weight" and name not in self.files:
             origin = "embedding.weight"  # a tied head has no tensor of its own
         if not group:
-            shapes = pieces(origin, self.args, self.fused).items()
+            shapes = pieces(origin, self.args, self.is_ours).items()
             return [(piece, tuple(slice(0, size) for size in shape)) for piece, (shape, _) in shapes]
         windows, above = [], 0
-        for piece, (shape, keys) in pieces(origin, self.args, fused=False).items():
+        for piece, (shape, keys) in pieces(origin, self.args, is_ours=False).items():
             rows, *columns = group.window(name, self.args, shape, keys)
-            if self.fused:  # all pieces lie in one tensor, one below the other
+            if self.is_ours:  # all pieces lie in one tensor, one below the other
                 piece, rows = origin, slice(above + rows.start, above + rows.stop)
                 above += shape[0]
             windows.append((piece, (rows, *columns)))
@@ -166,10 +166,10 @@ def our_names(args: ModelArgs, format: Format = PLAIN) -> Iterator[str]:
         yield from (name.format(layer) for name in names if "{}" in name)
 
 
-def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, fused: bool) -> Iterator[tuple[str, Stored]]:
+def stored_tensors(args: ModelArgs, format: Format, dtype: torch.dtype, is_ours: bool) -> Iterator[tuple[str, Stored]]:
     """Yield the name and description of every tensor in a file of a model, in the order that they are written in."""
     for name in our_names(args, format):
-        for piece, (shape, keys) in pieces(name, args, fused).items():
+        for piece, (shape, keys) in pieces(name, args, is_ours).items():
             if not format.covers(name):
                 yield piece, Stored(shape, dtype, keys)
                 continue
@@ -194,10 +194,10 @@ def check_format(format: Format, args: ModelArgs, ranks: int = 1) -> None:
             check_group(format.group, features, key + (f" on each of {ranks} ranks" if ranks > 1 else ""))
 
 
-def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int, ...], str]]:
+def pieces(name: str, args: ModelArgs, is_ours: bool) -> dict[str, tuple[tuple[int, ...], str]]:
     """List the tensors of a file that make our parameter `name`, top to bottom: name -> (shape, its config keys).
 
-    Our format (`fused`) has one tensor, of the same name; the Hugging Face format has one per row of NAMES.
+    Our format (`is_ours`) has one tensor, of the same name; the Hugging Face format has one per row of NAMES.
     """
     sizes = {
         "vocab_size": args.vocab_size,
@@ -210,7 +210,7 @@ def pieces(name: str, args: ModelArgs, fused: bool) -> dict[str, tuple[tuple[int
     pattern = re.sub(r"\d+", "{}", name.removesuffix(".weight"), count=1)
     rows = [(hf, keys) for ours, hf, keys in NAMES if ours == pattern]
     theirs = {f"{hf}.weight".format(layer): (tuple(sizes[key] for key in keys.split(", ")), keys) for hf, keys in rows}
-    if not fused:
+    if not is_ours:
         return theirs
     shapes = [shape for shape, _ in theirs.values()]
     keys = " + ".join(dict.fromkeys(keys for _, keys in rows))
@@ -329,9 +329,9 @@ def open_source(source: str | Path) -> Source:
             shapes |= {name: tuple(read(name).shape) for name in names}
             files |= {name: file for name in names}
     # The format is decided here and nowhere else, by what the file says about itself.
-    fused, format = metadata.get("format") == "skipfast", PLAIN
-    config_file = weights[0] if fused else folder / "config.json"
-    if fused:
+    is_ours, format = metadata.get("format") == "skipfast", PLAIN
+    config_file = weights[0] if is_ours else folder / "config.json"
+    if is_ours:
         if (version := metadata.get("version")) != VERSION:
             raise UserError(f"{config_file}: version {version!r} is not supported, only {VERSION!r}")
         format = Format.parse(metadata.get("quantize", ""), f"{config_file}: quantize")
@@ -347,16 +347,16 @@ def open_source(source: str | Path) -> Source:
         args = ModelArgs.from_hf_config(hf_config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{config_file}: {error}") from error
-    _check_tensors(weights[0] if len(weights) == 1 else folder, args, fused, format, shapes)
-    return Source(folder, files, args, hf_config, generation_config, fused, format)
+    _check_tensors(weights[0] if len(weights) == 1 else folder, args, is_ours, format, shapes)
+    return Source(folder, files, args, hf_config, generation_config, is_ours, format)
 
 
 def _check_tensors(
-    path: Path, args: ModelArgs, fused: bool, format: Format, shapes: dict[str, tuple[int, ...]]
+    path: Path, args: ModelArgs, is_ours: bool, format: Format, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Raise UserError unless a file holds exactly the tensors that its config asks for, in their shapes."""
     known = set()
-    for name, stored in stored_tensors(args, format, torch.float32, fused):  # a config may claim billions of layers
+    for name, stored in stored_tensors(args, format, torch.float32, is_ours):  # a config may claim billions of layers
         if name not in shapes:
             why = "tie_word_embeddings is false" if name == "lm_head.weight" else f"there are {args.n_layer} layers"
             raise UserError(f"{path}: tensor {name!r} is missing (by its config {why})")
@@ -366,7 +366,7 @@ def _check_tensors(
         if name in known:
             continue
         if name == "lm_head.weight" and args.tie_embeddings:  # some tools write the tied head a second time
-            check_shape(path, name, shape, *pieces(name, args, fused)[name])
+            check_shape(path, name, shape, *pieces(name, args, is_ours)[name])
         elif not name.endswith("rotary_emb.inv_freq"):  # old files: rope_table computes it
             raise UserError(f"{path}: tensor {name!r} is not part of a Llama with {args.n_layer} layers")
 

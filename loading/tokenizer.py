@@ -1,10 +1,10 @@
-"""Turning text into token ids and back, for the three file formats that Llama checkpoints ship with.
+"""Turn text into token ids and back, by the three formats of vocabulary that Llama checkpoints ship with.
 
 `load_tokenizer(folder)` looks at the content of the files, never at the model's name:
 
     tokenizer.model           a sentencepiece model (Llama 2), or lines of base64 token and rank for tiktoken (Llama 3)
     tokenizer.json            of the `tokenizers` library
-    original/tokenizer.model  Meta's own Llama 3 file in a Hugging Face folder
+    original/tokenizer.model  the same as tokenizer.model; a Hugging Face folder has Meta's file of Llama 3 there
 
 The first of them that is there is used. One that needs a package which is not installed is passed over.
 

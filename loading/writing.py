@@ -142,10 +142,10 @@ def _write_weights(
     """
     header: dict[str, dict] = {"__metadata__": metadata}
     names, size = list(our_names(args, format)), 0
-    for name, stored in stored_tensors(args, format, dtype, fused=metadata["format"] == "skipfast"):
+    for name, stored in stored_tensors(args, format, dtype, is_ours=metadata["format"] == "skipfast"):
         start, size = size, size + math.prod(stored.shape) * stored.dtype.itemsize
         header[name] = {"dtype": SAFETENSORS[stored.dtype], "shape": stored.shape, "data_offsets": [start, size]}
-    expected = dict(stored_tensors(args, format, dtype, fused=True))
+    expected = dict(stored_tensors(args, format, dtype, is_ours=True))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     with replacing(path) as file:

@@ -1,5 +1,5 @@
-// AMX: multiply 16 rows of bf16 by 16 columns in one instruction. A row's sums do not depend on the rows beside it. The
-// packed weight, pairs of k in lines of 16 columns, has the layout that its tiles load.
+// AMX: multiply 16 rows of bf16 by 16 outputs in one instruction. A row's sums do not depend on the rows beside it. The
+// packed weight, pairs of k in lines of 16 outputs, has the layout that its tiles load.
 #pragma once
 #include "vec.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -31,7 +31,7 @@ class TileScope {
   }
   TileScope(const TileScope&) = delete;
 
-  // Tiles 0..3: sums; 4, 5: `wanted` rows of 32 features; 6, 7: 32 features of 16 columns.
+  // Tiles 0..3: sums; 4, 5: `wanted` rows of 32 features; 6, 7: 32 features of 16 outputs.
   static void shape(int wanted) {
     if (rows == wanted) return;
     struct alignas(64) {

@@ -9,7 +9,7 @@ namespace skipfast {
 // softmax runs online from chunk to chunk; segments are then merged in order. Every row is computed with the same cuts.
 // So segments on several threads (long contexts, few rows) give the same bits as segments one after the other.
 //
-// The key cache is laid out like a packed linear weight whose columns are the slots: [G, S/16, E/2, 16, 2] in bf16 and
+// The key cache is laid out like a packed linear weight whose outputs are the slots: [G, S/16, E/2, 16, 2] in bf16 and
 // [G, S/16, E, 16] in fp32. Scores are then queries times a weight, and nothing is transposed while decoding.
 constexpr int64_t CHUNK = 64;
 constexpr int64_t SEGMENT = 512;

@@ -7,12 +7,12 @@ namespace skipfast {
 
 constexpr int64_t RUN = 8;  // blocks whose logits are reduced together; another number would change bits of the sums
 
-// A row's logits reduced over a run of columns. Runs are merged in order, so that ties go to the lowest token.
+// A row's logits reduced over a run of tokens. Runs are merged in order, so that ties go to the lowest token.
 struct Partial {
   static constexpr float NONE = -std::numeric_limits<float>::infinity();
   int64_t token = 0, sample = 0;
   float peak = NONE, second = NONE;        // largest and second largest logit
-  float sum = 0.0f, weighted = 0.0f;       // over the columns: exp(z - peak), and exp(z - peak) * (z - peak)
+  float sum = 0.0f, weighted = 0.0f;       // over these tokens: exp(z - peak), and exp(z - peak) * (z - peak)
   float noisy = NONE;                      // largest of logit / temperature + noise
 
   static constexpr float LOWEST = -87.3f;  // below it, exp counts as exp(LOWEST)
@@ -44,14 +44,14 @@ struct Answers {
 
 template <typename T>
 struct ExitHead {
-  Linear<T> linear;  // x are normalised rows; n may stop short of the weight's columns (a trimmed vocabulary)
+  Linear<T> linear;  // x are normalised rows; n may stop short of the weight's outputs (a trimmed vocabulary)
   Draw draw;
   Answers answers;
   Partial* partials;  // [runs][rows]
 
   int64_t runs() const { return (linear.blocks() + RUN - 1) / RUN; }
 
-  // Reduce z[0..n), a row's logits from column `first` on. z must have room for whole vectors, and is overwritten.
+  // Reduce z[0..n), a row's logits from token `first` on. z must have room for whole vectors, and is overwritten.
   Partial reduce(float* z, int64_t n, int64_t first, int64_t row) const {
     Partial out;
     const int64_t end = (n + LANES - 1) / LANES * LANES;
@@ -65,7 +65,7 @@ struct ExitHead {
     Vec total = splat(0.0f), weighted = splat(0.0f);
     for (int64_t i = 0; i < end; i += LANES) {
       Vec shift = max(splat(Partial::LOWEST), sub(load(z + i), splat(out.peak))), e = exp(shift);
-      if (i + LANES > n) {  // columns that do not exist add nothing
+      if (i + LANES > n) {  // tokens that do not exist add nothing
         float kept[LANES];
         store(kept, e);
         e = load(kept, int(n - i));

@@ -22,7 +22,7 @@ using Word = std::conditional_t<BF16_DOT && std::is_same_v<T, bf16>, uint32_t, f
 template <typename T>
 constexpr int64_t PER_WORD = BF16_DOT && std::is_same_v<T, bf16> ? 2 : 1;
 
-// Most rows of a tile, and most rows with which a tile takes all 32 columns at once: as many as registers hold sums of.
+// Most rows of a tile, and most rows with which a tile takes all 32 outputs at once: as many as registers hold sums of.
 constexpr int AMX_TILE = 16, AMX_FEATURES = 32;
 #if defined(SKIPFAST_AVX512)
 constexpr int VECTOR_TILE = 12;  // 24 of 32 registers
@@ -249,17 +249,17 @@ inline int64_t tile_height(int64_t rows, int64_t limit) {
   return (rows + tiles - 1) / tiles;
 }
 
-constexpr int64_t GROUP = 4;           // column blocks that share a pass over x if there are many rows
+constexpr int64_t GROUP = 4;           // blocks of outputs that share a pass over x if there are many rows
 constexpr int64_t PANEL_TILES = 8;     // row tiles whose partial sums are held at once
 constexpr int64_t CHUNK_BYTES = 1024;  // of a row of x per pass: so 4 blocks of weight stay in the second-level cache
 constexpr int64_t EXPANDED = 128;      // features of a quantised block expanded at once for few rows: whole groups
 constexpr int64_t LINEAR_BYTES_PER_THREAD = 256 << 10;
 
 template <typename T>
-inline void store_block(const float* acc, T* y, int64_t columns) {
-  if (columns >= BLOCK) return store(y, load(acc)), store(y + LANES, load(acc + LANES));
-  store(y, load(acc), int(std::min<int64_t>(columns, LANES)));
-  if (columns > LANES) store(y + LANES, load(acc + LANES), int(columns - LANES));
+inline void store_block(const float* acc, T* y, int64_t outputs) {
+  if (outputs >= BLOCK) return store(y, load(acc)), store(y + LANES, load(acc + LANES));
+  store(y, load(acc), int(std::min<int64_t>(outputs, LANES)));
+  if (outputs > LANES) store(y + LANES, load(acc + LANES), int(outputs - LANES));
 }
 
 template <typename T>
@@ -300,7 +300,7 @@ struct Linear {
     kernels.multiply_groups(p.w, p.apart, rows_of_x, p.features, acc, stride, p.first == 0, w.group,
                             w.int4_group(p.block, k, p.first));
   }
-  // Multiply the sums of a row by the scales that int8 columns have.
+  // Multiply the sums of a row by the scales that int8 outputs have.
   void finish(float* acc, int64_t block) const {
     if (w.format != Format::INT8) return;
     const float* scales = (const float*)(w.int8_block(block, k) + k * BLOCK);

@@ -74,9 +74,9 @@ inline T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
 // A packed weight as the kernels take it, with its shape.
 struct CheckedWeight {
   Weight weight;
-  int64_t features, columns;  // columns count the padding
+  int64_t features, outputs;  // outputs count the padding
 
-  bool fits(int64_t k, int64_t n) const { return features == k && n <= columns && n > columns - BLOCK; }
+  bool fits(int64_t k, int64_t n) const { return features == k && n <= outputs && n > outputs - BLOCK; }
 };
 
 // like: any tensor of the dtype of the rows.
@@ -110,7 +110,7 @@ Tensor linear(Tensor x, Tensor packed, int64_t out_features) {
   const int64_t k = x.size(x.dim() - 1);
   const CheckedWeight w = weight_of("linear", packed, x);
   STD_TORCH_CHECK(w.features == k, "linear: x has ", k, " features, the weight takes ", w.features);
-  STD_TORCH_CHECK(w.fits(k, out_features), "linear: out_features must be in ", w.columns - BLOCK + 1, "..", w.columns,
+  STD_TORCH_CHECK(w.fits(k, out_features), "linear: out_features must be in ", w.outputs - BLOCK + 1, "..", w.outputs,
                   " for this weight, got ", out_features);
   Tensor y = new_result(x, out_features);
   const int64_t rows = k ? x.numel() / k : 0;
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(Tensor hidden, Tensor norm, Tensor 
   const int64_t rows = hidden.size(0), d = hidden.size(1);
   STD_TORCH_CHECK(w.features == d && norm.numel() == d, "exit_head: hidden has ", d, " features, the weight ",
                   w.features, ", the norm ", norm.numel());
-  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= w.columns, "exit_head: n_vocab must be in 1..", w.columns, ", got ",
+  STD_TORCH_CHECK(0 < n_vocab && n_vocab <= w.outputs, "exit_head: n_vocab must be in 1..", w.outputs, ", got ",
                   n_vocab);
   const Draw draw = draw_of("exit_head", temperature, seed, position);
   const bool sampled = draw.temperature > 0;
@@ -341,7 +341,7 @@ Embedding embedding_of(const char* op, const Tensor& weight, const std::optional
     check_same_dtype(op, "embedding", weight, like);
     const bool packed = weight.dim() > 2;
     const int64_t features = packed ? weight_of(op, weight, like).features : weight.size(1);
-    const int64_t rows = packed ? weight_of(op, weight, like).columns : weight.size(0);
+    const int64_t rows = packed ? weight_of(op, weight, like).outputs : weight.size(0);
     STD_TORCH_CHECK(features == d && rows >= n_vocab, op, ": embedding does not fit ", d, " features and ", n_vocab,
                     " tokens");
     return {packed ? Embedding::PACKED : Embedding::PLAIN, data, nullptr, 0};
@@ -377,9 +377,9 @@ Tensor model_table(Tensor layers_tensor, Tensor embedding, std::optional<Tensor>
   check_contiguous(op, "norm", norm);
   STD_TORCH_CHECK(is_bf16(norm) == bool(layers.bf16), op, ": every weight must have the layers' dtype");
   const CheckedWeight w = weight_of(op, head, norm), draft_w = draft_head ? weight_of(op, *draft_head, norm) : w;
-  STD_TORCH_CHECK(w.features == layers.d && norm.numel() == layers.d && n_vocab <= w.columns, op,
+  STD_TORCH_CHECK(w.features == layers.d && norm.numel() == layers.d && n_vocab <= w.outputs, op,
                   ": norm and head do not fit ", layers.d, " features and ", n_vocab, " tokens");
-  STD_TORCH_CHECK(draft_w.features == layers.d && draft_vocab <= draft_w.columns && draft_layers.bf16 == layers.bf16 &&
+  STD_TORCH_CHECK(draft_w.features == layers.d && draft_vocab <= draft_w.outputs && draft_layers.bf16 == layers.bf16 &&
                       draft_layers.d == layers.d && draft_layers.slots == layers.slots &&
                       draft_layers.n_layer <= layers.n_layer,
                   op, ": the draft's layers and head are of another model");
@@ -394,14 +394,14 @@ Tensor model_table(Tensor layers_tensor, Tensor embedding, std::optional<Tensor>
 
 // A PlanTable. exits: the candidates; measures: of the rules to exit and to go on, -1 for none; skips: 2 * layer for its
 // attention, 2 * layer + 1 for its MLP; downs, ups, ranks: of the adapter of each exit (rank 0: none), or nothing at
-// all; ends: the tokens that end a text. norm: of the model, for its dtype.
+// all; eos: the tokens that end a text. norm: of the model, for its dtype.
 Tensor plan_table(Tensor model_tensor, Tensor norm, std::vector<int64_t> exits, int64_t exit_measure,
                   int64_t stop_measure, std::vector<int64_t> skips, std::vector<Tensor> downs, std::vector<Tensor> ups,
-                  std::vector<int64_t> ranks, std::vector<int64_t> ends) {
+                  std::vector<int64_t> ranks, std::vector<int64_t> eos) {
   const char* op = "plan_table";
   const ModelTable& model = checked_table<ModelTable>(op, model_tensor, "model_table");
   const LayerTable &layers = *model.layers, &draft_layers = *model.draft_layers;
-  const int64_t n_exits = int64_t(exits.size()), n_ends = int64_t(ends.size());
+  const int64_t n_exits = int64_t(exits.size()), n_eos = int64_t(eos.size());
   STD_TORCH_CHECK(norm.data_ptr() == model.norm, op, ": norm must be the model's");
   STD_TORCH_CHECK(NONE <= exit_measure && exit_measure <= REPEATS && NONE <= stop_measure && stop_measure <= ENTROPY,
                   op, ": no rules to exit and to go on have the measures ", exit_measure, " and ", stop_measure);
@@ -409,18 +409,18 @@ Tensor plan_table(Tensor model_tensor, Tensor norm, std::vector<int64_t> exits, 
   STD_TORCH_CHECK(downs.size() == ranks.size() && ups.size() == ranks.size() &&
                       (ranks.empty() || ranks.size() == exits.size()),
                   op, ": adapters need a down, an up and a rank for each exit");
-  Tensor result = new_tensor({PlanTable::words(n_exits, layers.n_layer, n_ends)}, aoti_torch_dtype_int64());
+  Tensor result = new_tensor({PlanTable::words(n_exits, layers.n_layer, n_eos)}, aoti_torch_dtype_int64());
   auto& plan = *reinterpret_cast<PlanTable*>(data<int64_t>(result));
-  const int64_t own = model.draft_layers == model.layers ? layers.n_layer : 0;
-  plan = {PlanTable::TAG, &model, own, exit_measure, stop_measure, n_exits, n_ends};
+  const int64_t exact_depth = model.draft_layers == model.layers ? layers.n_layer : 0;
+  plan = {PlanTable::TAG, &model, exact_depth, exit_measure, stop_measure, n_exits, n_eos};
   for (int64_t i = 0; i < n_exits; i++) {
     STD_TORCH_CHECK((i ? exits[i - 1] : 0) < exits[i] && exits[i] <= draft_layers.n_layer, op,
                     ": exits must ascend in 1..", draft_layers.n_layer, ", got ", exits[i]);
     plan.candidates()[i] = {exits[i], {}};
     if (ranks.empty() || !ranks[i]) continue;
     const CheckedWeight down = weight_of(op, downs[i], norm), up = weight_of(op, ups[i], norm);
-    STD_TORCH_CHECK(ranks[i] > 0 && down.features == layers.d && ranks[i] <= down.columns && up.features == ranks[i] &&
-                        layers.d <= up.columns,
+    STD_TORCH_CHECK(ranks[i] > 0 && down.features == layers.d && ranks[i] <= down.outputs && up.features == ranks[i] &&
+                        layers.d <= up.outputs,
                     op, ": adapter ", i, " does not fit ", layers.d, " features and rank ", ranks[i]);
     plan.candidates()[i].adapter = {down.weight, up.weight, ranks[i]};
   }
@@ -429,9 +429,9 @@ Tensor plan_table(Tensor model_tensor, Tensor norm, std::vector<int64_t> exits, 
     STD_TORCH_CHECK(0 <= sublayer && sublayer < 2 * layers.n_layer, op, ": skips must be in 0..",
                     2 * layers.n_layer - 1, ", got ", sublayer);
     plan.skipped()[sublayer] = 1;
-    plan.own = std::min(plan.own, sublayer / 2);
+    plan.exact_depth = std::min(plan.exact_depth, sublayer / 2);
   }
-  std::copy(ends.begin(), ends.end(), plan.ends());
+  std::copy(eos.begin(), eos.end(), plan.eos());
   return result;
 }
 
@@ -504,7 +504,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(skipfast_cpu, m) {
   m.def("model_table(Tensor layers, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor head, int n_vocab, "
         "Tensor? draft_layers, Tensor? draft_head, int draft_vocab) -> Tensor");
   m.def("plan_table(Tensor model, Tensor norm, int[] exits, int exit_measure, int stop_measure, int[] skips, "
-        "Tensor[] downs, Tensor[] ups, int[] ranks, int[] ends) -> Tensor");
+        "Tensor[] downs, Tensor[] ups, int[] ranks, int[] eos) -> Tensor");
   m.def("play_round(Tensor plan, int token, int position, int drafts, int[] proposed, float exit_threshold, "
         "float stop_threshold, float temperature, int seed, bool want_hidden) -> (Tensor found, Tensor hidden)");
 }

@@ -27,7 +27,7 @@ struct Head {
 
 // The hidden states that tokens begin with: [V, D], of which one row is read.
 struct Embedding {
-  enum Kind : int64_t { PLAIN, PACKED, INT8, INT4 } kind;  // PACKED: rows are columns of a packed LM head
+  enum Kind : int64_t { PLAIN, PACKED, INT8, INT4 } kind;  // PACKED: the rows are the outputs of a packed LM head
   const void *data, *scale;
   int64_t groups;  // of a row that have a scale (INT4)
 
@@ -36,8 +36,8 @@ struct Embedding {
     if (kind == PLAIN) return (void)std::memcpy(to, (const T*)data + token * d, d * sizeof(T));
     if (kind == PACKED) {
       constexpr int64_t pair = int64_t(sizeof(float) / sizeof(T));
-      const T* column = (const T*)data + token / STRIP * STRIP * d + token % STRIP * pair;
-      for (int64_t i = 0; i < d; i += pair, column += STRIP * pair) std::memcpy(to + i, column, 4);
+      const T* output = (const T*)data + token / STRIP * STRIP * d + token % STRIP * pair;
+      for (int64_t i = 0; i < d; i += pair, output += STRIP * pair) std::memcpy(to + i, output, 4);
       return;
     }
     const int64_t group = kind == INT8 ? d : d / groups, half = group / 2;
@@ -96,16 +96,16 @@ struct PlanTable {
   static constexpr int64_t TAG = 0x706c616e;
   int64_t tag;
   const ModelTable* model;
-  int64_t own;  // depth up to which a drafted row is the full model's own
+  int64_t exact_depth;  // up to which a drafted row is the full model's
   int64_t exit_measure, stop_measure;
-  int64_t n_candidates, n_ends;
+  int64_t n_candidates, n_eos;
 
   Candidate* candidates() const { return (Candidate*)(this + 1); }
   int64_t* skipped() const { return (int64_t*)(candidates() + n_candidates); }  // of attention 2 * layer, of MLP + 1
-  int64_t* ends() const { return skipped() + 2 * model->layers->n_layer; }
-  bool ends_text(int64_t token) const { return std::find(ends(), ends() + n_ends, token) != ends() + n_ends; }
-  static int64_t words(int64_t candidates, int64_t n_layer, int64_t ends) {
-    return int64_t(sizeof(PlanTable) + candidates * sizeof(Candidate)) / 8 + 2 * n_layer + ends;
+  int64_t* eos() const { return skipped() + 2 * model->layers->n_layer; }
+  bool ends_text(int64_t token) const { return std::find(eos(), eos() + n_eos, token) != eos() + n_eos; }
+  static int64_t words(int64_t candidates, int64_t n_layer, int64_t eos) {
+    return int64_t(sizeof(PlanTable) + candidates * sizeof(Candidate)) / 8 + 2 * n_layer + eos;
   }
 };
 
@@ -128,12 +128,13 @@ struct Round {
   const LayerTable &table, &draft_table;  // the model's
   Head<T> draft_head, head;
   Draw sampling;              // its position is not looked at
-  Rule exit_rule, stop_rule;  // exit at a candidate if the first holds; draft on after a token if the second does
+  Rule exit_if, stop_unless;  // exit at a candidate if the first holds; draft on after a token if the second does
   int64_t position;           // of the first row
-  Rows rows, copies;          // copies: of the rows, on their way above plan.own
+  Rows rows, draft_rows;      // above plan.exact_depth a copy of a row climbs on in its place, a draft row
 
   struct Counts {
-    // draft_layers: read for copies, from which the skipped sublayers are missing
+    // heads: asked while drafting. layers, draft_layers: run for rows, and for draft rows, which left out the skipped
+    // ones. resume: the depth at which the last drafted row waits for verification.
     int64_t drafted = 0, heads = 0, layers = 0, draft_layers = 0, skipped_attention = 0, skipped_mlp = 0, resume = 0;
   } counts{};
 
@@ -142,24 +143,25 @@ struct Round {
     rows.depth[row] = 0;
     model.embedding.row(token, table.d, rows.hidden + row * table.d);
   }
-  // Take the last row and all that wait where it waits to depth `stop`; the rows themselves skip nothing.
+  // Run the last row up to depth `stop`, and with it all rows that wait where it waits. Only draft rows skip sublayers.
   void climb(Rows& which, int64_t stop) {
     const int64_t first = which.first_beside_last(), start = which.depth[first], last = which.count;
-    auto skipped = [&](int64_t sublayer) { return &which == &copies && plan.skipped()[sublayer]; };
-    LayerRun<T>{&which == &copies ? draft_table : table, which.hidden + first * table.d, last - first, position + first}
+    auto skipped = [&](int64_t sublayer) { return &which == &draft_rows && plan.skipped()[sublayer]; };
+    LayerRun<T>{&which == &draft_rows ? draft_table : table, which.hidden + first * table.d, last - first,
+                position + first}
         .run(start, stop, skipped);
     std::fill(which.depth + first, which.depth + last, stop);
-    (&which == &copies ? counts.draft_layers : counts.layers) += stop - start;
+    (&which == &draft_rows ? counts.draft_layers : counts.layers) += stop - start;
     for (int64_t sublayer = 2 * start; sublayer < 2 * stop; sublayer++)
       if (skipped(sublayer)) (sublayer % 2 ? counts.skipped_mlp : counts.skipped_attention)++;
   }
-  void climb_copy(int64_t stop) {
-    for (; copies.count < rows.count; copies.count++) {
-      const int64_t row = copies.count;
-      std::memcpy(copies.hidden + row * table.d, rows.hidden + row * table.d, table.d * sizeof(T));
-      copies.depth[row] = plan.own;
+  void climb_draft_row(int64_t stop) {
+    for (; draft_rows.count < rows.count; draft_rows.count++) {
+      const int64_t row = draft_rows.count;
+      std::memcpy(draft_rows.hidden + row * table.d, rows.hidden + row * table.d, table.d * sizeof(T));
+      draft_rows.depth[row] = plan.exact_depth;
     }
-    climb(copies, stop);
+    climb(draft_rows, stop);
   }
   // A row that exits, corrected by the adapter of its exit.
   const T* adapted(const T* row, const Adapter& adapter) const {
@@ -173,12 +175,12 @@ struct Round {
     add_to(result, added, d);
     return result;
   }
-  // The tokens after `count` rows, the first of which is row `first`; if wanted, of one row the best token (the argmax,
-  // which a sample need not be) and the statistics of the exit.
+  // Write to tokens [count] the token after each of `count` rows, the first of which is row `first`: a sample, or the
+  // argmax if the temperature is 0. stats, best: null, or with one row where its statistics and its argmax go.
   void choose(const Head<T>& with, const T* hidden, int64_t first, int64_t count, int64_t* tokens, float* stats,
               int64_t* best = nullptr) const {
     const bool sampled = sampling.temperature > 0;
-    int64_t unread;  // statistics come with the best token
+    int64_t unread;  // the head gives statistics only together with the argmax
     int64_t* argmax = best || !stats ? best : &unread;
     with.run(hidden, count, {sampling.temperature, sampling.seed, position + first + 1},
              {sampled ? argmax : tokens, stats, sampled ? tokens : nullptr});
@@ -192,7 +194,7 @@ struct Round {
       product += a * b, length += a * a, length_before += b * b;
     }
     std::memcpy(before, state, table.d * sizeof(T));
-    return !first && product >= exit_rule.threshold * std::sqrt(length) * std::sqrt(length_before);
+    return !first && product >= exit_if.threshold * std::sqrt(length) * std::sqrt(length_before);
   }
 
   // Let the last row climb until it exits -> its exit layer. stats [4] are filled if a rule needs them.
@@ -201,22 +203,22 @@ struct Round {
     T* const before = (T*)scratch.get(table.d);
     int64_t repeats = 0, repeated = -1;  // candidates in a row that chose a token
     for (int64_t i = 0; i < plan.n_candidates; i++) {
-      const int64_t exit = plan.candidates()[i].depth, row = rows.count - 1, own = plan.own;
-      if (rows.depth[rows.count - 1] < own) climb(rows, std::min(exit, own));
-      if (exit > own) climb_copy(exit);
+      const int64_t exit = plan.candidates()[i].depth, row = rows.count - 1, exact = plan.exact_depth;
+      if (rows.depth[rows.count - 1] < exact) climb(rows, std::min(exit, exact));
+      if (exit > exact) climb_draft_row(exit);
       const bool last = i + 1 == plan.n_candidates;
-      const T* state = adapted((exit > own ? copies : rows).hidden + row * table.d, plan.candidates()[i].adapter);
-      const bool by_state = exit_rule.measure == COSINE;
+      const T* state = adapted((exit > exact ? draft_rows : rows).hidden + row * table.d, plan.candidates()[i].adapter);
+      const bool by_state = exit_if.measure == COSINE;
       if (by_state && !last && !has_settled(state, before, i == 0)) continue;  // no head is asked
       int64_t best;
-      choose(draft_head, state, row, 1, token, stop_rule || (exit_rule.by_stats() && !last) ? stats : nullptr,
-             exit_rule.measure == REPEATS ? &best : nullptr);
+      choose(draft_head, state, row, 1, token, stop_unless || (exit_if.by_stats() && !last) ? stats : nullptr,
+             exit_if.measure == REPEATS ? &best : nullptr);
       counts.heads++;
-      if (last || by_state || (exit_rule.by_stats() && exit_rule.holds(stats))) return exit;
-      if (exit_rule.measure != REPEATS) continue;
+      if (last || by_state || (exit_if.by_stats() && exit_if.holds(stats))) return exit;
+      if (exit_if.measure != REPEATS) continue;
       repeats = best == repeated ? repeats + 1 : 1;
       repeated = best;
-      if (repeats >= exit_rule.threshold) return exit;
+      if (repeats >= exit_if.threshold) return exit;
     }
     return 0;
   }
@@ -238,7 +240,7 @@ struct Round {
       exit_layers[n] = draft(drafted + n, stats);
       counts.resume = rows.depth[n];
       enter(drafted[n++]);
-      if ((stop_rule && !stop_rule.holds(stats)) || plan.ends_text(drafted[n - 1])) break;
+      if ((stop_unless && !stop_unless.holds(stats)) || plan.ends_text(drafted[n - 1])) break;
     }
     for (int64_t i = 0; given && i < n; i++) enter(drafted[i]);
     counts.drafted = n;

@@ -8,8 +8,8 @@
 
 namespace skipfast {
 
-constexpr int STRIP = 16;  // columns that lie together in memory, as in kernels/linear.py: a cache line for each k
-constexpr int BLOCK = 32;  // columns computed together: two strips
+constexpr int STRIP = 16;  // outputs that lie together in memory, as in kernels/linear.py: a cache line for each k
+constexpr int BLOCK = 32;  // outputs computed together: two strips
 constexpr int PREFETCH_BYTES = 4096;  // distance ahead in the weight: into the next page, where hardware stops
 
 // Loops over the rows of a tile must be unrolled early, else their sums live in memory, which takes twice as long.
@@ -19,11 +19,11 @@ inline void prefetch_ahead(const void* p) { prefetch((const char*)p + PREFETCH_B
 
 enum class Format : int64_t { PLAIN, INT8, INT4 };
 
-// A packed weight of n columns and k features (see kernels/linear.py):
+// A packed weight of n outputs (output features) and k features of the input (see kernels/linear.py):
 //   PLAIN  bf16 [N/16, K/2, 16, 2] or fp32 [N/16, K, 16]
-//   INT8   [N/32, K + 4, 32] bytes: for each block of 32 columns the features, then 32 fp32 scales
+//   INT8   [N/32, K + 4, 32] bytes: for each block of 32 outputs the features, then 32 fp32 scales
 //   INT4   [N/32, K/group, 64 + 16 group] bytes: for each group of a block 32 bf16 scales, then its features, 8 of a
-//          strip in 64 bytes: of column c, feature 2 j + h is in nibble j of 16-bit word 2 c + h, as value + 8
+//          strip in 64 bytes: of output c, feature 2 j + h is in nibble j of 16-bit word 2 c + h, as value + 8
 // Scales lie among the values, so that a block is one run of memory.
 struct Weight {
   const void* data;

@@ -7,8 +7,9 @@ float atomics, and the bits are the same every time. The last program also reset
 the launch. The streams of a device must order its calls.
 
 A row's bits depend neither on the other rows nor on their number. Tokens, samples and the two largest logits do not
-depend on the number of programs either; sums may, in the last bit. Logits round to bf16 before they are compared, so
-the token is the argmax of the plain head's logits, ties to the lowest id.
+depend on the number of programs either; sums may, in the last bit. Logits round to bf16 before they are compared,
+as those of a plain head do; ties go to the lowest id. A plain head may add up in another order, so its logits may
+differ in the last bit.
 
 The public functions are `exit_head_rows` and, for tensor parallelism, `exit_head_partials` and `merge`.
 """
@@ -116,7 +117,7 @@ def tile_logits(
     x,
     weight,
     scale,
-    columns,
+    token_ids,
     m,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,10 +125,10 @@ def tile_logits(
     K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return logits [ROWS, N] of the weight rows `columns` [N], rounded to bf16, as fp32."""
+    """Return logits [ROWS, N] of the weight rows `token_ids` [N], rounded to bf16, as fp32."""
     rows, features = tl.arange(0, ROWS)[:, None], tl.arange(0, K)[None, :]
     x_rows = x + rows * D
-    weight_rows = weight + columns.to(tl.int64)[:, None] * D
+    weight_rows = weight + token_ids.to(tl.int64)[:, None] * D
     logits = tl.zeros([ROWS, N], tl.float32)
     for start in range(0, D, K):
         k = start + features
@@ -142,7 +143,7 @@ def tile_logits(
         else:
             logits = tl.dot(a, tl.trans(w.to(tl.bfloat16)), logits)
     if scale is not None:
-        logits = logits * tl.load(scale + columns)[None, :]
+        logits = logits * tl.load(scale + token_ids)[None, :]
     if UPCAST:
         return rounded_to_bf16(logits)
     return logits.to(tl.bfloat16).to(tl.float32)
@@ -238,19 +239,19 @@ def exit_head_kernel(
         heat = tl.load(temperature)
         first_key, second_key = row_keys(tl.load(seed), tl.load(positions + rows, mask=live, other=0))
     for tile in range(first_tile, end_tile):
-        columns = tile * N + tl.arange(0, N)
-        inside = (columns < n_vocab)[None, :]
-        # columns after the vocabulary read its last row again, so that loads of the weight need no mask
-        logits = tile_logits(x, weight, scale, tl.minimum(columns, n_vocab - 1), m, D, ROWS, N, K, UPCAST)
+        token_ids = tile * N + tl.arange(0, N)
+        inside = (token_ids < n_vocab)[None, :]
+        # token_ids after the vocabulary read its last row again, so that loads of the weight need no mask
+        logits = tile_logits(x, weight, scale, tl.minimum(token_ids, n_vocab - 1), m, D, ROWS, N, K, UPCAST)
         logits = tl.where(inside, logits, LOWEST)  # adds 0 to a sum, since every program has at least one true logit
-        columns = (v_offset + columns)[None, :]
+        token_ids = (v_offset + token_ids)[None, :]
         top, best_ids, second, total, weighted = joined(
-            top, best_ids, second, total, weighted, logits, columns, LOWEST, 1.0, 0.0
+            top, best_ids, second, total, weighted, logits, token_ids, LOWEST, 1.0, 0.0
         )
         if SAMPLE:
-            noise = -tl.log(-tl.log(uniform(first_key[:, None], second_key[:, None], columns)))
+            noise = -tl.log(-tl.log(uniform(first_key[:, None], second_key[:, None], token_ids)))
             score = tl.where(inside, tl.div_rn(logits, heat) + noise, LOWEST)
-            drawn = tl.where(score > noisy, columns, drawn)
+            drawn = tl.where(score > noisy, token_ids, drawn)
             noisy = tl.where(score > noisy, score, noisy)
     best, token, runner_up, mass, moment = across_lanes(top, best_ids, second, total, weighted)
     slot = rows * (programs + 1) + program
@@ -386,8 +387,9 @@ def exit_head_rows(
     `Draw`; all or none.
 
     Returns global ids. Tokens int64 [m]: the argmax of the bf16 logits, ties to the lowest id. Stats fp32 [m, 4]: the
-    fields of `kernels.exit_head.ExitStats` in order. Samples int64 [m]: the argmax of logit / temperature +
-    kernels.noise.gumbel_noise; empty without a draw. Raises ValueError naming a shape or dtype that does not fit.
+    fields of `kernels.exit_head.ExitStats` but `tokens`, in order. Samples int64 [m]: the argmax of logit /
+    temperature + kernels.noise.gumbel_noise; empty without a draw. Raises ValueError naming a shape or dtype that does
+    not fit.
     """
     return launch(x, weight, scale, n_vocab, v_offset, draw_of(positions, seed, temperature))[1]
 

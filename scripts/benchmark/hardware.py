@@ -30,7 +30,7 @@ def peak_memory_bytes(device: str) -> int:
 
 def streamed_bytes(model: Transformer, layers: float, heads: float) -> float:
     """Return the weight bytes that so many visits of layers and of the LM head read."""
-    return layers * module_bytes(model.layers[0]) + heads * head_bytes(model.ends())
+    return layers * module_bytes(model.layers[0]) + heads * head_bytes(model.exit_head())
 
 
 def memory(model: Transformer, device: str, loaded: dict[str, int], before: int) -> dict:

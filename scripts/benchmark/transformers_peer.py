@@ -33,9 +33,9 @@ def load_model(engine: Engine):
     transformers.utils.logging.disable_progress_bar()
     source, dtype = engine.source, engine.dtype
     with tempfile.TemporaryDirectory() as folder:
-        if source.fused:  # our own format: write it as a folder that transformers reads
+        if source.is_ours:  # our own format: write it as a folder that transformers reads
             export_hf(Tensors(source, dtype), source.args, folder, source.hf_config, dtype)
-        path = folder if source.fused else source.folder
+        path = folder if source.is_ours else source.folder
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = model.eval().to(engine.device)
     model.generation_config.eos_token_id = None

@@ -53,9 +53,8 @@ class Contender:
         return all("rounds" in summary for summary in self.summaries)
 
     def totals(self) -> Totals:
-        """Sum up the rounds of its texts. Plain decoding has drafted nothing, several tokens a call or not."""
-        sums = summed(self.summaries)
-        return sums.without_drafts() if self.is_plain else sums
+        """Sum up the rounds of its texts."""
+        return summed(self.summaries)
 
 
 def is_plain(policy: str) -> bool:

@@ -80,7 +80,7 @@ class FirstDrafts:
 
     def choices(self, hidden: Tensor) -> Tensor:
         """Choose a token for each of hidden [R, D] by the final norm and the LM head -> int64 [R]."""
-        return Exit(hidden, self.model.ends(), len(hidden)).token_ids()
+        return Exit(hidden, self.model.exit_head(), len(hidden)).token_ids()
 
     def agreement(self, keep: Tensor, first: int = 0) -> Tensor:
         """Tell where a draft with these sublayers chooses what the full model does, from position `first` on.

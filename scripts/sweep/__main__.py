@@ -100,7 +100,7 @@ def round_cost(experiment: Experiment, policy: DraftPolicy) -> float | None:
     tokens = tokens[: max(1, runner.cache_length - policy.num_draft_tokens - 2)]
     policy.start_prompt(tokens)
     plan = policy.start_round(RoundContext(tokens, policy.num_draft_tokens + 2))
-    if not plan.is_fixed or plan.first_skip is not None:
+    if not plan.is_fixed or plan.skip_attention or plan.skip_mlp:
         return None
     runner.prefill(tokens)
     plain_runner, plain = experiment.plain

@@ -47,7 +47,7 @@ class Window:
         self.best = self.full.argmax(-1)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        return Exit(hidden, self.drafts.model.ends(), len(hidden)).logits().log_softmax(-1)
+        return Exit(hidden, self.drafts.model.exit_head(), len(hidden)).logits().log_softmax(-1)
 
     @torch.no_grad()
     def judge(self, keep: Tensor) -> Outcome:

@@ -22,8 +22,6 @@ def test_summaries_have_the_totals_of_their_rounds():
     for name in ("rounds", "tokens", "drafted", "accepted", "layer_visits", "head_visits", "seconds"):
         assert getattr(sums, name) == pytest.approx(getattr(expected, name)) and getattr(sums, name) > 0
     assert sums.acceptance_rate == expected.acceptance_rate and sums.mean_exit_layer == expected.mean_exit_layer
-    plain = sums.without_drafts()
-    assert plain.acceptance_rate is None and plain.mean_exit_layer is None and plain.rounds == sums.rounds
 
 
 def test_what_another_engine_does_not_tell_counts_nothing():

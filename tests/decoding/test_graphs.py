@@ -94,7 +94,7 @@ def test_rounds_by_graphs_leave_the_record_of_the_same_rounds_call_by_call(
 ):
     """But for what was read because a draft was started before it was known to be unwanted."""
     monkeypatch.setattr(Runner, "can_sample", True)  # by a fused kernel on a GPU, here from the logits
-    monkeypatch.setattr(Exit, "can_sample", lambda self: False)
+    monkeypatch.setattr(Exit, "has_fused_head", lambda self: False)
     monkeypatch.setattr(Exit, "samples", samples_from_logits)
     model = random_model(dtype, pack=False)
     ids, accepted = list(range(3, 12)) * 3, 0

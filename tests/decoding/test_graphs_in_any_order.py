@@ -144,7 +144,7 @@ def test_texts_in_any_order_by_any_runner_of_a_model_are_those_of_plain_decoding
     """New texts and conversations that go on; ended early, given up, interrupted within a round; to the cache's end."""
     monkeypatch.setattr("decoding.runner.Graphs", OnStream)
     monkeypatch.setattr(Runner, "can_sample", True)  # by a fused kernel on a GPU, here from the logits
-    monkeypatch.setattr(Exit, "can_sample", lambda self: False)
+    monkeypatch.setattr(Exit, "has_fused_head", lambda self: False)
     monkeypatch.setattr(Exit, "samples", samples_from_logits)
     plain, interrupted, ahead = make_policy("none", N_LAYER), 0, 0
     for seed in range(8):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from decoding.generation import GenerateConfig
+from decoding.packed import TENSORS, PackedLayers
 from decoding.rounds import RoundPlayer
 from decoding.runner import Runner
 from drafting.adapters import Adapters
@@ -114,6 +115,8 @@ def random_plan(draw: random.Random, adapters: Adapters) -> DraftPlan:
     """Anything a plan can say that no policy is asked for."""
     if draw.random() < 0.15:
         return DraftPlan(proposed=tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 8))))
+    if draw.random() < 0.1:
+        return DraftPlan((N_LAYER,), draw.randint(1, 8), repeats=draw.random() < 0.5, plain=True)
     exits = tuple(sorted(draw.sample(range(1, N_LAYER + 1), draw.choice([0, 1, 2, 3, 3, 4]))))
     some = lambda: frozenset(layer for layer in range(N_LAYER) if draw.random() < 0.3)
     skips = (some(), some()) if draw.random() < 0.4 else (frozenset(), frozenset())
@@ -149,6 +152,10 @@ def test_a_random_plan_leaves_one_record_however_its_round_is_played(precision, 
         for hidden in states if reads_hidden and not ended else ():
             assert torch.equal(hidden, states[0])
         drafted = len(by_calls.drafted)
+        if plan.plain and not copies:
+            seen["plain"] += 1
+            assert not (drafted or by_calls.accepted or by_calls.exit_layers), plan
+            assert ended or len(by_calls.tokens) == min(plan.num_draft_tokens + 1, config.max_new_tokens)
         seen["accepted"] += by_calls.accepted
         seen["rejected"] += drafted - by_calls.accepted
         seen["exits", by_calls.exit_layers[:1]] += 1
@@ -163,6 +170,7 @@ def test_a_random_plan_leaves_one_record_however_its_round_is_played(precision, 
         assert seen[what] > 10, f"too few {what}: this test compared little"
     for measure, late in itertools.product(Measure, (False, True)):
         assert seen["exit by", measure, late] > 1, f"too few exits by {measure.name}: this test compared little"
+    assert copies or seen["plain"] > 5
     assert copies or all(seen["resumes", depth] > 3 for depth in range(1, N_LAYER + 1))
 
 
@@ -172,6 +180,12 @@ def test_measures_have_the_names_and_values_that_the_compiled_round_and_the_exit
     assert compiled.pop("NONE") == -1
     assert compiled == {measure.name: measure.value for measure in Measure}
     assert [measure.name.lower() for measure in STATISTICS] == list(ExitStats._fields[1:4])
+
+
+def test_a_tensor_of_a_layer_that_the_compiled_layers_do_not_know_is_an_error_that_names_them():
+    for count in (len(TENSORS) - 1, len(TENSORS) + 1):
+        with pytest.raises(AssertionError, match=r"layers\.h and layer_table"):
+            PackedLayers([(torch.zeros(1),) * count], torch.zeros(1), torch.zeros(1), n_head=1, eps=1e-5)
 
 
 def test_tables_of_plans_that_were_not_used_for_longest_go(monkeypatch):

@@ -14,8 +14,8 @@ from decoding.sampling import (
     CoupledSampler,
     RejectionSampler,
     SamplingConfig,
-    candidates,
     choose,
+    kept_tokens,
     make_sampler,
     probabilities,
 )
@@ -191,7 +191,7 @@ def test_candidates_and_probabilities_are_those_of_transformers(top_k, top_p):
         if top_p is not None and top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
         config = SamplingConfig(temperature, top_k, top_p)
-        ids, kept = candidates(logits, config)
+        ids, kept = kept_tokens(logits, config)
         assert sorted(ids.tolist()) == scores[0].isfinite().nonzero().flatten().tolist()
         torch.testing.assert_close(kept, scores[0][ids])
         torch.testing.assert_close(probabilities(logits, config), scores[0].softmax(-1))

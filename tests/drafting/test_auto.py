@@ -186,7 +186,7 @@ def test_measuring_leaves_decoding_exact_and_fits_any_cache(monkeypatch, pack, v
     sampling = SamplingConfig(0.8, seed=7, verification=verification)
     calibrate.calibrate(runner, policy, [index % 130 for index in range(sample)], sampling)
     assert all(0 <= share <= 1 for share in policy.agreement.values()) and set(policy.agreement) == {1, 2}
-    assert min(policy.verify_s.values()) > 0 and min(policy.draft_s.values()) >= 0
+    assert min(policy.timed_verify_s.values()) > 0 and min(policy.draft_s.values()) >= 0
     prompt, new = [1], length - 1
     expected = tokens_of(Runner(model, length, max_rows=6, compile=pack), prompt, "none", SAMPLING["sampled"], new=new)
     assert tokens_of(runner, prompt, policy, SAMPLING["sampled"], new=new).tokens == expected.tokens

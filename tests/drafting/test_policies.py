@@ -297,7 +297,7 @@ def test_every_policy_keeps_the_contract(name, skip_file):
     hash(plan)
     assert max(plan.num_draft_tokens, len(plan.proposed)) <= policy.num_draft_tokens, "the runner makes room for these"
     assert list(plan.exits) == sorted(set(plan.exits)) and all(1 <= depth <= 8 for depth in plan.exits)
-    assert policy.skips_sublayers == (plan.first_skip is not None)
+    assert policy.skips_sublayers == (plan.exact_depth(8) < 8)
     policy.end_round(Round((4, 5), drafted=(4, 6, 7), accepted=1, exit_layers=(2, 2, 2), resume_layer=2))
     assert name in error_of(f"{name}:no_such_key=1")
     assert all(isinstance(line, str) for line in policy.explain())
@@ -418,8 +418,8 @@ def test_equal_plans_are_one_key_and_different_plans_are_several():
 
 
 @pytest.mark.parametrize(
-    ("attention", "mlp", "first"),
-    [((), (), None), ((3, 5), (), 3), ((), (2,), 2), ((3, 5), (4,), 3), ((6,), (1, 6), 1), ((0,), (), 0)],
+    ("attention", "mlp", "depth"),
+    [((), (), 8), ((3, 5), (), 3), ((), (2,), 2), ((3, 5), (4,), 3), ((6,), (1, 6), 1), ((0,), (), 0)],
 )
-def test_first_skip_is_the_lowest_layer_with_any_sublayer_left_out(attention, mlp, first):
-    assert DraftPlan(skip_attention=frozenset(attention), skip_mlp=frozenset(mlp)).first_skip == first
+def test_a_draft_is_the_full_models_up_to_the_lowest_layer_with_any_sublayer_left_out(attention, mlp, depth):
+    assert DraftPlan(skip_attention=frozenset(attention), skip_mlp=frozenset(mlp)).exact_depth(8) == depth

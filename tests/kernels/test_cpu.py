@@ -244,7 +244,7 @@ def test_an_exit_runs_the_head_once_for_all_that_is_asked_of_it(monkeypatch):
     hidden, head = make_head(torch.bfloat16, 100, 16)
     for first in ("stats", "samples"):
         exit, passes[:] = Exit(hidden, head, 5, Draw(3, 1, 1.0)), []
-        assert exit.can_sample() and not exit.asked
+        assert exit.has_fused_head() and not exit.asked
         assert getattr(exit, first)() is getattr(exit, first)() and exit.asked
         tokens, samples = exit.tokens(), exit.samples().tolist()
         assert len(tokens) == len(samples) == 5 and len(passes) == 1

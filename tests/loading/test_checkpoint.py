@@ -161,7 +161,7 @@ def test_every_parameter_of_the_model_has_its_row_in_the_table(folder):
     loaded = checkpoint.load(folder, pack=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in loaded.model.state_dict().items()}
     assert shapes == {n: checkpoint.pieces(n, loaded.args, True)[n][0] for n in checkpoint.our_names(loaded.args)}
-    hf_names = [piece for name in shapes for piece in checkpoint.pieces(name, loaded.args, fused=False)]
+    hf_names = [piece for name in shapes for piece in checkpoint.pieces(name, loaded.args, is_ours=False)]
     assert sorted(hf_names) == sorted(load_file(folder / "model.safetensors"))
 
 
