@@ -2,13 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.environments import fresh_environment, run_in
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers.processes import ROOT
 
 
 def steps() -> list[tuple[str, str]]:

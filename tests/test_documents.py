@@ -10,8 +10,8 @@ import pytest
 import skipfast
 from drafting import policy
 from generate import parse_flags
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*/README.md")]
 PAGES = sorted([*PAGES, ROOT / "benchmarks" / "README.md"])
 LOG = ROOT / "docs" / "log.md"  # its names are those of the day

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.environments import fresh_environment, run_in
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 SKIPPED_FOLDERS = {".git", ".venv", "build"}
 
 
