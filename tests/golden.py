@@ -391,7 +391,8 @@ def numbered(values: list) -> list[tuple[str, object]]:
     for place, item in enumerate(values):
         name = str(place)
         if isinstance(item, dict) and "policy" in item and "rows" not in item:
-            name = "/".join(str(item[key]) for key in ("policy", "backend", "exact", "sample") if key in item)
+            names = "/".join(str(item[key]) for key in ("policy", "backend", "exact", "sample") if key in item)
+            name = re.sub("(?<=[:=])/[^,:]*/", "", names)  # of a file without its folder
         named[name if name not in named else f"{name}#{place}"] = item
     return list(named.items())
 
