@@ -193,7 +193,7 @@ def test_no_policy_changes_a_token_with_the_kernels(precision, text, skip_file):
             assert found.tokens == sharp_text(precision, True, compile, sampling), (compile, sampling)
             assert sum(len(step.tokens) for step in found.rounds) == 47
             accepted += sum(step.accepted for step in found.rounds)
-    assert accepted > 0 or text == "none", "no draft was ever accepted: this test compared nothing"
+    assert accepted > 0 or text.startswith("none"), "no draft was ever accepted: this test compared nothing"
 
 
 @pytest.mark.parametrize(
