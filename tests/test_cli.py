@@ -407,6 +407,8 @@ def test_a_conversation_keeps_its_cache_and_says_what_a_single_run_says(call, mo
         ),
     )
     result, out, err = call("--interactive", "--max_new_tokens", 12, stdin="import os\nclass A\nx = 1\n\nnot read\n")
+    config = result["config"]
+    assert (config["precision"], config["quantize"], bool(config["backend"])) == ("float32", "none", True)
     turns, lengths = result["turns"], lengths[-3:]  # before them, the runner may have measured its own speed
     assert len(turns) == 3
     assert lengths[0] == (len(turns[0]["prompt_ids"]), 0)
@@ -610,6 +612,23 @@ def test_a_bad_flag_is_one_line_that_names_it_before_any_weight_is_read(error_of
     flags, parts = FLAG_MISTAKES[name]
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights before it looked"))
     message = error_of("--prompt", PROMPT, *flags)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (("--prompt_ids", "1,5", "--chat"), ["--chat", "--prompt_ids"]),
+        (("--prompt", PROMPT, "--policy", "none", "--draft_quantize", "int8"), ["draft_quantize int8", "policy none"]),
+        (
+            ("--prompt", PROMPT, "--policy", "prompt_lookup", "--draft_quantize", "int4"),
+            ["prompt_lookup drafts with no"],
+        ),
+    ],
+)
+def test_an_option_that_could_only_be_ignored_is_refused(error_of, monkeypatch, flags, parts):
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights before it looked"))
+    message = error_of(*flags)
     assert [part for part in parts if part not in message] == [], message
 
 
