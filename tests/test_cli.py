@@ -621,7 +621,7 @@ def test_a_bad_flag_is_one_line_that_names_it_before_any_weight_is_read(error_of
         (("--prompt_ids", "1,5", "--chat"), ["--chat", "--prompt_ids"]),
         (("--prompt", PROMPT, "--policy", "none", "--draft_quantize", "int8"), ["draft_quantize int8", "policy none"]),
         (
-            ("--prompt", PROMPT, "--policy", "prompt_lookup", "--draft_quantize", "int4"),
+            ("--prompt", PROMPT, "--policy", "prompt_lookup", "--draft_quantize", "int8"),
             ["prompt_lookup drafts with no"],
         ),
     ],

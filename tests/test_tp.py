@@ -65,7 +65,8 @@ def settings(size, precision):
     """(pack, sampling, policies): fewer for 4 ranks, whose messages take milliseconds on two cores."""
     if size == 4 and precision == "int4":
         return  # 16 inputs of a rank's wo are half a group
-    yield from ((True, name, POLICIES) for name in SAMPLING)
+    samplings = SAMPLING if size == 2 or precision == "bf16" else ["coupled" if precision == "fp32" else "greedy"]
+    yield from ((True, name, POLICIES) for name in samplings)
     if size == 2 and precision in ("bf16", "int8"):
         yield True, "greedy", ("draft_quantize",)
     if size == 2 and not precision.startswith("int"):

@@ -163,9 +163,9 @@ def test_the_layer_in_one_cpp_call_has_the_bits_of_the_layer_run_operation_by_op
 def test_a_policy_that_does_everything_at_random_changes_no_token(precision, pack, sampling):
     dtype = PRECISION.get(precision, torch.float16)
     runner = Runner(random_model(dtype, pack), 200, max_rows=6, compile=pack and dtype is not torch.float16)
-    expected = tokens_of(runner, PROMPT, "none", SAMPLING[sampling], new=100).tokens
-    for seed in range(6):
-        chaotic = tokens_of(runner, PROMPT, Chaos(seed), SAMPLING[sampling], new=100)
+    expected = tokens_of(runner, PROMPT, "none", SAMPLING[sampling], new=80).tokens
+    for seed in range(4):
+        chaotic = tokens_of(runner, PROMPT, Chaos(seed), SAMPLING[sampling], new=80)
         assert chaotic.tokens == expected, seed
         assert len({step.resume_layer for step in chaotic.rounds}) > 2
 
